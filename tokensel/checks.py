@@ -1,0 +1,89 @@
+"""Argument checks shared by the public functions: one sentence that names the argument, what was expected,
+what was found and, where there is one, the fix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "chunked", "reference", "fused")
+
+
+def resolve_impl(impl: str) -> str:
+    """Turns `impl` into the implementation that runs.
+
+    The rule: `auto` is `chunked`, on every device. `fused` is the place of the Triton kernels and refuses
+    until they are there; it never runs something slower under their name.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "fused":
+        raise NotImplementedError(
+            "impl='fused' needs the Triton kernels, which this version does not contain; use impl='chunked'"
+        )
+    return "chunked" if impl == "auto" else impl
+
+
+def check_tensor(name: str, value: object, *, floating: bool = False) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {value.dtype}")
+    return value
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    (first, reference), *rest = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first} is on {reference.device}; move one with .to(device)"
+            )
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], like: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)} ({like}); got {list(value.shape)}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [..., D], weight [V, D], bias [V] of one floating dtype on one device."""
+    check_tensor("hidden", hidden, floating=True)
+    check_tensor("weight", weight, floating=True)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [V, D]; got {list(weight.shape)}")
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., D] with D = {weight.shape[1]} as in weight [V, D]; got {list(hidden.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
+    if bias is not None:
+        check_shape("bias", check_tensor("bias", bias, floating=True), (weight.shape[0],), "[V]")
+    check_same_device(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
+    """int64 labels of `shape`, each in [0, vocabulary) or `ignore_index`.
+
+    The range is checked at once on a CPU, and by an asynchronous device-side assertion elsewhere, so that the
+    check never makes the host wait for the device.
+    """
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
+    check_shape("labels", labels, shape, "one label a row")
+    inside = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    if labels.device.type != "cpu":
+        torch._assert_async(inside.all(), "labels: a value is outside [0, V) and is not ignore_index")
+    elif not bool(inside.all()):
+        where = (~inside).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{where} is {int(labels[tuple(where)])}, outside [0, {vocabulary}) and not "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def check_positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive; got {value}")

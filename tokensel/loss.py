@@ -1,0 +1,141 @@
+"""Cross-entropy over kept tokens (step 7), with a backward that costs only the kept rows.
+
+The forward needs no matrix product: nll = lse - target_logit is known from the statistics. The backward walks over
+blocks of the vocabulary, so each block of dW is written once and no logits of width V are held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokensel import reference
+from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_shape, check_tensor
+from tokensel.checks import resolve_impl
+from tokensel.stats import SMALLEST_EXPONENT, TokenStats, exact_products, logits_block, token_stats, vocabulary_blocks
+
+_WORKSPACE_MIB = 256
+
+
+class _SelectedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, coefficient, lse, nll, softcap, logit_scale):
+        ctx.save_for_backward(hidden, weight, bias, labels, coefficient, lse)
+        ctx.softcap, ctx.logit_scale = softcap, logit_scale
+        return (coefficient * nll).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, labels, coefficient, lse = ctx.saved_tensors
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        dtype = lse.dtype
+        V, D = weight.shape
+        kept = coefficient.nonzero()[:, 0]
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+        d_bias = torch.zeros_like(bias) if want_bias else None
+        if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
+            return d_hidden, d_weight, d_bias, *[None] * 6
+        R, C = vocabulary_blocks(len(kept), V, _WORKSPACE_MIB)
+        workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+        x = hidden[kept].to(dtype)  # (K, D)
+        y, log_z = labels[kept], lse[kept]
+        upstream = coefficient[kept] * grad * ctx.logit_scale  # (K,)
+        d_x = torch.zeros_like(x) if want_hidden else None
+        with exact_products(hidden.dtype):
+            for start in range(0, V, C):
+                w = weight[start : start + C].to(dtype)  # (C, D)
+                b = None if bias is None else bias[start : start + C].to(dtype)
+                dw = torch.zeros_like(w) if want_weight else None
+                for first in range(0, len(kept), R):
+                    rows = slice(first, first + R)
+                    out = workspace[: len(x[rows]) * len(w)].view(-1, len(w))
+                    z = logits_block(x[rows], w, b, ctx.softcap, ctx.logit_scale, out)
+                    dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], ctx.softcap)  # (R, C)
+                    if want_hidden:
+                        d_x[rows].addmm_(dz, w)
+                    if want_weight:
+                        dw.addmm_(dz.T, x[rows])
+                    if want_bias:
+                        d_bias[start : start + C] += dz.sum(0).to(d_bias.dtype)
+                if want_weight:
+                    d_weight[start : start + C] = dw
+        if want_hidden:
+            d_hidden[kept] = d_x.to(hidden.dtype)
+        return d_hidden, d_weight, d_bias, *[None] * 6
+
+
+def _logits_gradient(z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None) -> Tensor:
+    """upstream · (softmax(z) - onehot) · dz/du in place, u being the logits before the softcap. z (R, C)."""
+    slope = None if softcap is None else 1 - (z / softcap) ** 2
+    z.sub_(lse[:, None]).clamp_(min=SMALLEST_EXPONENT).exp_()
+    inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
+    z[inside, labels[inside]] -= 1
+    z *= upstream[:, None]
+    return z if slope is None else z.mul_(slope)
+
+
+def selected_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    keep: Tensor,
+    *,
+    stats: TokenStats | None = None,
+    denominator: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor:
+    """Σ keep · nll / denominator, differentiable in `hidden`, `weight` and `bias`.
+
+    Args:
+        hidden: [..., D]; weight: [V, D]; labels: [...] int64; bias: [V]; softcap, logit_scale: as in `token_stats`.
+        keep: [...] bool, or real weights (also negative; constants for the gradient). Ignored rows never count.
+        stats: TokenStats of the same hidden, weight and labels. Given, the forward does no matrix product.
+        denominator: number or scalar tensor; None means Σ |keep|, the number kept for a boolean mask.
+        ignore_index: label of rows that are not part of the loss.
+        impl: "auto", "chunked" or "reference".
+    Returns:
+        Scalar, float32 (float64 for float64 input). With nothing kept: 0, with zero gradients.
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what was found.
+    """
+    impl = resolve_impl(impl)
+    check_head(hidden, weight, bias)
+    check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
+    check_positive("softcap", softcap)
+    check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
+    check_same_device(hidden=hidden, labels=labels, keep=keep)
+    if not (keep.dtype == torch.bool or keep.is_floating_point()):
+        raise TypeError(f"keep must be bool or floating-point weights; got {keep.dtype}")
+    if stats is None:
+        if impl == "chunked":
+            stats = token_stats(
+                hidden,
+                weight,
+                labels,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                ignore_index=ignore_index,
+            )
+    else:
+        check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
+
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    coefficient = torch.where(y != ignore_index, keep.detach().reshape(-1).to(dtype), 0)
+    if denominator is None:
+        denominator = coefficient.abs().sum()
+    elif not isinstance(denominator, Tensor):
+        denominator = torch.tensor(denominator, dtype=dtype, device=hidden.device)
+    coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
+    if impl == "reference":
+        return reference.selected_loss(reference.head_logits(x, weight, bias, softcap, logit_scale), y, coefficient)
+    lse, nll = stats.lse.reshape(-1), stats.nll.reshape(-1)
+    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, logit_scale)

@@ -1,0 +1,85 @@
+"""The specification in code: eager, short, and as large as the definitions are.
+
+Every function here holds the full [N, V] logits or [B, Hq, S, S] attention. `impl="reference"` runs them; tests
+compare everything else against them in float64. Compute dtype is float32, or float64 for float64 input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap): [N, D], [V, D] -> [N, V]."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(dtype) @ weight.to(dtype).T  # (N, V)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+    """Fields of TokenStats from [N, V] logits in their own dtype; an ignored row has seen no vocabulary."""
+    valid = labels != ignore_index
+    log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    none = torch.full_like(entropy, -torch.inf)
+    target = logits.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    return {
+        "lse": torch.where(valid, torch.logsumexp(logits, dim=-1), none),
+        "target_logit": torch.where(valid, target, none),
+        "entropy": torch.where(valid, entropy, 0),
+        "logp_var": torch.where(valid, (p * (log_p + entropy[:, None]) ** 2).sum(-1), 0),
+        "top1": torch.where(valid, logits.amax(-1), none),
+    }
+
+
+def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor:
+    """Σ coefficient · nll by autograd: [N, V] logits, [N] labels and coefficients (0 = dropped) -> scalar."""
+    rows = coefficient != 0
+    nll = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
+    return (coefficient[rows] * nll).sum() + 0 * logits.sum()
+
+
+def visible_keys(key_mask: Tensor, segment_ids: Tensor | None, window: int | None) -> Tensor:
+    """visible[b, i, j]: key j is seen by query i. Causal, same document, not padding, in the window. [B, S, S]."""
+    S = key_mask.shape[1]
+    i = torch.arange(S, device=key_mask.device)[:, None]
+    j = torch.arange(S, device=key_mask.device)[None, :]
+    near = (j <= i) if window is None else (j <= i) & (i - j < window)
+    visible = near & key_mask[:, None, :]
+    return visible if segment_ids is None else visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def prompt_mass(
+    q: Tensor,
+    k: Tensor,
+    prompt_mask: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    segment_ids: Tensor | None,
+    turn_ids: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Mean over heads of the attention probability on prompt keys: [B, Hq, S, d], [B, Hk, S, d] -> [B, S]."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    z = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))  # (B, Hq, S, S)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    visible = visible_keys(key_mask, segment_ids, window)  # (B, S, S)
+    z = z.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is not None:  # a sink only adds to the denominator
+        z = torch.cat([z, sinks.to(dtype)[None, :, None, None].expand(*z.shape[:3], 1)], dim=-1)
+    p = torch.softmax(z, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]  # a row that sees nothing has no mass
+    prompt = visible & prompt_mask[:, None, :]
+    if turn_ids is not None:
+        prompt &= turn_ids[:, :, None] != turn_ids[:, None, :]
+    mass = (p * prompt[:, None]).sum(-1).mean(1)  # (B, S)
+    return torch.where(query_mask, mass, 0)

@@ -1,0 +1,338 @@
+"""Token statistics without logits (step 4): negative log-likelihood of every row, and what else one pass can tell.
+
+The chunked implementation walks over blocks of the vocabulary. A block's product is float32 whatever the inputs
+are, because bfloat16 logits (spacing 0.125 at a logit of 20) are as coarse as the losses being compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensel import reference
+from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_tensor, resolve_impl
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of the next-token distribution of each row, over the vocabulary or over a shard of it.
+
+    All fields have the shape of `labels` and are float32 (float64 for float64 inputs).
+
+    Attributes:
+        lse: log-sum-exp of the logits, nats. -inf where no vocabulary was seen (an ignored row).
+        target_logit: logit of the label; -inf where the label is not in the shard, or the row is ignored.
+        entropy: entropy of the softmax, nats, or None.
+        logp_var: variance of log p under p, nats², or None.
+        top1: the largest logit, or None.
+    """
+
+    lse: Tensor
+    target_logit: Tensor
+    entropy: Tensor | None = None
+    logp_var: Tensor | None = None
+    top1: Tensor | None = None
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of the label, nats; 0 on ignored rows."""
+        return torch.where(self.lse == self.target_logit, 0, self.lse - self.target_logit)
+
+    @property
+    def correct(self) -> Tensor | None:
+        """Whether no logit is larger than the label's (bool), or None if `top1` was not asked for."""
+        return None if self.top1 is None else (self.target_logit == self.top1) & self.lse.isfinite()
+
+    @staticmethod
+    def merge(parts: Sequence[TokenStats]) -> TokenStats:
+        """Joins statistics of disjoint shards of the vocabulary; the order of `parts` does not matter but for rounding.
+
+        With weights w_s = exp(lse_s - lse), means and variances of the logits join as
+        mean = Σ w_s mean_s and var = Σ w_s (var_s + (mean_s - mean)²) (Chan et al., 1979).
+        An ignored row is the identity.
+
+        Raises:
+            ValueError: no parts, or parts that hold different fields.
+        """
+        if not parts:
+            raise ValueError("parts is empty; merge needs the statistics of at least one shard")
+        if len({(p.entropy is None, p.logp_var is None, p.top1 is None) for p in parts}) > 1:
+            raise ValueError("parts hold different fields; compute every shard with the same entropy= setting")
+        shard_lse = torch.stack([p.lse for p in parts])  # (shards, ...)
+        lse = torch.logsumexp(shard_lse, 0)
+        target = torch.stack([p.target_logit for p in parts]).amax(0)
+        if parts[0].entropy is None:
+            return TokenStats(lse, target)
+        finite_lse = torch.where(lse.isfinite(), lse, 0)
+        share = torch.exp(shard_lse - finite_lse)
+        # relative to the joint lse, so that nothing cancels when all logits are large
+        shard_mean = torch.stack([p.lse - p.entropy for p in parts]) - finite_lse
+        shard_mean = torch.where(share > 0, shard_mean, 0)
+        mean = (share * shard_mean).sum(0)
+        spread = torch.stack([p.logp_var for p in parts]) + (shard_mean - mean) ** 2
+        return TokenStats(
+            lse,
+            target,
+            entropy=torch.where(lse.isfinite(), -mean, 0),
+            logp_var=(share * spread).sum(0),
+            top1=torch.stack([p.top1 for p in parts]).amax(0),
+        )
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets the CPU multiply float32 tensors that hold bfloat16 values as what they are.
+
+    A product of two bfloat16 numbers is exact in float32, so bfloat16 units with float32 accumulation and output
+    give full-precision logits, at two to three times the speed of float32 units where the CPU has AMX.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if dtype != torch.bfloat16 or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def vocabulary_blocks(rows: int, vocabulary: int, workspace_mib: float) -> tuple[int, int]:
+    """(rows, columns) of a float32 block of logits that fits the workspace.
+
+    2,048 columns keep a block of some thousand rows near the cache and its product at full speed (measured on two
+    AMX cores, D = 1024: 313 GFLOP/s in float32 at 2,048 columns, 249 at 8,192).
+    """
+    elements = int(workspace_mib * 2**20) // 4
+    columns = min(vocabulary, 2048)
+    return max(1, min(rows, elements // columns)), columns
+
+
+def logits_block(x: Tensor, w: Tensor, b: Tensor | None, softcap: float | None, logit_scale: float, out: Tensor) -> Tensor:
+    """z of `reference.head_logits` for a block, written into `out`. x (R, D), w (C, D), out (R, C)."""
+    torch.mm(x, w.T, out=out)
+    if b is not None:
+        out += b
+    if logit_scale != 1.0:
+        out *= logit_scale
+    if softcap is not None:
+        out.div_(softcap).tanh_().mul_(softcap)
+    return out
+
+
+# exp of less than this is denormal, which costs a CPU twenty times as long, and adds nothing to a sum that holds exp(0)
+SMALLEST_EXPONENT = -80.0
+
+
+def block_stats(z: Tensor, labels: Tensor, moments: bool) -> TokenStats:
+    """Statistics of a block of logits, which is overwritten. z (R, C); labels (R,) counted from the block's start."""
+    inside = (labels >= 0) & (labels < z.shape[1])
+    target = z.gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
+    target = torch.where(inside, target, -torch.inf)
+    top1 = z.amax(1)  # (R,)
+    pivot = torch.where(top1.isfinite(), top1, 0)
+    z.sub_(pivot[:, None])
+    if not moments:
+        total = z.clamp_(min=SMALLEST_EXPONENT).exp_().sum(1)
+        return TokenStats(torch.where(top1.isfinite(), pivot + total.log(), top1), target)
+    z.clamp_(min=SMALLEST_EXPONENT)
+    p = z.exp()
+    total = p.sum(1)
+    p /= total[:, None]
+    mean = (p * z).sum(1)  # E[z] - pivot
+    variance = p.mul_(z.sub_(mean[:, None]).square_()).sum(1)
+    lse = torch.where(top1.isfinite(), pivot + total.log(), top1)
+    return TokenStats(lse, target, entropy=total.log() - mean, logp_var=variance, top1=top1)
+
+
+def _empty(labels: Tensor, dtype: torch.dtype, moments: bool) -> TokenStats:
+    none = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
+    zero = torch.zeros_like(none)
+    if not moments:
+        return TokenStats(none, none.clone())
+    return TokenStats(none, none.clone(), entropy=zero, logp_var=zero.clone(), top1=none.clone())
+
+
+def _store(into: TokenStats, rows: Tensor, part: TokenStats) -> None:
+    for name in ("lse", "target_logit", "entropy", "logp_var", "top1"):
+        if getattr(into, name) is not None:
+            getattr(into, name)[rows] = getattr(part, name)
+
+
+@torch.no_grad()
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    workspace_mib: float = 256,
+) -> TokenStats:
+    """Per-token statistics of `softmax(head(hidden))` at `labels`, without [N, V] logits and without gradient.
+
+    Logits are `softcap · tanh(logit_scale · (hidden weightᵀ + bias) / softcap)`, softcap None = no cap.
+
+    Args:
+        hidden: [..., D] final hidden states, any strides; row i predicts `labels[i]`.
+        weight: [V, D] language-model head, of hidden's dtype (float16, bfloat16, float32 or float64).
+        labels: [...] int64; rows that equal `ignore_index` are not read.
+        bias: [V].
+        entropy: also `entropy`, `logp_var` and `top1`.
+        impl: "auto", "chunked" or "reference" (see `tokensel.checks.resolve_impl`).
+        workspace_mib: most MiB that a block of logits may take (chunked).
+    Returns:
+        TokenStats with fields of shape [...].
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what was found. A label outside [0, V) raises on
+            a CPU and trips a device-side assertion elsewhere.
+    """
+    impl = resolve_impl(impl)
+    check_head(hidden, weight, bias)
+    check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
+    check_same_device(hidden=hidden, labels=labels)
+    check_positive("softcap", softcap)
+    check_positive("workspace_mib", workspace_mib)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (N, D), (N,)
+    if impl == "reference":
+        fields = reference.logits_stats(reference.head_logits(x, weight, bias, softcap, logit_scale), y, ignore_index)
+        if not entropy:
+            fields = {"lse": fields["lse"], "target_logit": fields["target_logit"]}
+        stats = TokenStats(**fields)
+    else:
+        stats = _chunked_stats(x, weight, y, bias, softcap, logit_scale, entropy, ignore_index, workspace_mib)
+    return _reshape(stats, labels.shape)
+
+
+def _reshape(stats: TokenStats, shape: torch.Size) -> TokenStats:
+    return TokenStats(*(None if f is None else f.view(shape) for f in vars(stats).values()))
+
+
+def _chunked_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+    workspace_mib: float,
+) -> TokenStats:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    V = weight.shape[0]
+    stats = _empty(labels, dtype, entropy)
+    kept = (labels != ignore_index).nonzero()[:, 0]
+    R, C = vocabulary_blocks(len(kept), V, workspace_mib)
+    workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+    with exact_products(hidden.dtype):
+        for rows in kept.split(R):
+            x, y = hidden[rows].to(dtype), labels[rows]
+            running: TokenStats | None = None
+            for start in range(0, V, C):
+                w = weight[start : start + C].to(dtype)  # (C, D)
+                b = None if bias is None else bias[start : start + C].to(dtype)
+                out = workspace[: len(rows) * len(w)].view(len(rows), len(w))
+                block = block_stats(logits_block(x, w, b, softcap, logit_scale, out), y - start, entropy)
+                running = block if running is None else TokenStats.merge([running, block])
+            _store(stats, rows, running)
+    return stats
+
+
+def token_stats_pair(
+    current: tuple[Tensor, Tensor],
+    history: tuple[Tensor, Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    workspace_mib: float = 256,
+) -> tuple[TokenStats, TokenStats]:
+    """`token_stats` of the current and the history model on the same labels.
+
+    Args:
+        current: (hidden [..., D], weight [V, D]).
+        history: (hidden [..., D'], weight [V, D']); D' may differ, V may not. `bias` is added to both.
+        labels, bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib: as in `token_stats`.
+    Returns:
+        (TokenStats of the current model, TokenStats of the history model).
+    """
+    if current[1].shape[0] != history[1].shape[0]:
+        raise ValueError(
+            f"history weight has {history[1].shape[0]} vocabulary rows but current weight has {current[1].shape[0]}; "
+            "both models need the same tokenizer"
+        )
+    options = dict(
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=entropy,
+        ignore_index=ignore_index,
+        impl=impl,
+        workspace_mib=workspace_mib,
+    )
+    return token_stats(*current, labels, **options), token_stats(*history, labels, **options)
+
+
+@torch.no_grad()
+def token_stats_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    history_logits: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    workspace_mib: float = 256,
+) -> tuple[TokenStats, TokenStats | None]:
+    """Statistics for trainers that already hold logits; a float32 copy of the whole is never made (chunked).
+
+    Args:
+        logits: [..., V], any floating dtype; softcap and scale already applied.
+        labels: [...] int64, aligned: logits[i] predicts labels[i].
+        history_logits: [..., V] of the history model, or None.
+        entropy, ignore_index, impl, workspace_mib: as in `token_stats`.
+    Returns:
+        (TokenStats of `logits`, TokenStats of `history_logits` or None).
+    """
+    impl = resolve_impl(impl)
+    check_tensor("logits", logits, floating=True)
+    check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index)
+    check_positive("workspace_mib", workspace_mib)
+    if history_logits is not None and check_tensor("history_logits", history_logits).shape != logits.shape:
+        raise ValueError(
+            f"history_logits must have the shape of logits {list(logits.shape)}; got {list(history_logits.shape)}"
+        )
+    check_same_device(logits=logits, labels=labels, history_logits=history_logits)
+    y = labels.reshape(-1)
+    results: list[TokenStats | None] = []
+    for full in (logits, history_logits):
+        if full is None:
+            results.append(None)
+            continue
+        z = full.reshape(-1, full.shape[-1])  # (N, V)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        if impl == "reference":
+            fields = reference.logits_stats(z.to(dtype), y, ignore_index)
+            stats = TokenStats(**(fields if entropy else {k: fields[k] for k in ("lse", "target_logit")}))
+        else:
+            stats = _empty(y, dtype, entropy)
+            rows_at_once = max(1, int(workspace_mib * 2**20) // (4 * z.shape[1]))
+            for rows in (y != ignore_index).nonzero()[:, 0].split(rows_at_once):
+                copy = z[rows].to(dtype)  # indexing copies, so the caller's logits are never overwritten
+                _store(stats, rows, block_stats(copy, y[rows], entropy))
+        results.append(_reshape(stats, labels.shape))
+    return results[0], results[1]
