@@ -1,0 +1,274 @@
+"""The training loop: token selection for transformers.Trainer and its subclasses.
+
+One step runs `tokensel.step.Selection`, where steps 1 to 7 of the data path stand in order; this file only brings
+the batch, the history and the denominator to it, and logs what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from tokensel import methods
+from tokensel.history import AdapterOff, RecordedHistory
+from tokensel.methods import TokenSelector
+from tokensel.model import apply_to
+from tokensel.step import Selection, SelectionOutput, responses
+from tokensel.store import HistoryStore
+
+HISTORIES = ("none", "recorded", "adapter_off")
+DENOMINATORS = ("step", "micro_batch")
+
+
+@dataclass
+class SelectionArguments:
+    """What `TokenSelectionMixin` reads from the trainer's arguments."""
+
+    method: str = field(default="sstoken", metadata={"help": f"Selection method: {', '.join(methods.names())}."})
+    method_args: str | None = field(
+        default=None,
+        metadata={"help": "The method's parameters, as a mapping in YAML or 'gamma=0.5,rho=0.6' as a flag."},
+    )
+    history: str = field(
+        default="none",
+        metadata={
+            "help": "Where the history's losses come from: 'recorded' (a file made by `tokensel score`), 'adapter_off' "
+            "(the same model without its adapters, one more forward a step), or 'none'."
+        },
+    )
+    history_store: str | None = field(
+        default=None, metadata={"help": "The Parquet file that `tokensel score` wrote, for history 'recorded'."}
+    )
+    layer: int = field(
+        default=-1, metadata={"help": "Layer whose attention is measured; -1 is the last one with full attention."}
+    )
+    row: str = field(
+        default="token",
+        metadata={"help": "Query row that measures a token's attention: its own ('token') or 'predictor', the one before."},
+    )
+    prompt: str = field(
+        default="all",
+        metadata={"help": "Keys that count as prompt: 'all' non-response tokens, the 'first' prompt, or the whole "
+                  "'context' before the token's own answer."},
+    )
+    loss_denominator: str = field(
+        default="step",
+        metadata={
+            "help": "'step': one number of kept tokens for the optimizer step, over accumulation and ranks. "
+            "'micro_batch': mean over each micro-batch, then mean of means, as published."
+        },
+    )
+    impl: str = field(default="auto", metadata={"help": "Implementation of the kernels: auto, chunked or reference."})
+
+    def build_method(self) -> TokenSelector:
+        """The method that `method` and `method_args` name.
+
+        Raises:
+            ValueError: an unknown method or parameter, or a value that is not a number, true, false, null or a word.
+        """
+        return methods.get(self.method, **parse_method_args(self.method_args))
+
+
+def parse_method_args(text: str | dict | None) -> dict:
+    """'gamma=0.5,rho=0.6' (or a mapping, or JSON) -> {"gamma": 0.5, "rho": 0.6}."""
+    if not text:
+        return {}
+    if isinstance(text, dict):
+        return dict(text)
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    parsed = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ValueError(f"method_args must look like gamma=0.5,rho=0.6; cannot read {part!r}")
+        try:
+            parsed[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name.strip()] = value.strip()
+    return parsed
+
+
+@dataclass
+class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
+    """transformers.TrainingArguments and SelectionArguments in one."""
+
+
+class TokenSelectionMixin:
+    """Token selection for a subclass of transformers.Trainer: `class Mine(TokenSelectionMixin, Trainer)`.
+
+    `args` carries the fields of SelectionArguments. The model is patched by `tokensel.apply_to`; evaluation that asks
+    for the loss alone is computed without logits too, any other evaluation is the base trainer's.
+
+    Raises:
+        ValueError: settings that contradict each other, at construction.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        settings = self.args
+        self.selector = settings.build_method()
+        if settings.history not in HISTORIES:
+            raise ValueError(f"history must be one of {', '.join(HISTORIES)}; got {settings.history!r}")
+        if settings.loss_denominator not in DENOMINATORS:
+            raise ValueError(
+                f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"
+            )
+        if "history_nll" in self.selector.needs and settings.history == "none":
+            raise ValueError(
+                f"method {settings.method!r} needs a history; set history to 'recorded' (with history_store) or 'adapter_off'"
+            )
+        if (settings.history == "recorded") != (settings.history_store is not None):
+            raise ValueError("history='recorded' and history_store go together; set both or neither")
+        if settings.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
+        self.history_store = None
+        if settings.history == "recorded":
+            self.history_store = HistoryStore.open(settings.history_store, tokenizer=self.processing_class)
+        self.live_history = AdapterOff(self.model) if settings.history == "adapter_off" else None
+        apply_to(self.model, settings.layer)
+        # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
+        self._selection_totals: dict[str, float] = {}  # of entries already logged
+        self._last_log: float | None = None  # None before the first step, so that set-up is not counted
+
+    def get_train_dataloader(self):
+        """The base trainer's, with recorded losses beside each batch."""
+        if self.history_store is None:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = RecordedHistory(collator, self.history_store)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and the loss's denominator: tokens that will be kept in all of them.
+
+        The number is known before any forward; it is summed over ranks, too.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.loss_denominator == "micro_batch":
+            return batches, None
+        counts = [
+            self.selector.expected_kept(*responses(b["labels"], b.get("attention_mask"), b.get("position_ids")))
+            for b in batches
+        ]
+        kept = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.int64, device=device)
+        return batches, self.accelerator.gather(kept).sum()
+
+    def selection(self, denominator: Tensor | None) -> Selection:
+        """What the next micro-batch is selected by."""
+        settings = self.args
+        samples_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        return Selection(
+            self.selector,
+            history=self.live_history,
+            denominator=denominator,
+            row=settings.row,
+            prompt=settings.prompt,
+            step=self.state.global_step,
+            samples_seen=self.state.global_step * samples_per_step,
+            impl=settings.impl,
+        )
+
+    def training_step(self, *args, **kwargs):
+        if self._last_log is None:
+            self._last_log = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        output = model(**inputs, selection=self.selection(num_items_in_batch))
+        self.record_selection(inputs, output)
+        loss = output.loss
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # ranks' gradients are averaged, the denominator is global
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def record_selection(self, inputs: dict, output: SelectionOutput) -> None:
+        """Adds a micro-batch to the metrics of the next log entry; override to look at selections as they happen."""
+        response, kept = output.response, output.weights > 0
+        dropped = response & ~kept
+        mask = inputs.get("attention_mask")
+        sums = {
+            "tokens": mask.sum() if mask is not None else torch.tensor(response.numel(), device=response.device),
+            "responses": response.sum(),
+            "kept": kept.sum(),
+            "kept_nll": (output.nll * kept).sum(),
+            "dropped_nll": (output.nll * dropped).sum(),
+        }
+        if output.history_nll is not None:
+            rel = ((output.history_nll - output.nll) * response).double()
+            sums |= {"rel": rel.sum(), "rel_squared": (rel**2).sum()}
+        if output.mass is not None:
+            sums["mass"] = (output.mass * response).sum()
+        for name, value in sums.items():
+            self._selection_sums[name] = self._selection_sums.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Merges the selection's metrics since the last entry: kept_share, rel_mean and rel_std (nats), tokens/s, ..."""
+        if ("loss" in logs or "train_loss" in logs) and self._selection_sums:
+            metrics = self._selection_metrics()
+            if "loss" in logs:
+                logs |= {name: round(value, 6) for name, value in metrics.items()}
+        super().log(logs, *args, **kwargs)
+
+    def _selection_metrics(self) -> dict[str, float]:
+        names = sorted(self._selection_sums)
+        totals = torch.stack([self._selection_sums[n].double() for n in names])
+        totals = self.accelerator.reduce(totals, "sum").tolist()  # the one wait for the device per log entry
+        self._selection_sums = {}
+        sums = dict(zip(names, totals, strict=True))
+        now = time.perf_counter()
+        sums["seconds"], self._last_log = now - self._last_log, now
+        for name, value in sums.items():
+            self._selection_totals[name] = self._selection_totals.get(name, 0) + value
+        return _ratios(sums)
+
+    def selection_totals(self) -> dict[str, float]:
+        """The logged metrics over the whole run: kept_share, responses, tokens_per_second, rel_mean, ..."""
+        return _ratios(self._selection_totals) | {"responses": self._selection_totals.get("responses", 0)}
+
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
+        """Mean loss over all response tokens without logits, where only the loss is asked for."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, selection=Selection(methods.get("full"), impl=self.args.impl))
+        return output.loss.detach(), None, None
+
+
+def _ratios(s: dict[str, float]) -> dict[str, float]:
+    """Shares and means from sums over tokens; NLL and REL in nats."""
+    n = s.get("responses", 0)
+    if not n:
+        return {"kept_share": 0.0, "tokens_per_second": 0.0}
+    metrics = {
+        "kept_share": s["kept"] / n,
+        "kept_nll": s["kept_nll"] / max(s["kept"], 1),
+        "tokens_per_second": s["tokens"] / s["seconds"],
+    }
+    if n > s["kept"]:
+        metrics["dropped_nll"] = s["dropped_nll"] / (n - s["kept"])
+    if "rel" in s:
+        metrics["rel_mean"] = s["rel"] / n
+        metrics["rel_std"] = math.sqrt(max(s["rel_squared"] / n - metrics["rel_mean"] ** 2, 0))
+    if "mass" in s:
+        metrics["prompt_mass"] = s["mass"] / n
+    return metrics
+
+
+class SelectiveTrainer(TokenSelectionMixin, Trainer):
+    """transformers.Trainer with token selection; `args` is a SelectiveTrainingArguments."""
