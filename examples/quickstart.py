@@ -1,0 +1,239 @@
+"""ssToken fine-tuning end to end on data with planted token noise: no GPU, no hub, a few minutes on two cores.
+
+Makes a tokenizer, a small Llama-style model and instruction data; trains a base on clean rows; records its losses;
+fine-tunes on noisy rows by four methods; prints a table and writes a page in which one sees what was kept and why.
+
+    python examples/quickstart.py [--output quickstart] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
+
+from tokensel import cli, planted, report
+from tokensel.data import encode_rows, load_rows
+from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+
+METHODS = ("full", "random", "sstoken", "history_excess")
+SHOWN = 6  # samples on the page
+
+
+class WithNoise:
+    """Pads the `noise` column, the known positions of planted tokens, beside what another collator makes."""
+
+    def __init__(self, collator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[dict]) -> dict:
+        noise = [torch.tensor(f["noise"]) for f in features]
+        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
+        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        return batch
+
+
+class PlantedNoiseTrainer(SelectiveTrainer):
+    """Counts how much of the planted noise was kept over the whole training."""
+
+    planted = noise_kept = 0
+
+    def compute_loss(self, model, inputs, **kwargs):
+        self._noise = inputs.pop("noise").bool()
+        return super().compute_loss(model, inputs, **kwargs)
+
+    def record_selection(self, inputs, output) -> None:
+        super().record_selection(inputs, output)
+        noise = self._noise & output.response
+        self.planted += int(noise.sum())
+        self.noise_kept += int((noise & (output.weights > 0)).sum())
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@torch.no_grad()
+def held_out_nll(trainer: SelectiveTrainer, rows) -> float:
+    """Mean negative log-likelihood of the response tokens of clean rows, nats."""
+    collate = DataCollatorForSeq2Seq(trainer.processing_class, return_tensors="pt")
+    seam, total, count = trainer.model._tokensel_seam, 0.0, 0
+    trainer.model.eval()
+    for first in range(0, len(rows), 32):
+        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))])
+        labels = batch.pop("labels")
+        nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels)
+        total, count = total + float(nll.sum()), count + int((labels[:, 1:] != -100).sum())
+    return total / count
+
+
+@torch.no_grad()
+def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
+    """What the page shows of some rows: every token with its signals, its score and whether it is kept now."""
+    collate = trainer.data_collator
+    samples = []
+    for index in range(SHOWN):
+        batch = collate([rows[index]])
+        noise = batch.pop("noise")[0].bool()
+        segments = {"key_mask": batch["attention_mask"].bool()}
+        batch["history_nll"] = trainer.history_store.lookup(batch["input_ids"], batch["labels"], **segments)
+        out = trainer.model(**batch, selection=trainer.selection(None))
+        response, score = out.response[0], out.score[0]
+        rank = torch.full_like(score, torch.nan)
+        order = score.masked_fill(~response, -torch.inf).argsort(descending=True, stable=True)[: response.sum()]
+        rank[order] = torch.arange(1, len(order) + 1, dtype=rank.dtype)
+
+        def column(values: torch.Tensor | None, response=response) -> list:
+            return [None if values is None or not r else float(v) for v, r in zip(
+                response if values is None else values, response.tolist(), strict=True)]
+
+        samples.append(
+            {
+                "title": f"row {index}: {int(response.sum())} response tokens, {int((noise & response).sum())} planted",
+                "tokens": [tokenizer.decode([i]) for i in batch["input_ids"][0].tolist()],
+                "response": response.tolist(),
+                "kept": (out.weights[0] > 0).tolist(),
+                "score": column(score),
+                "nll": column(out.nll[0]),
+                "history_nll": column(out.history_nll[0]),
+                "rel": column(out.history_nll[0] - out.nll[0]),
+                "mass": column(None if out.mass is None else out.mass[0]),
+                "rank": [None if r != r else int(r) for r in rank.tolist()],
+                "noise": (noise & response).tolist(),
+            }
+        )
+    return samples
+
+
+def verdict(table: list[dict]) -> list[str]:
+    """Says of each method whether it did better than `random` and `full`; one seed, so only a hint."""
+    nll = {row["method"]: row["held-out clean NLL"] for row in table}
+    lines = []
+    for name in METHODS[2:]:
+        beaten = [other for other in ("random", "full") if nll[name] < nll[other]]
+        better = f"better than {' and '.join(beaten)}" if beaten else "NOT better than random or full"
+        lines.append(f"{name}: held-out clean NLL {nll[name]:.3f}, {better} (one seed, one small model)")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder that is made anew")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    config = yaml.safe_load((Path(__file__).parent / "quickstart.yaml").read_text(encoding="utf-8"))
+    out, seed, started = options.output, options.seed, time.perf_counter()
+    if (out / "base").exists():  # only ever removes what an earlier run of this script made
+        for made in ("base", "data", *METHODS):
+            shutil.rmtree(out / made, ignore_errors=True)
+        (out / "history.parquet").unlink(missing_ok=True)
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    set_seed(seed)
+
+    print("\n[1/5] tokenizer, model and data, all made here", flush=True)
+    data = config["data"]
+    clean = planted.make_rows(data["base_rows"] + data["noisy_rows"] + data["held_out_rows"], seed=seed)
+    base_rows = clean[: data["base_rows"]]
+    noisy_rows = clean[data["base_rows"] : -data["held_out_rows"]]
+    tokenizer = planted.make_tokenizer(base_rows)
+    planted_rows = planted.plant_noise(noisy_rows, tokenizer, kind=data["noise"], share=data["noise_share"], seed=seed)
+    write_jsonl(out / "data/base.jsonl", base_rows)
+    write_jsonl(out / "data/noisy.jsonl", planted_rows)
+    write_jsonl(out / "data/held_out.jsonl", clean[-data["held_out_rows"] :])
+    limit = data["max_length"]
+    rows, told = encode_rows(load_rows(str(out / "data/base.jsonl")), tokenizer, limit)
+    held_out, _ = encode_rows(load_rows(str(out / "data/held_out.jsonl")), tokenizer, limit)
+    noisy, _ = encode_rows(load_rows(str(out / "data/noisy.jsonl")), tokenizer, limit, keep_columns=("noise",))
+    print(f"base data: {told}")
+
+    print("\n[2/5] a base model, trained on clean rows", flush=True)
+    model = planted.make_model(tokenizer, seed=seed)
+    print(f"Llama with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    base = SelectiveTrainer(
+        model,
+        SelectiveTrainingArguments(output_dir=str(out / "base"), method="full", seed=seed, **config["common"], **config["base"]),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    base.train()
+    base.save_model()
+    base_nll = held_out_nll(base, held_out)
+    print(f"held-out clean NLL of the base: {base_nll:.3f} nats (uniform over the vocabulary: "
+          f"{torch.log(torch.tensor(float(len(tokenizer)))):.3f})")
+
+    print("\n[3/5] its losses on the noisy rows, recorded once: the history", flush=True)
+    store = out / "history.parquet"
+    cli.score(
+        cli.ScoreArguments(
+            model_name_or_path=str(out / "base"),
+            dataset_name=str(out / "data/noisy.jsonl"),
+            max_length=limit,
+            output=str(store),
+        )
+    )
+
+    print(f"\n[4/5] fine-tuning on the noisy rows by {', '.join(METHODS)}", flush=True)
+    table, runs = [], []
+    for name in METHODS:
+        print(f"-- {name}", flush=True)
+        arguments = SelectiveTrainingArguments(
+            output_dir=str(out / name),
+            method=name,
+            method_args={} if name == "full" else {"rho": config["rho"]},
+            history="recorded",
+            history_store=str(store),
+            remove_unused_columns=False,
+            seed=seed,
+            **config["common"],
+            **config["tune"],
+        )
+        trainer = PlantedNoiseTrainer(
+            AutoModelForCausalLM.from_pretrained(out / "base"),
+            arguments,
+            data_collator=WithNoise(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")),
+            train_dataset=noisy,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        totals = trainer.selection_totals()
+        table.append(
+            {
+                "method": name,
+                "held-out clean NLL": round(held_out_nll(trainer, held_out), 4),
+                "noise kept": f"{trainer.noise_kept / trainer.planted:.1%}",
+                "tokens kept": f"{totals['kept_share']:.1%}",
+                "tokens/s": round(totals["tokens_per_second"]),
+                "peak memory MiB": round(cli.peak_memory_mib("cpu")),
+            }
+        )
+        history = [entry for entry in trainer.state.log_history if "rel_mean" in entry]
+        curves = {key: [[e["step"], e[key]] for e in history] for key in ("rel_mean", "rel_std", "kept_share")}
+        runs.append({"name": name, "samples": shown_samples(trainer, noisy, tokenizer), "curves": curves})
+
+    print("\n[5/5] what came out", flush=True)
+    notes = [
+        f"Base before fine-tuning: {base_nll:.4f}. Lower is better. rho = {config['rho']} for all but full.",
+        *verdict(table),
+        "Peak memory is of the process so far, so it only grows from row to row.",
+    ]
+    print(report.format_table(table))
+    print("\n".join(notes))
+    order = [runs[METHODS.index(name)] for name in ("sstoken", "history_excess", "random", "full")]
+    report.write_selection_page(
+        out / "selection.html", order, title="Which tokens were kept, and why", table=table, notes=notes
+    )
+    report.plot_rel(out / "rel.png", runs)
+    (out / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    print(f"\nopen {out / 'selection.html'} and {out / 'rel.png'}; {time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

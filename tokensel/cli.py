@@ -1,0 +1,301 @@
+"""The commands: `tokensel score` records a history, `tokensel train` fine-tunes with token selection."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokensel
+
+DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection for LLM fine-tuning
+
+  tokensel score CONFIG.yaml [--flag value ...]   record each response token's loss under a model, once
+  tokensel train CONFIG.yaml [--flag value ...]   fine-tune on the tokens that a method keeps
+  tokensel score --help | train --help            every setting, in YAML and as a flag
+  tokensel --version
+
+A first run on your own data, a JSONL file of {{"prompt": ..., "completion": ...}},
+{{"question": ..., "answer": ...}} or chat {{"messages": [...]}}:
+
+  tokensel score --model_name_or_path MODEL --dataset_name data.jsonl --output history.parquet
+  tokensel train --model_name_or_path MODEL --dataset_name data.jsonl --use_peft true \\
+      --method sstoken --method_args gamma=0.5,rho=0.6 --history recorded --history_store history.parquet \\
+      --output_dir run
+
+With LoRA no recording is needed: --history adapter_off takes the model without its adapters as the history.
+Settings may stand in a YAML file; flags win over it. Compare with --method random at the same rho before you
+believe in a gain.
+"""
+
+
+@dataclass
+class DataArguments:
+    """The model and the text, common to both commands."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hugging Face dataset."})
+    max_length: int = field(default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."})
+
+
+@dataclass
+class ScoreArguments(DataArguments):
+    """Settings of `tokensel score`."""
+
+    output: str | None = field(default=None, metadata={"help": "Parquet file to write; must not exist yet."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    impl: str = field(default="auto", metadata={"help": "Implementation of the statistics: auto, chunked or reference."})
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """Settings of `tokensel train` beside transformers.TrainingArguments and the selection's. LoRA names are TRL's."""
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
+    packing: bool = field(
+        default=False, metadata={"help": "Concatenate the rows of a batch without padding; documents stay apart."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank (the paper's 64)."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha (the paper's 16)."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "LoRA dropout (the paper's 0.1)."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "'all-linear' (never the head), or names separated by commas."}
+    )
+
+
+def _parse(dataclass_types: list[type], argv: list[str], program: str) -> list:
+    """Settings from an optional YAML file in front and flags behind it; flags win.
+
+    Raises:
+        ValueError: the YAML file is missing, is not a mapping, or holds a setting that does not exist.
+    """
+    import yaml
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(dataclass_types, prog=program)
+    if argv and not argv[0].startswith("-"):
+        path = Path(argv[0])
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration file {path}; the first argument is a YAML file, flags begin with --")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must be a mapping of settings to values; found {type(settings).__name__}")
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; `{program} --help` lists all")
+        parser.set_defaults(**settings)
+        argv = argv[1:]
+    return list(parser.parse_args_into_dataclasses(args=argv))
+
+
+def _require(settings: object, *names: str) -> None:
+    missing = [name for name in names if getattr(settings, name) is None]
+    if missing:
+        raise ValueError(f"missing setting: {', '.join(missing)} (in the YAML file or as --{missing[0]} VALUE)")
+
+
+def _load_tokenizer(settings: DataArguments):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_model(settings: DataArguments):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype)
+
+
+def _encode(name: str, split: str, tokenizer, max_length: int):
+    from tokensel.data import encode_rows, load_rows
+
+    rows, report = encode_rows(load_rows(name, split), tokenizer, max_length)
+    print(f"{name}: {report}", flush=True)
+    return rows
+
+
+def peak_memory_mib(device: str) -> float:
+    """Peak of this process: allocated on a GPU, resident on a CPU. MiB."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def score(settings: ScoreArguments) -> dict[str, float]:
+    """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL."""
+    import time
+
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import DataCollatorForSeq2Seq
+
+    from tokensel.model import apply_to
+    from tokensel.step import responses
+    from tokensel.store import HistoryWriter
+
+    _require(settings, "model_name_or_path", "dataset_name", "output")
+    if Path(settings.output).exists():
+        raise ValueError(f"output {settings.output} exists; move it away or choose another name")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = _load_tokenizer(settings)
+    rows = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    seam = apply_to(_load_model(settings).to(device).eval())
+    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
+    # batches of like length waste no padding; the longest first, so that too little memory shows at once
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    writer = HistoryWriter(
+        settings.output,
+        tokenizer=tokenizer,
+        model=settings.model_name_or_path,
+        max_length=settings.max_length,
+        dataset=settings.dataset_name,
+    )
+    total, count, started = 0.0, 0, time.perf_counter()
+    with writer, torch.no_grad(), tqdm(total=sum(lengths), unit="token", unit_scale=True, desc="score") as bar:
+        for first in range(0, len(order), settings.batch_size):
+            batch = collate([rows[i] for i in order[first : first + settings.batch_size]]).to(device)
+            response, _ = responses(batch["labels"], batch["attention_mask"])
+            labels = torch.where(response, batch["labels"], -100)
+            nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels, impl=settings.impl)
+            writer.add(batch["input_ids"].cpu(), batch["labels"].cpu(), nll.cpu(), key_mask=batch["attention_mask"].bool().cpu())
+            total, count = total + float(nll.double().sum()), count + int(response.sum())
+            bar.update(int(batch["attention_mask"].sum()))
+    seconds = time.perf_counter() - started
+    summary = {
+        "rows": len(rows),
+        "response_tokens": count,
+        "mean_nll": total / max(count, 1),
+        "tokens_per_second": sum(lengths) / seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+    }
+    print(
+        f"{settings.output}: {len(rows)} rows, {count} response tokens, mean NLL {summary['mean_nll']:.4f} nats, "
+        f"{summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+    )
+    return summary
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that was written to its end: the trainer's state is the last file of one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    complete = [p for p in Path(output_dir).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not complete:
+        raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from")
+    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2])))
+
+
+def train(settings: RunArguments, arguments) -> dict[str, float]:
+    """Fine-tunes with token selection and saves the model (or adapter) to `output_dir` -> the metrics."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
+
+    from tokensel.trainer import SelectiveTrainer
+
+    _require(settings, "model_name_or_path", "dataset_name")
+    _require(arguments, "output_dir")
+    arguments.build_method()  # a wrong name should not have to wait for the model to load
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = last_complete_checkpoint(arguments.output_dir)
+    elif checkpoint is None and any(Path(arguments.output_dir).glob("checkpoint-*")):
+        raise ValueError(
+            f"output_dir {arguments.output_dir} already holds checkpoints; go on with --resume_from_checkpoint last, or "
+            "choose another output_dir"
+        )
+    set_seed(arguments.seed)
+    tokenizer = _load_tokenizer(settings)
+    rows = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    held_out = None
+    if settings.eval_dataset_name:
+        held_out = _encode(settings.eval_dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    model = _load_model(settings)
+    if settings.use_peft:
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.lora_target_modules
+        lora = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+        if arguments.gradient_checkpointing:
+            model.enable_input_require_grads()
+    packed = DataCollatorWithFlattening(return_tensors="pt")
+    trainer = SelectiveTrainer(
+        model,
+        arguments,
+        data_collator=packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = dict(result.metrics)
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    metrics |= trainer.selection_totals()
+    metrics["peak_memory_mib"] = peak_memory_mib(str(trainer.args.device))
+    trainer.save_metrics("all", metrics)
+    steps = trainer.state.global_step
+    print(
+        f"{arguments.output_dir}: {steps} steps, train loss {metrics['train_loss']:.4f}, "
+        f"kept {metrics['kept_share']:.1%} of {metrics['responses']:.0f} response tokens, "
+        f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_mib']:.0f} MiB"
+    )
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `tokensel` command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(DESCRIPTION)
+        return 0
+    if argv[0] == "--version":
+        print(f"tokensel {tokensel.__version__}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    try:
+        if command == "score":
+            score(*_parse([ScoreArguments], rest, "tokensel score"))
+        elif command == "train":
+            from tokensel.trainer import SelectiveTrainingArguments
+
+            train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train"))
+        else:
+            raise ValueError(f"unknown command {command!r}; there are score and train (tokensel --help)")
+    except (ValueError, LookupError, OSError, NotImplementedError) as error:
+        if os.environ.get("TOKENSEL_TRACEBACK"):
+            raise
+        print(f"tokensel: error: {error}\n(set TOKENSEL_TRACEBACK=1 to see where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
