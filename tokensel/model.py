@@ -95,7 +95,8 @@ class Seam:
 
     def backbone(self, inputs: dict) -> Tensor:
         """Forward of the model without its head -> final hidden states [B, S, D]."""
-        return self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        given = {name: value for name, value in inputs.items() if value is not None}  # PEFT passes Nones along
+        return self.model.base_model(**given | {"use_cache": False, "return_dict": True}).last_hidden_state
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Callable[[], Captured]]:

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
+
+from tokensel.data import EncodingReport, encode_rows, load_rows
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", "<go>", *"abcdefgh", "\n"]
+ID = {word: i for i, word in enumerate(WORDS)}
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
+    "{% else %}<bot> {{ m.content }} </s> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+def make_tokenizer(start="<s>", end="", chat_template=CHAT, eos="</s>"):
+    """Words between spaces; a newline is a word of its own."""
+    core = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", behavior="removed"),
+            pre_tokenizers.Split("\n", behavior="isolated"),
+        ]
+    )
+    pieces = f"{start} $A {end}".split()
+    core.post_processor = processors.TemplateProcessing(
+        single=pieces, special_tokens=[(word, ID[word]) for word in ("<s>", "</s>")]
+    )
+    core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token=eos,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        chat_template=chat_template,
+    )
+
+
+def ids(text):
+    return [ID[word] for word in text.split(" ")]
+
+
+def labels(text):
+    """`.` stands for -100."""
+    return [-100 if word == "." else ID[word] for word in text.split(" ")]
+
+
+def encode(row, max_length=64, tokenizer=None):
+    encoded, _ = encode_rows([row], tokenizer or make_tokenizer(), max_length)
+    return encoded[0]
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# Rows -> token ids and labels
+
+
+def test_prompt_and_completion():
+    assert encode({"prompt": "a b", "completion": "c d"}) == {
+        "input_ids": ids("<s> a b c d </s>"),
+        "labels": labels(". . . c d </s>"),
+    }
+
+
+def test_question_and_answer_have_a_newline_between():
+    row = encode({"question": "a b", "answer": "c"})
+    assert row["input_ids"] == ids("<s> a b \n c </s>")
+    assert row["labels"] == labels(". . . . c </s>")
+
+
+def test_chat_labels_every_assistant_turn():
+    messages = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e f"},
+    ]
+    row = encode({"messages": messages})
+    assert row["input_ids"] == ids("<user> a b <bot> c </s> <user> d <bot> e f </s>")
+    assert row["labels"] == labels(". . . . c </s> . . . e f </s>")
+    tokenizer = make_tokenizer()
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def test_chat_that_ends_with_the_user_keeps_earlier_answers():
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert encode({"messages": messages})["labels"] == labels(". . . b </s> . .")
+
+
+def test_chat_token_that_starts_in_the_prompt_is_no_response():
+    # With no space between header and answer, "<bot>c" is one word.
+    glued = CHAT.replace("<bot> ", "<bot>")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c d"}]
+    row = encode({"messages": messages}, tokenizer=make_tokenizer(chat_template=glued))
+    assert row["input_ids"] == ids("<user> a <unk> d </s>")
+    assert row["labels"] == labels(". . . d </s>")
+
+
+def test_token_ids_pass_through():
+    row = encode({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]})
+    assert row == {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}
+
+
+def test_the_first_token_is_never_labelled():
+    assert encode({"input_ids": [5, 6, 7], "labels": [5, 6, 7]})["labels"] == [-100, 6, 7]
+    row = encode({"prompt": "", "completion": "a b"}, tokenizer=make_tokenizer(start=""))
+    assert row["input_ids"] == ids("a b </s>") and row["labels"] == labels(". b </s>")
+
+
+def test_an_eos_that_the_tokenizer_appends_is_taken_off_the_prompt():
+    tokenizer = make_tokenizer(end="</s>")
+    assert encode({"prompt": "a", "completion": "b"}, tokenizer=tokenizer)["input_ids"] == ids("<s> a b </s>")
+    written = encode({"prompt": "a </s>", "completion": "b"}, tokenizer=tokenizer)
+    assert written["input_ids"] == ids("<s> a </s> b </s>")
+    written = encode({"prompt": "a </s>", "completion": "b"})
+    assert written["input_ids"] == ids("<s> a </s> b </s>")
+
+
+def test_an_empty_prompt_keeps_a_bos_that_equals_eos():
+    tokenizer = make_tokenizer(eos="<s>")
+    row = encode({"prompt": "", "completion": "a"}, tokenizer=tokenizer)
+    assert row["input_ids"] == ids("<s> a <s>") and row["labels"] == labels(". a <s>")
+
+
+def test_a_completion_that_ends_with_eos_gets_no_second():
+    assert encode({"prompt": "a", "completion": "b </s>"})["input_ids"] == ids("<s> a b </s>")
+
+
+def test_formats_may_differ_between_lines(tmp_path):
+    rows = load_rows(
+        write(
+            tmp_path / "x.jsonl",
+            json.dumps({"prompt": "a", "completion": "b"}),
+            json.dumps({"question": "c", "answer": "d"}),
+        )
+    )
+    encoded, _ = encode_rows(rows, make_tokenizer(), 64)
+    assert encoded["labels"][:] == [labels(". . b </s>"), labels(". . . d </s>")]
+
+
+def test_text_columns_are_left_out_unless_asked_for():
+    row = {"prompt": "a", "completion": "b", "noise": [0, 1, 0], "id": "x"}
+    encoded, _ = encode_rows([row], make_tokenizer(), 64)
+    assert sorted(encoded.column_names) == ["input_ids", "labels"]
+    encoded, _ = encode_rows(datasets.Dataset.from_list([row]), make_tokenizer(), 64, keep_columns=("noise",))
+    assert sorted(encoded.column_names) == ["input_ids", "labels", "noise"]
+    assert encoded[0]["noise"] == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"keep_columns names \['colour'\].*completion"):
+        encode_rows([row], make_tokenizer(), 64, keep_columns=("colour",))
+
+
+def test_kept_columns_stay_with_their_rows_when_rows_are_dropped():
+    rows = [{"prompt": "a", "completion": "b" if i % 2 else "", "id": i} for i in range(6)]
+    encoded, _ = encode_rows(rows, make_tokenizer(), 64, keep_columns=("id",))
+    assert encoded["id"][:] == [1, 3, 5]
+
+
+def test_token_ids_become_int64_and_kept_columns_keep_their_type():
+    small = datasets.Sequence(datasets.Value("int8"))
+    row = {"input_ids": [[4, 5]], "labels": [[-100, 5]], "noise": [[0, 1]]}
+    rows = datasets.Dataset.from_dict(row, features=datasets.Features(dict.fromkeys(row, small)))
+    encoded, _ = encode_rows(rows, make_tokenizer(), 64, keep_columns=("noise",))
+    assert encoded.features["noise"] == rows.features["noise"]
+    for column in ("input_ids", "labels"):
+        assert encoded.features[column].feature == datasets.Value("int64")
+
+
+def test_transformers_collators_take_the_result():
+    rows = [{"prompt": "a", "completion": "b c"}, {"prompt": "a b c", "completion": "d"}]
+    tokenizer = make_tokenizer()
+    encoded, _ = encode_rows(rows, tokenizer, 64)
+    batch = DataCollatorForSeq2Seq(tokenizer)(list(encoded))
+    assert batch["labels"].tolist() == [labels(". . b c </s> ."), labels(". . . . d </s>")]
+    flat = DataCollatorWithFlattening()(list(encoded))
+    assert flat["input_ids"].tolist() == [ids("<s> a b c </s> <s> a b c d </s>")]
+
+
+# Counts
+
+
+def test_truncated_and_dropped_rows_are_counted():
+    rows = [
+        {"prompt": "a", "completion": "b"},  # 4 tokens
+        {"prompt": "a", "completion": "b c d e"},  # 7 tokens: cut to 5
+        {"prompt": "a b c d", "completion": "e"},  # the prompt fills the limit
+        {"prompt": "a b c d e f g", "completion": "h"},  # and more than fills it
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": "b c"},  # exactly 5 tokens
+    ]
+    encoded, report = encode_rows(rows, make_tokenizer(), 5)
+    assert encoded["input_ids"][:] == [ids("<s> a b </s>"), ids("<s> a b c d"), ids("<s> a b c </s>")]
+    assert encoded["labels"][:] == [labels(". . b </s>"), labels(". . b c d"), labels(". . b c </s>")]
+    assert report == EncodingReport(rows=6, truncated=1, without_response=3, tokens=14, response_tokens=8)
+    line = str(report)
+    assert line.startswith("6 rows: 3 kept (1 of them cut") and "3 dropped without a response token" in line
+    assert "14 tokens" in line and "8 of them response tokens" in line and "\n" not in line
+
+
+def test_counts_are_the_same_when_run_twice(tmp_path):
+    lines = [json.dumps({"prompt": "a", "completion": "b c d"})] * 3
+    datasets.Dataset.from_json(str(write(tmp_path / "x.jsonl", *lines)), cache_dir=str(tmp_path / "cache"))
+    reports = []
+    for _ in range(2):
+        rows = datasets.Dataset.from_json(str(tmp_path / "x.jsonl"), cache_dir=str(tmp_path / "cache"))
+        reports.append(encode_rows(rows, make_tokenizer(), 4)[1])
+    assert reports[0] == reports[1] == EncodingReport(3, 3, 0, 12, 6)
+
+
+def test_rows_without_a_response_in_a_whole_first_batch():
+    rows = [{"prompt": "a", "completion": ""}] * 1000 + [{"prompt": "a", "completion": "b"}]
+    encoded, report = encode_rows(rows, make_tokenizer(), 8)
+    assert len(encoded) == 1 and report.without_response == 1000
+
+
+def test_no_row_with_a_response_is_an_error():
+    with pytest.raises(ValueError, match="none of the 2 rows has a response token within max_length=4"):
+        rows = [{"prompt": "a b c", "completion": "d"}, {"prompt": "a", "completion": ""}]
+        encode_rows(rows, make_tokenizer(), 4)
+
+
+# Bad rows
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": None, "completion": "b"}, "row 1: prompt must be a string; got None"),
+        ({"prompt": "a", "completion": None}, "row 1: completion must be a string; got None"),
+    ],
+)
+def test_a_missing_text_names_row_and_field(row, message):
+    with pytest.raises(ValueError, match=message):
+        encode_rows([{"prompt": "a", "completion": "b"}, row], make_tokenizer(), 8)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": 3, "completion": "b"}, "row 0: prompt must be a string; got int"),
+        ({"question": "a", "answer": ["b"]}, "row 0: answer must be a string; got list"),
+        ({"messages": "a"}, "row 0: messages must be a list of {role, content}; got str"),
+        ({"messages": []}, "row 0: messages must be a list"),
+        ({"messages": ["a"]}, r"row 0: messages\[0\].role must be a string; got str"),
+        ({"messages": [{"role": "user"}]}, r"row 0: messages\[0\].content must be a string; got None"),
+        ({"messages": [{"role": "user", "content": 1}]}, r"row 0: messages\[0\].content must be .*; got int"),
+        ({"input_ids": "ab", "labels": [1]}, "row 0: input_ids must be a list of integers; got str"),
+        ({"input_ids": [1], "labels": [0.5]}, "row 0: labels must be a list of integers"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"row 0: labels must be as long as input_ids \(2\).*got 1"),
+    ],
+)
+def test_a_field_of_another_type_names_row_and_field(row, message):
+    with pytest.raises(ValueError, match=message):
+        encode(row)
+
+
+def test_unknown_columns_are_named_with_the_accepted_ones():
+    with pytest.raises(ValueError, match=r"row 0 has columns \['input', 'text'\]") as error:
+        encode({"text": "a", "input": "b"})
+    for fields in ("messages", "prompt and completion", "question and answer", "input_ids and labels"):
+        assert fields in str(error.value)
+
+
+def test_types_that_differ_between_rows_name_the_row():
+    with pytest.raises(ValueError, match="row 1: field 'prompt' is int here and str before"):
+        rows = [{"prompt": "a", "completion": "b"}, {"prompt": 2, "completion": "b"}]
+        encode_rows(rows, make_tokenizer(), 8)
+
+
+def test_no_rows_rows_that_are_not_dicts_and_a_tiny_limit():
+    with pytest.raises(ValueError, match="rows is empty"):
+        encode_rows([], make_tokenizer(), 8)
+    with pytest.raises(TypeError, match="row 0 is str"):
+        encode_rows(["a"], make_tokenizer(), 8)
+    with pytest.raises(ValueError, match="max_length must be at least 2.*got 1"):
+        encode_rows([{"prompt": "a", "completion": "b"}], make_tokenizer(), 1)
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(ValueError, match="no EOS token"):
+        encode({"prompt": "a", "completion": "b"}, tokenizer=make_tokenizer(eos=None))
+
+
+CHAT_ROW = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+}
+
+
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(ValueError, match="no chat_template"):
+        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=None))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = CHAT.replace("{{ m.content }} </s>", "{% if loop.last %}{{ m.content }}{% endif %} </s>")
+    with pytest.raises(ValueError, match=r"row 0: the chat template renders messages\[:2\] differently"):
+        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=rewriting))
+
+
+def test_a_template_whose_generation_prompt_is_not_a_prefix_is_refused():
+    other = CHAT.replace("%}<bot> {% endif %}", "%}<go> {% endif %}")
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=other))
+
+
+def test_what_a_template_refuses_names_the_row():
+    refusing = CHAT + "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match="row 0: the chat template refuses.*no system role"):
+        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=refusing))
+
+
+# Reading
+
+
+def test_jsonl_skips_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n   \n{"prompt": "\xc3\xa9", "extra": 1}')
+    assert load_rows(path)[:] == {"prompt": ["a", "é"], "extra": [None, 1]}
+    assert load_rows(str(path)).num_rows == 2
+
+
+def test_a_file_with_any_suffix_is_read_as_jsonl(tmp_path):
+    assert load_rows(write(tmp_path / "rows", '{"a": 1}'))[0] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"prompt": "a"', "delimiter"),
+        ("plain text", "Expecting value"),
+        ("[1, 2]", "expected one JSON object a line, found list"),
+        ("null", "expected one JSON object a line, found NoneType"),
+        ('{"prompt": 3}', "field 'prompt' is int here and str before"),
+    ],
+)
+def test_a_bad_line_names_file_line_and_reason(tmp_path, line, reason):
+    path = write(tmp_path / "x.jsonl", '{"prompt": "a"}', "", line)
+    with pytest.raises(ValueError) as error:
+        load_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ") and reason in str(error.value)
+
+
+def test_a_line_that_is_not_utf8_names_file_and_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError) as error:
+        load_rows(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "utf-8" in str(error.value)
+
+
+def test_types_that_differ_below_the_field_still_name_the_file(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"labels": [1]}', '{"labels": ["a"]}')
+    with pytest.raises(ValueError) as error:
+        load_rows(path)
+    assert str(error.value).startswith(f"{path}:1 and later rows: a field has more than one type")
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_an_empty_file_is_an_error(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_rows(path)
+    assert str(error.value).startswith(f"{path} has no rows")
+
+
+@pytest.mark.parametrize(
+    "name", ["none.jsonl", "none.json", "./none", "/none/none", "a/b/c", "~/none", "data/x.csv"]
+)
+def test_a_path_that_does_not_exist_is_not_taken_for_a_dataset_name(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("must not be asked"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_rows(name)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "owner/name-v1.5"])
+def test_a_dataset_name_goes_to_load_dataset_with_its_split(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or "rows")
+    assert load_rows(name, split="test") == "rows"
+    assert asked == [((name,), {"split": "test"})]
+
+
+def test_a_directory_of_data_files_is_loaded_for_real(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", '{"prompt": "a", "completion": "b"}')
+    assert load_rows(str(tmp_path / "rows"))[0] == {"prompt": "a", "completion": "b"}
