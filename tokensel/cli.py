@@ -262,8 +262,9 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     metrics["peak_memory_mib"] = peak_memory_mib(str(trainer.args.device))
     trainer.save_metrics("all", metrics)
     steps = trainer.state.global_step
+    held = f"held-out loss {metrics['eval_loss']:.4f}, " if held_out is not None else ""
     print(
-        f"{arguments.output_dir}: {steps} steps, train loss {metrics['train_loss']:.4f}, "
+        f"{arguments.output_dir}: {steps} steps, train loss {metrics['train_loss']:.4f}, {held}"
         f"kept {metrics['kept_share']:.1%} of {metrics['responses']:.0f} response tokens, "
         f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_mib']:.0f} MiB"
     )
