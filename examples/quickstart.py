@@ -91,8 +91,10 @@ def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
         rank[order] = torch.arange(1, len(order) + 1, dtype=rank.dtype)
 
         def column(values: torch.Tensor | None, response=response) -> list:
-            return [None if values is None or not r else float(v) for v, r in zip(
-                response if values is None else values, response.tolist(), strict=True)]
+            return [
+                None if values is None or not r else float(v)
+                for v, r in zip(response if values is None else values, response.tolist(), strict=True)
+            ]
 
         samples.append(
             {
@@ -158,7 +160,9 @@ def main() -> None:
     print(f"Llama with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     base = SelectiveTrainer(
         model,
-        SelectiveTrainingArguments(output_dir=str(out / "base"), method="full", seed=seed, **config["common"], **config["base"]),
+        SelectiveTrainingArguments(
+            output_dir=str(out / "base"), method="full", seed=seed, **config["common"], **config["base"]
+        ),
         data_collator=DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
         train_dataset=rows,
         processing_class=tokenizer,
@@ -166,8 +170,10 @@ def main() -> None:
     base.train()
     base.save_model()
     base_nll = held_out_nll(base, held_out)
-    print(f"held-out clean NLL of the base: {base_nll:.3f} nats (uniform over the vocabulary: "
-          f"{torch.log(torch.tensor(float(len(tokenizer)))):.3f})")
+    print(
+        f"held-out clean NLL of the base: {base_nll:.3f} nats (uniform over the vocabulary: "
+        f"{torch.log(torch.tensor(float(len(tokenizer)))):.3f})"
+    )
 
     print("\n[3/5] its losses on the noisy rows, recorded once: the history", flush=True)
     store = out / "history.parquet"

@@ -381,9 +381,7 @@ def test_an_empty_file_is_an_error(tmp_path, text):
     assert str(error.value).startswith(f"{path} has no rows")
 
 
-@pytest.mark.parametrize(
-    "name", ["none.jsonl", "none.json", "./none", "/none/none", "a/b/c", "~/none", "data/x.csv"]
-)
+@pytest.mark.parametrize("name", ["none.jsonl", "none.json", "./none", "/none/none", "a/b/c", "~/none", "data/x.csv"])
 def test_a_path_that_does_not_exist_is_not_taken_for_a_dataset_name(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("must not be asked"))
     with pytest.raises(FileNotFoundError, match="no such file"):

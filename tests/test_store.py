@@ -21,9 +21,7 @@ def make_tokenizer(words=("a", "b", "c")):
     vocabulary = {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def make_documents():

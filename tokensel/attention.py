@@ -29,9 +29,10 @@ def prompt_attention_mass(
     sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mean over heads of the causal attention probability that each query puts on prompt keys (ssToken, arXiv 2510.18250).
+    """Mean over heads of the causal attention probability that each query puts on prompt keys.
 
     mass_i = mean over h of exp(lse over visible prompt keys - lse over all visible keys). Exact; O(S) memory.
+    Source: ssToken, arXiv 2510.18250.
 
     Args:
         q: [B, Hq, S, d] queries, k: [B, Hk, S, d] keys, after rotary embedding; Hk divides Hq; any strides.

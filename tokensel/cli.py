@@ -39,9 +39,13 @@ class DataArguments:
         default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
     )
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hugging Face dataset."})
-    max_length: int = field(default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
+    )
 
 
 @dataclass
@@ -51,7 +55,9 @@ class ScoreArguments(DataArguments):
     output: str | None = field(default=None, metadata={"help": "Parquet file to write; must not exist yet."})
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
-    impl: str = field(default="auto", metadata={"help": "Implementation of the statistics: auto, chunked or reference."})
+    impl: str = field(
+        default="auto", metadata={"help": "Implementation of the statistics: auto, chunked or reference."}
+    )
 
 
 @dataclass
@@ -84,7 +90,9 @@ def _parse(dataclass_types: list[type], argv: list[str], program: str) -> list:
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
         if not path.is_file():
-            raise FileNotFoundError(f"no configuration file {path}; the first argument is a YAML file, flags begin with --")
+            raise FileNotFoundError(
+                f"no configuration file {path}; the first argument is a YAML file, flags begin with --"
+            )
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
@@ -175,7 +183,12 @@ def score(settings: ScoreArguments) -> dict[str, float]:
             response, _ = responses(batch["labels"], batch["attention_mask"])
             labels = torch.where(response, batch["labels"], -100)
             nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels, impl=settings.impl)
-            writer.add(batch["input_ids"].cpu(), batch["labels"].cpu(), nll.cpu(), key_mask=batch["attention_mask"].bool().cpu())
+            writer.add(
+                batch["input_ids"].cpu(),
+                batch["labels"].cpu(),
+                nll.cpu(),
+                key_mask=batch["attention_mask"].bool().cpu(),
+            )
             total, count = total + float(nll.double().sum()), count + int(response.sum())
             bar.update(int(batch["attention_mask"].sum()))
     seconds = time.perf_counter() - started
@@ -219,8 +232,8 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
         checkpoint = last_complete_checkpoint(arguments.output_dir)
     elif checkpoint is None and any(Path(arguments.output_dir).glob("checkpoint-*")):
         raise ValueError(
-            f"output_dir {arguments.output_dir} already holds checkpoints; go on with --resume_from_checkpoint last, or "
-            "choose another output_dir"
+            f"output_dir {arguments.output_dir} already holds checkpoints; go on with --resume_from_checkpoint last "
+            "or choose another output_dir"
         )
     set_seed(arguments.seed)
     tokenizer = _load_tokenizer(settings)

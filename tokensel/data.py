@@ -68,9 +68,7 @@ def _read_jsonl(path: Path) -> datasets.Dataset:
             except ValueError as error:  # of the JSON or of the UTF-8
                 raise ValueError(f"{path}:{number}: {error}; expected one JSON object a line") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}:{number}: expected one JSON object a line, found {type(row).__name__}"
-                )
+                raise ValueError(f"{path}:{number}: expected one JSON object a line, found {type(row).__name__}")
             rows.append(row)
             lines.append(f"{path}:{number}")
     if not rows:
@@ -148,9 +146,7 @@ def encode_rows(
             row and field, rows counted from 0), or a chat template whose turns cannot be told apart.
     """
     if max_length < 2:
-        raise ValueError(
-            f"max_length must be at least 2 (a prompt token and a response token); got {max_length}"
-        )
+        raise ValueError(f"max_length must be at least 2 (a prompt token and a response token); got {max_length}")
     if not isinstance(rows, datasets.Dataset):
         rows = list(rows)
         for i, row in enumerate(rows):
@@ -244,9 +240,7 @@ def _check_ids(index: int, input_ids: object, labels: object) -> tuple[list[int]
 def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], list[int]]:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError(
-            "the tokenizer has no EOS token, so a response would have no end; set tokenizer.eos_token"
-        )
+        raise ValueError("the tokenizer has no EOS token, so a response would have no end; set tokenizer.eos_token")
     start = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
     ids, special = list(start["input_ids"]), start["special_tokens_mask"]
     # Some tokenizers close every text with EOS; a prompt goes on. EOS written in the prompt's own text stays,
@@ -263,20 +257,14 @@ def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], li
     from jinja2 import TemplateError
 
     if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"row {index}: messages must be a list of {{role, content}}; got {_describe(messages)}"
-        )
+        raise ValueError(f"row {index}: messages must be a list of {{role, content}}; got {_describe(messages)}")
     for i, message in enumerate(messages):
         for field in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(field), str):
                 found = message.get(field) if isinstance(message, dict) else message
-                raise ValueError(
-                    f"row {index}: messages[{i}].{field} must be a string; got {_describe(found)}"
-                )
+                raise ValueError(f"row {index}: messages[{i}].{field} must be a string; got {_describe(found)}")
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template"
-        )
+        raise ValueError("the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template")
     if not tokenizer.is_fast:
         raise ValueError("`messages` need a fast tokenizer, which tells where in the text each token is")
     # Arrow fills in every key that any message has, and templates ask whether a key is there: only these two.

@@ -77,7 +77,9 @@ def _places(input_ids: Tensor, segment_ids: Tensor | None, key_mask: Tensor | No
     return index, count - 1 - before, valid
 
 
-def positions_in_document(input_ids: Tensor, segment_ids: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+def positions_in_document(
+    input_ids: Tensor, segment_ids: Tensor | None = None, key_mask: Tensor | None = None
+) -> Tensor:
     """Position of each token among the valid tokens of its document: [B, S] int64, from 0; -1 or less on padding."""
     _, position, valid = _places(input_ids, segment_ids, key_mask)
     return torch.where(valid, position, -1)

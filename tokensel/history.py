@@ -35,7 +35,9 @@ class RecordedHistory:
         return batch
 
 
-def segments_and_mask(attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def segments_and_mask(
+    attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """(packing boundaries or None, padding mask or None), by the rule of transformers' masks.
 
     Positions that restart mean packed documents only where there is no 2-D mask; with one, the model itself would
@@ -80,8 +82,8 @@ class AdapterOff:
         base = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
         if outside or base:
             raise ValueError(
-                f"history='adapter_off' needs the base model frozen, but {(outside + base)[0]} is trained; freeze it or "
-                "use history='recorded'"
+                f"history='adapter_off' needs the base model frozen, but {(outside + base)[0]} is trained; freeze it "
+                "or use history='recorded'"
             )
 
     @contextlib.contextmanager

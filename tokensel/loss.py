@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokensel import reference
-from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_shape, check_tensor
-from tokensel.checks import resolve_impl
+from tokensel.checks import (
+    check_head,
+    check_labels,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    resolve_impl,
+)
 from tokensel.stats import SMALLEST_EXPONENT, TokenStats, exact_products, logits_block, token_stats, vocabulary_blocks
 
 _WORKSPACE_MIB = 256

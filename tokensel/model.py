@@ -216,7 +216,9 @@ class Seam:
                 "supported; use the functions (tokensel.token_stats_from_logits) instead of apply_to."
             )
         prompt = torch.arange(8, device=ids.device)[None] < 4
-        mass = prompt_attention_mass(captured.q, captured.k, prompt, query_mask=torch.ones_like(prompt), **captured.options)
+        mass = prompt_attention_mass(
+            captured.q, captured.k, prompt, query_mask=torch.ones_like(prompt), **captured.options
+        )
         eager_mass = weights[..., :4].double().sum(-1).mean(1)  # (1, 8)
         difference = (mass - eager_mass).abs().max()
         if not difference <= 16 * rounding:
@@ -231,8 +233,8 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         found = "none" if head is None else type(head).__name__
         raise ValueError(
-            f"the head of {type(model).__name__} must be a plain torch.nn.Linear; found {found}. An adapter on the head "
-            "(LoRA on lm_head, or lm_head in modules_to_save) is not supported: take it out of the adapter's targets"
+            f"the head of {type(model).__name__} must be a plain torch.nn.Linear; found {found}. An adapter on "
+            "the head (LoRA on lm_head, or lm_head in modules_to_save) is not supported: take it out of the adapter's targets"
         )
     if head.weight.device.type == "meta" or head.weight.numel() == 0 or not head.weight.is_floating_point():
         raise ValueError(
@@ -247,7 +249,9 @@ def _attention_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, in
     found = {
         m.layer_idx: m
         for m in model.base_model.modules()
-        if getattr(m, "layer_idx", None) is not None and hasattr(m, "config") and "attention" in type(m).__name__.lower()
+        if getattr(m, "layer_idx", None) is not None
+        and hasattr(m, "config")
+        and "attention" in type(m).__name__.lower()
     }
     if not found:
         raise ValueError(

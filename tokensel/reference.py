@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
     """z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap): [N, D], [V, D] -> [N, V]."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden.to(dtype) @ weight.to(dtype).T  # (N, V)

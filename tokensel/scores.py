@@ -89,7 +89,7 @@ def sstoken(
     rel_warmup: int = 0,
     debias: str | None = None,
 ) -> Tensor:
-    """gamma · minmax(rel_sign · REL) + (1 - gamma) · Attn (ssToken, arXiv 2510.18250); a part with weight 0 is not read.
+    """gamma · minmax(rel_sign · REL) + (1 - gamma) · Attn (arXiv 2510.18250); a part with weight 0 is not read.
 
     During the first `rel_warmup` samples the REL part is left out.
     """

@@ -113,7 +113,9 @@ def vocabulary_blocks(rows: int, vocabulary: int, workspace_mib: float) -> tuple
     return max(1, min(rows, elements // columns)), columns
 
 
-def logits_block(x: Tensor, w: Tensor, b: Tensor | None, softcap: float | None, logit_scale: float, out: Tensor) -> Tensor:
+def logits_block(
+    x: Tensor, w: Tensor, b: Tensor | None, softcap: float | None, logit_scale: float, out: Tensor
+) -> Tensor:
     """z of `reference.head_logits` for a block, written into `out`. x (R, D), w (C, D), out (R, C)."""
     torch.mm(x, w.T, out=out)
     if b is not None:

@@ -134,9 +134,7 @@ class Selection:
             loss = selected_cross_entropy(
                 hidden, weight, next_labels, _left(weights, 0), stats=stats, denominator=self.denominator, **head
             )
-            return SelectionOutput(
-                loss, weights, response, score, known.nll, history_nll=past, mass=known.mass
-            )
+            return SelectionOutput(loss, weights, response, score, known.nll, history_nll=past, mass=known.mass)
 
         return seam.call_head(statistics_to_loss, hidden)
 

@@ -62,9 +62,7 @@ class _Documents(NamedTuple):
     lengths: Tensor  # (n,) int64
 
 
-def _documents(
-    input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None, key_mask: Tensor | None
-) -> _Documents:
+def _documents(input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None, key_mask: Tensor | None) -> _Documents:
     if check_tensor("input_ids", input_ids).dim() != 2:
         raise ValueError(f"input_ids must have shape [B, S]; got {list(input_ids.shape)}")
     for name, value in (("labels", labels), ("segment_ids", segment_ids), ("key_mask", key_mask)):
@@ -75,9 +73,7 @@ def _documents(
     segment_ids = None if segment_ids is None else segment_ids.cpu()
     valid = torch.ones_like(input_ids, dtype=torch.bool) if key_mask is None else key_mask.cpu().bool()
     index = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
-    _, document, lengths = document_index(index)[valid].unique_consecutive(
-        return_inverse=True, return_counts=True
-    )
+    _, document, lengths = document_index(index)[valid].unique_consecutive(return_inverse=True, return_counts=True)
     position = positions_in_document(input_ids, segment_ids, valid)[valid]
     # A document's first token is predicted from nothing, so it never is a response, whatever its label:
     # packing collators set it to -100 and padding collators do not.
@@ -166,13 +162,9 @@ class HistoryWriter:
             ValueError: shapes differ, or the NLL of a response token is not finite.
         """
         if self._parquet is None:
-            raise RuntimeError(
-                "HistoryWriter writes only inside a `with` block: with HistoryWriter(path) as writer"
-            )
+            raise RuntimeError("HistoryWriter writes only inside a `with` block: with HistoryWriter(path) as writer")
         found = _documents(input_ids, labels, segment_ids, key_mask)
-        check_shape(
-            "nll", check_tensor("nll", nll, floating=True), tuple(input_ids.shape), "that of input_ids"
-        )
+        check_shape("nll", check_tensor("nll", nll, floating=True), tuple(input_ids.shape), "that of input_ids")
         values = nll.detach().to("cpu", torch.float32)[found.valid]
         wrong = found.response & ~values.isfinite()
         if wrong.any():
@@ -284,9 +276,7 @@ class HistoryStore:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
-                errno.ENOENT, "no history store; make it with `tokensel score`", str(path)
-            )
+            raise FileNotFoundError(errno.ENOENT, "no history store; make it with `tokensel score`", str(path))
         with open(path, "rb") as file:
             try:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
@@ -306,11 +296,7 @@ class HistoryStore:
         lengths = torch.from_numpy(table["length"].to_numpy().astype(numpy.int64))
         nll = numpy.empty(metadata["tokens"], dtype=numpy.float32)
         flat = [chunk.flatten().to_numpy() for chunk in table["nll"].chunks]
-        if (
-            len(keys) != metadata["documents"]
-            or sum(map(len, flat)) != len(nll)
-            or int(lengths.sum()) != len(nll)
-        ):
+        if len(keys) != metadata["documents"] or sum(map(len, flat)) != len(nll) or int(lengths.sum()) != len(nll):
             raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
         numpy.concatenate(flat, out=nll)
         return cls(path, metadata, keys, lengths, torch.from_numpy(nll))

@@ -50,12 +50,16 @@ class SelectionArguments:
     )
     row: str = field(
         default="token",
-        metadata={"help": "Query row that measures a token's attention: its own ('token') or 'predictor', the one before."},
+        metadata={
+            "help": "Query row that measures a token's attention: its own ('token') or 'predictor', the one before."
+        },
     )
     prompt: str = field(
         default="all",
-        metadata={"help": "Keys that count as prompt: 'all' non-response tokens, the 'first' prompt, or the whole "
-                  "'context' before the token's own answer."},
+        metadata={
+            "help": "Keys that count as prompt: 'all' non-response tokens, the 'first' prompt, or the whole "
+            "'context' before the token's own answer."
+        },
     )
     loss_denominator: str = field(
         default="step",
@@ -122,7 +126,8 @@ class TokenSelectionMixin:
             )
         if "history_nll" in self.selector.needs and settings.history == "none":
             raise ValueError(
-                f"method {settings.method!r} needs a history; set history to 'recorded' (with history_store) or 'adapter_off'"
+                f"method {settings.method!r} needs a history; set history to 'recorded' (with history_store) "
+                "or 'adapter_off'"
             )
         if (settings.history == "recorded") != (settings.history_store is not None):
             raise ValueError("history='recorded' and history_store go together; set both or neither")
@@ -217,7 +222,7 @@ class TokenSelectionMixin:
             self._selection_sums[name] = self._selection_sums.get(name, 0) + value
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Merges the selection's metrics since the last entry: kept_share, rel_mean and rel_std (nats), tokens/s, ..."""
+        """Merges the selection's metrics since the last entry: kept_share, rel_mean, rel_std (nats), tokens/s, ..."""
         if ("loss" in logs or "train_loss" in logs) and self._selection_sums:
             metrics = self._selection_metrics()
             if "loss" in logs:
