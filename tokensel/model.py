@@ -234,7 +234,7 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
         found = "none" if head is None else type(head).__name__
         raise ValueError(
             f"the head of {type(model).__name__} must be a plain torch.nn.Linear; found {found}. An adapter on "
-            "the head (LoRA on lm_head, or lm_head in modules_to_save) is not supported: take it out of the adapter's targets"
+            "the head (LoRA on lm_head, or lm_head in modules_to_save) is not supported: take it out of its targets"
         )
     if head.weight.device.type == "meta" or head.weight.numel() == 0 or not head.weight.is_floating_point():
         raise ValueError(
