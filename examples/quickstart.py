@@ -23,7 +23,7 @@ from tokensel.data import encode_rows, load_rows
 from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
 
 METHODS = ("full", "random", "sstoken", "history_excess")
-SHOWN = 6  # samples on the page
+SHOWN = 5  # noisy rows on the page, and a clean one
 
 
 class WithNoise:
@@ -79,7 +79,9 @@ def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
     """What the page shows of some rows: every token with its signals, its score and whether it is kept now."""
     collate = trainer.data_collator
     samples = []
-    for index in range(SHOWN):
+    noisy = [i for i in range(len(rows)) if any(rows[i]["noise"])][:SHOWN]
+    clean = next(i for i in range(len(rows)) if not any(rows[i]["noise"]))
+    for index in (*noisy, clean):
         batch = collate([rows[index]])
         noise = batch.pop("noise")[0].bool()
         segments = {"key_mask": batch["attention_mask"].bool()}
