@@ -80,8 +80,8 @@ def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
     collate = trainer.data_collator
     samples = []
     noisy = [i for i in range(len(rows)) if any(rows[i]["noise"])][:SHOWN]
-    clean = next(i for i in range(len(rows)) if not any(rows[i]["noise"]))
-    for index in (*noisy, clean):
+    clean = [i for i in range(len(rows)) if not any(rows[i]["noise"])][:1]
+    for index in noisy + clean:
         batch = collate([rows[index]])
         noise = batch.pop("noise")[0].bool()
         segments = {"key_mask": batch["attention_mask"].bool()}
@@ -121,9 +121,11 @@ def verdict(table: list[dict]) -> list[str]:
     nll = {row["method"]: row["held-out clean NLL"] for row in table}
     lines = []
     for name in METHODS[2:]:
-        beaten = [other for other in ("random", "full") if nll[name] < nll[other]]
-        better = f"better than {' and '.join(beaten)}" if beaten else "NOT better than random or full"
-        lines.append(f"{name}: held-out clean NLL {nll[name]:.3f}, {better} (one seed, one small model)")
+        beside = ("random", "full")
+        beaten = " and ".join(other for other in beside if nll[name] < nll[other])
+        unbeaten = " or ".join(other for other in beside if nll[name] >= nll[other])
+        said = [f"better than {beaten}"] * bool(beaten) + [f"NOT better than {unbeaten}"] * bool(unbeaten)
+        lines.append(f"{name}: held-out clean NLL {nll[name]:.3f}, {', '.join(said)} (one seed, one small model)")
     return lines
 
 

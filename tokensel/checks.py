@@ -84,6 +84,11 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore
         )
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
 def check_positive(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise ValueError(f"{name} must be positive; got {value}")

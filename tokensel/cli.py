@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tokensel
+from tokensel.checks import check_positive
 
 DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection for LLM fine-tuning
 
@@ -38,7 +41,9 @@ class DataArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto is what the model was saved in."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."}
     )
@@ -77,41 +82,59 @@ class RunArguments(DataArguments):
     )
 
 
-def _parse(dataclass_types: list[type], argv: list[str], program: str) -> list:
+def _parse(dataclass_types: list[type], argv: list[str], program: str, required: tuple[str, ...]) -> list:
     """Settings from an optional YAML file in front and flags behind it; flags win.
 
     Raises:
-        ValueError: the YAML file is missing, is not a mapping, or holds a setting that does not exist.
+        ValueError: the YAML file is missing, is not a mapping, or holds a setting that does not exist; a value of the
+            wrong type; a required setting that is not there.
     """
-    import yaml
     from transformers import HfArgumentParser
 
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message} (`{program} --help` lists all settings)")
+
     parser = HfArgumentParser(dataclass_types, prog=program)
+    parser.error = refuse  # one line, as any other error, instead of a page of usage
     if argv and not argv[0].startswith("-"):
-        path = Path(argv[0])
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no configuration file {path}; the first argument is a YAML file, flags begin with --"
-            )
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} must be a mapping of settings to values; found {type(settings).__name__}")
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; `{program} --help` lists all")
-        parser.set_defaults(**settings)
-        argv = argv[1:]
+        several = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
+        argv = _flags_of_yaml(Path(argv[0]), several, program) + argv[1:]
+    given, unused = parser.parse_known_args(argv)
+    if unused:
+        refuse(f"unknown: {' '.join(unused)}")
+    missing = [name for name in required if getattr(given, name) is None]
+    if missing:
+        raise ValueError(f"missing setting: {', '.join(missing)} (in the YAML file or as --{missing[0]} VALUE)")
     return list(parser.parse_args_into_dataclasses(args=argv))
 
 
-def _require(settings: object, *names: str) -> None:
-    missing = [name for name in names if getattr(settings, name) is None]
-    if missing:
-        raise ValueError(f"missing setting: {', '.join(missing)} (in the YAML file or as --{missing[0]} VALUE)")
+def _flags_of_yaml(path: Path, several: dict[str, bool], program: str) -> list[str]:
+    """A YAML file's settings as flags, so that both are read, converted and checked by the same parser.
+
+    Args:
+        several: of every setting that exists, whether it takes more than one value.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}; the first argument is a YAML file, flags begin with --")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be a mapping of settings to values; found {type(settings).__name__}")
+    unknown = sorted(str(name) for name in settings if name not in several)
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; `{program} --help` lists all")
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list) and not several[name]:
+            raise ValueError(f"{path}: {name} takes one value; got {value}")
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return flags
 
 
 def _load_tokenizer(settings: DataArguments):
@@ -158,10 +181,14 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     from tokensel.step import responses
     from tokensel.store import HistoryWriter
 
-    _require(settings, "model_name_or_path", "dataset_name", "output")
+    check_positive("batch_size", settings.batch_size)
     if Path(settings.output).exists():
         raise ValueError(f"output {settings.output} exists; move it away or choose another name")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
     tokenizer = _load_tokenizer(settings)
     rows = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
     seam = apply_to(_load_model(settings).to(device).eval())
@@ -224,8 +251,6 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
 
     from tokensel.trainer import SelectiveTrainer
 
-    _require(settings, "model_name_or_path", "dataset_name")
-    _require(arguments, "output_dir")
     arguments.build_method()  # a wrong name should not have to wait for the model to load
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint == "last":
@@ -296,11 +321,13 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = argv[0], argv[1:]
     try:
         if command == "score":
-            score(*_parse([ScoreArguments], rest, "tokensel score"))
+            required = ("model_name_or_path", "dataset_name", "output")
+            score(*_parse([ScoreArguments], rest, "tokensel score", required))
         elif command == "train":
             from tokensel.trainer import SelectiveTrainingArguments
 
-            train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train"))
+            required = ("model_name_or_path", "dataset_name", "output_dir")
+            train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train", required))
         else:
             raise ValueError(f"unknown command {command!r}; there are score and train (tokensel --help)")
     except (ValueError, LookupError, OSError, NotImplementedError) as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokensel import scores
+from tokensel.checks import check_number
 from tokensel.scores import TokenSignals
 from tokensel.select import exact_share, kept_count, responses_per_sample, top_share
 
@@ -90,6 +91,9 @@ def get(name: str, **parameters: object) -> TokenSelector:
 
 
 def _check_rel(gamma: float, rel_sign: int, rel_floor: float, rel_warmup: int, debias: str | None) -> None:
+    numbers = {"gamma": gamma, "rel_sign": rel_sign, "rel_floor": rel_floor, "rel_warmup": rel_warmup}
+    for name, value in numbers.items():
+        check_number(name, value)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1]; got {gamma}")
     if rel_sign not in (1, -1):

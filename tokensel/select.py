@@ -7,13 +7,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from tokensel.checks import check_number
+
 
 def exact_share(rho: float) -> Fraction:
     """`rho` as the decimal that was written, so that 0.6 · 10 is 6 and 0.7 · 10 is 7, not 8 after rounding up.
 
     Raises:
-        ValueError: rho outside (0, 1].
+        TypeError: rho is not a number. ValueError: rho outside (0, 1].
     """
+    check_number("rho", rho)
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be in (0, 1], the share of response tokens to keep; got {rho}")
     return Fraction(str(rho)).limit_denominator(1_000_000)

@@ -76,17 +76,30 @@ class SelectionArguments:
         Raises:
             ValueError: an unknown method or parameter, or a value that is not a number, true, false, null or a word.
         """
-        return methods.get(self.method, **parse_method_args(self.method_args))
+        parameters = parse_method_args(self.method_args)
+        try:
+            return methods.get(self.method, **parameters)
+        except TypeError as error:
+            raise ValueError(f"method_args: {error}") from error
 
 
 def parse_method_args(text: str | dict | None) -> dict:
-    """'gamma=0.5,rho=0.6' (or a mapping, or JSON) -> {"gamma": 0.5, "rho": 0.6}."""
+    """'gamma=0.5,rho=0.6' (or a mapping, or JSON) -> {"gamma": 0.5, "rho": 0.6}.
+
+    Raises:
+        ValueError: neither a mapping nor text of these forms.
+    """
     if not text:
         return {}
     if isinstance(text, dict):
         return dict(text)
+    if not isinstance(text, str):
+        raise ValueError(f"method_args must be a mapping or text such as gamma=0.5,rho=0.6; got {text!r}")
     if text.lstrip().startswith("{"):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"method_args {text!r} is not JSON: {error}") from error
     parsed = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -133,6 +146,10 @@ class TokenSelectionMixin:
             raise ValueError("history='recorded' and history_store go together; set both or neither")
         if settings.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
+            )
         self.history_store = None
         if settings.history == "recorded":
             self.history_store = HistoryStore.open(settings.history_store, tokenizer=self.processing_class)
