@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tokensel.attention import prompt_attention_mass
+from tokensel.reference import visible_keys
 from tokensel.stats import token_stats
 
 # The private name under which one attention module finds the capturing function. The model's own config keeps its
@@ -55,9 +56,10 @@ def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
         }
         capture.captured = Captured(query.detach(), key.detach(), options)
     if capture.eager_weights is not None:
-        S = query.shape[2]
-        causal = torch.full((S, S), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu(1)
-        capture.weights = capture.eager_weights(module, query, key, value, causal[None, None], **kwargs)[1]
+        seen = torch.ones(1, query.shape[2], dtype=torch.bool, device=query.device)
+        hidden = ~visible_keys(seen, None, kwargs.get("sliding_window"))[:, None]  # (1, 1, S, S)
+        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, torch.finfo(query.dtype).min)
+        capture.weights = capture.eager_weights(module, query, key, value, mask, **kwargs)[1]
     # FlashAttention's wrapper reads the implementation's name off the module, and would take ours for a Hub kernel
     ours, module.config = module.config, capture.config
     try:

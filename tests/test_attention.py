@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tokensel import prompt_attention_mass, uniform_prompt_mass
+
+B, HQ, HK, S, D = 2, 6, 2, 41, 16
+
+
+def make(dtype=torch.float32, **changes):
+    """q, k and the masks of two rows: left and right padding, packing, two turns, a mixed query mask."""
+    q, k = torch.randn(B, HQ, S, D).to(dtype) * 2, torch.randn(B, HK, S, D).to(dtype) * 2
+    position = torch.arange(S).expand(B, S)
+    key_mask = torch.stack([position[0] >= 5, position[1] < 35])
+    prompt = (position % 17) < 8
+    segments = torch.stack([(position[0] >= 20).long(), (position[1] >= 9).long() + (position[1] >= 30)])
+    turns = torch.diff(prompt.long(), prepend=prompt[:, :1].long()).abs().cumsum(-1)
+    options = {
+        "key_mask": key_mask,
+        "segment_ids": segments,
+        "turn_ids": turns,
+        "query_mask": torch.rand(B, S) < 0.7,
+        "window": 12,
+        "softcap": 3.0,
+        "scale": 0.4,
+        "sinks": torch.randn(HQ) * 2,
+    }
+    return q, k, prompt, {name: options[name] for name in changes if changes[name]}
+
+
+def visible(prompt, key_mask=None, segment_ids=None, window=None):
+    """[B, S, S] by the definition: not later, same document, not padding, among the last `window`."""
+    see = torch.zeros(B, S, S, dtype=torch.bool)
+    for b, i, j in itertools.product(range(B), range(S), range(S)):
+        see[b, i, j] = (
+            j <= i
+            and (window is None or i - j < window)
+            and (segment_ids is None or segment_ids[b, i] == segment_ids[b, j])
+            and (key_mask is None or key_mask[b, j])
+        )
+    return see
+
+
+def scores(q, k, scale=None, softcap=None, dtype=torch.float64):
+    z = q.to(dtype) @ k.to(dtype).repeat_interleave(HQ // HK, 1).transpose(-1, -2) * (scale or D**-0.5)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def definition(q, k, prompt, dtype=torch.float64, **o):
+    """Softmax over visible keys (and the sink), summed over prompt keys, mean over heads."""
+    see = visible(prompt, o.get("key_mask"), o.get("segment_ids"), o.get("window"))
+    z = scores(q, k, o.get("scale"), o.get("softcap"), dtype).masked_fill(~see[:, None], -torch.inf)
+    weight = (z - z.amax(-1, keepdim=True).nan_to_num(neginf=0)).exp()
+    total = weight.sum(-1)
+    if "sinks" in o:
+        total = total + (o["sinks"].to(dtype)[None, :, None] - z.amax(-1).nan_to_num(neginf=0)).exp()
+    counts = see & prompt[:, None, :]
+    if "turn_ids" in o:
+        counts &= o["turn_ids"][:, :, None] != o["turn_ids"][:, None, :]
+    mass = ((weight * counts[:, None]).sum(-1) / total.clamp(min=1e-300)).mean(1)
+    key_mask = o.get("key_mask", torch.ones_like(prompt))
+    asked = (o["query_mask"] if "query_mask" in o else ~prompt) & key_mask
+    return torch.where(asked, mass, 0)
+
+
+def lse_of(q, k, prompt, **o):
+    see = visible(prompt, o.get("key_mask"), o.get("segment_ids"), o.get("window"))
+    return scores(q, k, o.get("scale"), o.get("softcap")).masked_fill(~see[:, None], -torch.inf).logsumexp(-1)
+
+
+NAMES = ("key_mask", "segment_ids", "turn_ids", "query_mask", "window", "softcap", "scale", "sinks")
+COMBINATIONS = [(), NAMES, *[(n,) for n in NAMES], *itertools.combinations(NAMES, 2)]
+
+
+@pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_mass_equals_its_definition_under_every_pair_of_options(names, given_lse, monkeypatch):
+    monkeypatch.setattr("tokensel.attention._BLOCK_ELEMENTS", 400)  # a few rows at a time
+    q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
+    exact = definition(q, k, prompt, **options)
+    lse = lse_of(q, k, prompt, **options) if given_lse else None
+    mass = prompt_attention_mass(q, k, prompt, lse=lse, **options)
+    torch.testing.assert_close(mass, exact, rtol=1e-10, atol=1e-12)
+    assert exact.count_nonzero() > 10
+
+
+@pytest.mark.parametrize("names", [(), NAMES], ids=["plain", "all"])
+def test_the_reference_is_the_definition(names):
+    q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
+    mass = prompt_attention_mass(q, k, prompt, impl="reference", **options)
+    torch.testing.assert_close(mass, definition(q, k, prompt, **options), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_eager_float32(dtype, given_lse):
+    q, k, prompt, options = make(dtype, key_mask=True, softcap=True)
+    exact = definition(q, k, prompt, **options)
+    eager = definition(q, k, prompt, dtype=torch.float32, **options)
+    lse = lse_of(q, k, prompt, **options).float() if given_lse else None
+    mass = prompt_attention_mass(q, k, prompt, lse=lse, **options)
+    eps = torch.finfo(torch.float32).eps
+    # a given float32 lse is itself rounded, by its own size
+    allowed = 2 * (eager - exact).abs().max() + 2 * eps * (1 if lse is None else lse.abs().nan_to_num(posinf=0).max())
+    assert mass.dtype == torch.float32
+    assert (mass - exact).abs().max() <= allowed
+
+
+def test_the_lse_of_pytorchs_flash_attention_fits():
+    q, k, prompt, _ = make()
+    full_k = k.repeat_interleave(HQ // HK, 1)
+    out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, full_k, full_k, 0.0, True)
+    lse = out[1] if out[1].shape == (B, HQ, S) else out[1].transpose(1, 2)
+    torch.testing.assert_close(
+        prompt_attention_mass(q, k, prompt, lse=lse), definition(q, k, prompt).float(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_with_a_given_lse_only_prompt_columns_are_read():
+    q, k, prompt, _ = make(torch.float64)
+    lse = lse_of(q, k, prompt)
+    exact = definition(q, k, prompt)
+    k[(~prompt)[:, None].expand(B, HK, S)] = torch.nan
+    torch.testing.assert_close(prompt_attention_mass(q, k, prompt, lse=lse), exact)
+
+
+def test_attention_to_an_indicator_as_value_is_the_same_mass():
+    q, k, prompt, _ = make(torch.float64)
+    value = prompt[:, None, :, None].double().repeat(1, HQ, 1, D)
+    indicated = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(HQ // HK, 1), value, is_causal=True
+    )
+    mass = prompt_attention_mass(q, k, prompt, query_mask=torch.ones_like(prompt))
+    torch.testing.assert_close(mass, indicated[..., 0].mean(1))
+
+
+def test_padding_is_never_read():
+    q, k, prompt, options = make(key_mask=True)
+    expected = prompt_attention_mass(q, k, prompt, **options)
+    padding = ~options["key_mask"]
+    q[padding[:, None].expand(B, HQ, S)] = torch.nan
+    k[padding[:, None].expand(B, HK, S)] = torch.nan
+    assert torch.equal(prompt_attention_mass(q, k, prompt, **options), expected)
+
+
+def test_a_row_alone_gets_what_it_gets_in_a_batch_and_strides_do_not_matter():
+    q, k, prompt, options = make(key_mask=True, segment_ids=True)
+    expected = prompt_attention_mass(q, k, prompt, **options)
+    alone = {name: value[1:] for name, value in options.items()}
+    assert torch.equal(prompt_attention_mass(q[1:], k[1:], prompt[1:], **alone), expected[1:])
+    strided_q, strided_k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
+    assert not strided_q.is_contiguous()
+    torch.testing.assert_close(prompt_attention_mass(strided_q, strided_k, prompt, **options), expected)
+
+
+def test_rows_that_are_not_asked_for_or_see_nothing_are_zero():
+    q, k, prompt, _ = make()
+    nothing = torch.zeros_like(prompt)
+    assert (prompt_attention_mass(q, k, prompt, query_mask=nothing) == 0).all()
+    assert (prompt_attention_mass(q, k, nothing) == 0).all()
+    assert (prompt_attention_mass(q, k, prompt, key_mask=nothing) == 0).all()
+    everything = torch.ones_like(prompt)
+    mass = prompt_attention_mass(q, k, everything, query_mask=everything)
+    torch.testing.assert_close(mass, torch.ones(B, S))
+
+
+def test_an_untrained_attention_has_mass_p_over_i_plus_one():
+    P = 11
+    prompt = (torch.arange(S) < P).expand(B, S)
+    mass = prompt_attention_mass(torch.zeros(B, HQ, S, D), torch.zeros(B, HK, S, D), prompt)
+    expected = torch.tensor([0 if i < P else P / (i + 1) for i in range(S)])
+    torch.testing.assert_close(mass, expected.expand(B, S))
+
+
+@pytest.mark.parametrize(
+    "names", [(), *itertools.combinations(("key_mask", "segment_ids", "turn_ids", "window"), 2)], ids="+".join
+)
+def test_uniform_mass_is_the_mass_of_zeroed_queries_and_keys(names):
+    q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
+    everything = torch.ones_like(prompt)
+    mass = prompt_attention_mass(q * 0, k * 0, prompt, query_mask=everything, **options)
+    uniform = uniform_prompt_mass(prompt, **options)
+    asked = options.get("key_mask", everything)
+    torch.testing.assert_close(uniform[asked], mass[asked].float())
+
+
+@pytest.mark.parametrize("impl, holds_square", [("chunked", False), ("reference", True)])
+def test_only_the_reference_holds_a_square_of_the_length(impl, holds_square, largest_tensor, monkeypatch):
+    monkeypatch.setattr("tokensel.attention._BLOCK_ELEMENTS", 4096)
+    q, k = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
+    prompt = torch.arange(300)[None] < 100
+    with largest_tensor:
+        prompt_attention_mass(q, k, prompt, impl=impl)
+    assert (largest_tensor.elements >= 300 * 300) == holds_square
+
+
+Q, K, PROMPT = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": Q[0]}, ValueError, r"q must have shape \[B, Hq, S, d\]; got \[4, 5, 8\]"),
+        ({"q": Q.long()}, TypeError, "q must have a floating-point dtype"),
+        ({"k": K[:, :, :4]}, ValueError, r"k must have shape .*\[2, Hk, 5, 8\]; got \[2, 2, 4, 8\]"),
+        ({"k": torch.zeros(2, 3, 5, 8)}, ValueError, "k has 3 heads, which does not divide the 4 heads of q"),
+        ({"k": K.half()}, TypeError, "q is torch.float32 but k is torch.float16"),
+        ({"prompt_mask": PROMPT[:, :4]}, ValueError, r"prompt_mask must have shape \[2, 5\]"),
+        ({"prompt_mask": PROMPT.long()}, TypeError, r"prompt_mask must be torch.bool.*\.bool\(\)"),
+        ({"key_mask": PROMPT.float()}, TypeError, "key_mask must be torch.bool"),
+        ({"query_mask": PROMPT[0]}, ValueError, "query_mask must have shape"),
+        ({"segment_ids": PROMPT}, TypeError, "segment_ids must have an integer dtype; got torch.bool"),
+        ({"turn_ids": PROMPT.float()}, TypeError, "turn_ids must have an integer dtype"),
+        ({"lse": torch.zeros(2, 2, 5)}, ValueError, r"lse must have shape \[2, 4, 5\]"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \[4\]"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"window": 0}, ValueError, "window must be positive"),
+        ({"prompt_mask": PROMPT.to("meta")}, ValueError, "prompt_mask is on meta but q is on cpu"),
+        ({"impl": "fused"}, NotImplementedError, "use impl='chunked'"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {"q": Q, "k": K, "prompt_mask": PROMPT} | change
+    with pytest.raises(error, match=message):
+        prompt_attention_mass(**arguments)

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokensel import selected_cross_entropy, token_stats
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(N=45, V=2300, D=24, dtype=torch.float32):
+    hidden, weight, bias = torch.randn(N, D), torch.randn(V, D) / D**0.5 * 3, torch.randn(V)
+    labels = torch.randint(0, V, (N,))
+    labels[::6] = -100
+    keep = torch.rand(N) < 0.6
+    return [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)], labels, keep
+
+
+def definition(inputs, labels, keep, denominator=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    """Σ keep · nll / denominator from [N, V] logits."""
+    hidden, weight, bias = (None if t is None else t.to(dtype) for t in inputs)
+    z = hidden @ weight.T
+    z = (z if bias is None else z + bias) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    valid = labels != -100
+    w = keep.to(dtype) * valid
+    nll = z.logsumexp(-1) - z[torch.arange(len(z)), labels.clamp(min=0)]
+    return (w[valid] * nll[valid]).sum() / (w.abs().sum() if denominator is None else denominator)
+
+
+def gradients(loss, inputs, upstream=1.0):
+    return torch.autograd.grad(loss * upstream, [t for t in inputs if t is not None], allow_unused=True)
+
+
+def assert_within_budget(ours, eager, exact, dtype):
+    """Twice the eager error, plus a rounding of the result to its own type."""
+    for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        error = (a.double() - c).abs().max()
+        allowed = 2 * (b.double() - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 6.0}, {"logit_scale": 0.3}, {"softcap": 30.0, "logit_scale": 2.0}], ids=str
+)
+@pytest.mark.parametrize("weights", ["bool", "real"])
+def test_value_and_gradients_equal_the_definition(weights, options, dtype, impl):
+    inputs, labels, keep = make(dtype=dtype)
+    keep = keep if weights == "bool" else torch.randn(len(labels)) * keep  # real weights, also negative
+    hidden, weight, bias = inputs
+
+    def all_of(loss):
+        return [loss.detach(), *gradients(loss, inputs, upstream=-1.7)]
+
+    ours = all_of(selected_cross_entropy(hidden, weight, labels, keep, bias=bias, impl=impl, **options))
+    exact = all_of(definition(inputs, labels, keep, **options))
+    eager = all_of(definition(inputs, labels, keep, **options, dtype=torch.float32))
+    assert_within_budget(ours, eager, exact, dtype)
+    assert ours[0].dtype == torch.float32 and [g.dtype for g in ours[1:]] == [dtype] * 3
+
+
+def test_gradcheck_in_float64():
+    inputs, labels, keep = make(N=7, V=11, D=5, dtype=torch.float64)
+    weights = torch.randn(7, dtype=torch.float64)
+
+    def loss(hidden, weight, bias):
+        return selected_cross_entropy(hidden, weight, labels, weights, bias=bias, softcap=4.0, logit_scale=0.7)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
+def test_statistics_may_be_given(given):
+    inputs, labels, keep = make(dtype=torch.float64)
+    hidden, weight, bias = inputs
+    stats = token_stats(hidden, weight, labels, bias=bias) if given else None
+    loss = selected_cross_entropy(hidden, weight, labels, keep, stats=stats, bias=bias)
+    exact = definition(inputs, labels, keep)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(gradients(loss, inputs), gradients(exact, inputs))
+
+
+def test_with_statistics_the_forward_does_no_product(monkeypatch):
+    inputs, labels, keep = make()
+    hidden, weight, _ = inputs
+    stats = token_stats(hidden, weight, labels)
+    products = []
+    for name in ("mm", "addmm", "matmul", "bmm"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _f=function, **k: products.append(1) or _f(*a, **k))
+    loss = selected_cross_entropy(hidden, weight, labels, keep, stats=stats)
+    assert not products
+    loss.backward()
+    assert products
+
+
+@pytest.mark.parametrize("denominator", [7, 7.0, torch.tensor(7)], ids=repr)
+def test_denominator_may_be_given(denominator):
+    inputs, labels, keep = make(dtype=torch.float64)
+    hidden, weight, _ = inputs
+    inputs = (hidden, weight, None)
+    loss = selected_cross_entropy(hidden, weight, labels, keep, denominator=denominator)
+    exact = definition(inputs, labels, keep, denominator=7)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(gradients(loss, inputs), gradients(exact, inputs))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden and bias"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
+    inputs, labels, keep = make(dtype=torch.float64)
+    full = dict(zip(("hidden", "weight", "bias"), gradients(definition(inputs, labels, keep), inputs), strict=True))
+    named = dict(zip(("hidden", "weight", "bias"), inputs, strict=True))
+    for name in frozen.split(" and "):
+        named[name].requires_grad_(False)
+    selected_cross_entropy(named["hidden"], named["weight"], labels, keep, bias=named["bias"]).backward()
+    for name, tensor in named.items():
+        if name in frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, full[name])
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("why", ["nothing kept", "all ignored", "no rows"])
+@pytest.mark.parametrize("denominator", [None, 0, 5])
+def test_nothing_kept_is_zero_with_zero_gradients(why, denominator, impl):
+    (hidden, weight, bias), labels, keep = make()
+    if why == "nothing kept":
+        keep = torch.zeros_like(keep)
+    elif why == "all ignored":
+        labels = torch.full_like(labels, -100)
+    else:
+        hidden, labels, keep = hidden.detach()[:0].requires_grad_(), labels[:0], keep[:0]
+    loss = selected_cross_entropy(hidden, weight, labels, keep, bias=bias, denominator=denominator, impl=impl)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all((t.grad == 0).all() for t in (hidden, weight, bias))
+
+
+def test_kept_rows_alone_are_read_in_the_backward():
+    inputs, labels, keep = make(dtype=torch.float64)
+    hidden, weight, _ = inputs
+    inputs = (hidden, weight, None)
+    exact = gradients(definition(inputs, labels, keep), inputs)
+    stats = token_stats(hidden, weight, labels)
+    with torch.no_grad():
+        hidden[~keep | (labels == -100)] = torch.nan
+    ours = gradients(selected_cross_entropy(hidden, weight, labels, keep, stats=stats), inputs)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_a_kept_row_that_is_ignored_does_not_count():
+    inputs, labels, keep = make(dtype=torch.float64)
+    hidden, weight, _ = inputs
+    all_kept = selected_cross_entropy(hidden, weight, labels, torch.ones_like(keep))
+    torch.testing.assert_close(all_kept, torch.nn.functional.cross_entropy(hidden @ weight.T, labels))
+
+
+def test_small_blocks_of_rows_change_nothing_and_reruns_are_bitwise_equal(monkeypatch):
+    inputs, labels, keep = make()
+    hidden, weight, bias = inputs
+    whole, again = (
+        gradients(selected_cross_entropy(hidden, weight, labels, keep, bias=bias), inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    monkeypatch.setattr("tokensel.loss._WORKSPACE_MIB", 0.05)  # six rows of 2,048 columns
+    split = gradients(selected_cross_entropy(hidden, weight, labels, keep, bias=bias), inputs)
+    torch.testing.assert_close(split, whole)
+
+
+def test_leading_dimensions_and_strides_do_not_matter():
+    inputs, labels, keep = make(N=44, dtype=torch.float64)
+    hidden, weight, bias = inputs
+    exact = gradients(definition(inputs, labels, keep), inputs)
+    strided = hidden.view(4, 11, -1).transpose(0, 1)  # not contiguous
+    labels, keep = (t.view(4, 11).T for t in (labels, keep))
+    loss = selected_cross_entropy(strided, weight.T.contiguous().T, labels, keep, bias=bias)
+    torch.testing.assert_close(gradients(loss, inputs), exact)
+
+
+def test_weights_of_the_loss_are_constants():
+    inputs, labels, keep = make(dtype=torch.float64)
+    weights = keep.double().requires_grad_()
+    selected_cross_entropy(inputs[0], inputs[1], labels, weights).backward()
+    assert weights.grad is None
+
+
+def test_bad_input_is_named():
+    (hidden, weight, _), labels, keep = make(N=6, V=9, D=4)
+    with pytest.raises(ValueError, match=r"keep must have shape \[6\]"):
+        selected_cross_entropy(hidden, weight, labels, keep[:5])
+    with pytest.raises(TypeError, match="keep must be bool or floating-point weights; got torch.int64"):
+        selected_cross_entropy(hidden, weight, labels, keep.long())
+    with pytest.raises(ValueError, match=r"stats.lse must have shape \[6\]"):
+        selected_cross_entropy(hidden, weight, labels, keep, stats=token_stats(hidden[:5], weight, labels[:5]))
+    with pytest.raises(ValueError, match="keep is on meta but hidden is on cpu"):
+        selected_cross_entropy(hidden, weight, labels, keep.to("meta"))
+    with pytest.raises(ValueError, match=r"labels\[1\] is 9, outside"):
+        selected_cross_entropy(hidden, weight, torch.full_like(labels, 9).index_fill(0, torch.tensor([0]), 0), keep)
+    with pytest.raises(NotImplementedError, match="fused"):
+        selected_cross_entropy(hidden, weight, labels, keep, impl="fused")

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, VOCABULARY, causal_lm, lora, padded, samples
+
+import tokensel
+from tokensel import AdapterOff, prompt_attention_mass
+from tokensel.model import apply_to, remove, unwrap
+
+
+@pytest.fixture
+def batch():
+    return padded(samples())
+
+
+def logits_of(model, batch):
+    """[tokens, V] of the tokens that are no padding."""
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=mask).logits[mask.bool()]
+
+
+# Nothing changes without `selection=`
+
+
+@pytest.mark.parametrize(
+    "family, attention", [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if (f, a) != ("Gemma2", "sdpa")]
+)
+def test_a_patched_model_computes_the_same_bits(family, attention, batch):
+    model = causal_lm(family, torch.float32, attention)
+    before = logits_of(model, batch)
+    apply_to(model)
+    assert torch.equal(logits_of(model, batch), before)
+    assert model.config._attn_implementation == attention
+    remove(model)
+    assert torch.equal(logits_of(model, batch), before)
+
+
+def test_remove_leaves_nothing_behind():
+    model = causal_lm()
+    configs = {id(m): id(m.config) for m in model.modules() if hasattr(m, "config")}
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    seam = apply_to(model)
+    assert any(id(m.config) != configs[id(m)] for m in model.modules() if hasattr(m, "config"))
+    remove(model)
+    assert {id(m): id(m.config) for m in model.modules() if hasattr(m, "config")} == configs
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert model.model.layers[seam.layer].self_attn.config is model.config
+
+
+def test_a_forward_that_was_replaced_before_is_put_back():
+    model = causal_lm()
+    own = model.forward = model.forward  # as accelerate does
+    apply_to(model)
+    assert model.forward is not own
+    remove(model)
+    assert model.__dict__["forward"] is own
+
+
+def test_training_modes_are_left_as_they_were():
+    model = causal_lm().train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    apply_to(model)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_a_patched_model_saves_and_loads(tmp_path, batch):
+    model = causal_lm(dtype=torch.float32)
+    apply_to(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
+
+
+# What is captured
+
+
+@pytest.mark.parametrize("layer", [-1, 0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_queries_and_keys_give_the_attention_of_the_model(family, layer, batch):
+    model = causal_lm(family)
+    mask = batch["attention_mask"].bool()
+    prompt = (batch["labels"] == -100) & mask
+    with torch.no_grad():
+        weights = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_attentions=True
+        ).attentions
+    seam = apply_to(model, layer)
+    with torch.no_grad(), seam.capture() as take:
+        seam.backbone({name: batch[name] for name in ("input_ids", "attention_mask")})
+        captured = take()
+    assert captured.q.shape[1] == 4 and captured.k.shape[1] == 2
+    mass = prompt_attention_mass(captured.q, captured.k, prompt, key_mask=mask, **captured.options)
+    expected = (weights[seam.layer].double() * prompt[:, None, None, :]).sum(-1).mean(1)
+    response = mask & ~prompt
+    torch.testing.assert_close(mass[response], expected[response].to(mass.dtype), rtol=0, atol=1e-6)
+    assert expected[response].std() > 0.01
+
+
+def test_the_last_layer_is_the_last_one_with_full_attention():
+    assert apply_to(causal_lm("Llama")).layer == 2
+    assert apply_to(causal_lm("Gemma2")).layer == 1  # layers 0 and 2 slide
+    assert apply_to(causal_lm("Gemma2"), layer=2).layer == 2
+    assert apply_to(causal_lm("Llama"), layer=-3).layer == 0
+
+
+def test_nothing_is_captured_outside_the_arms_of_a_training_forward(batch):
+    model = causal_lm()
+    seam = apply_to(model)
+    logits_of(model, batch)
+    with seam.capture() as take, pytest.raises(ValueError, match="layer 2 of LlamaForCausalLM made no call"):
+        take()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_the_models_own_logits(family, batch):
+    model = causal_lm(family)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    log_p = logits.double().log_softmax(-1)
+    seam = apply_to(model)
+    nll = seam.token_nll({name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"])
+    for b, t in (batch["labels"] != -100).nonzero().tolist():
+        assert float(nll[b, t]) == pytest.approx(-float(log_p[b, t - 1, batch["labels"][b, t]]), abs=1e-6)
+    assert (nll[batch["labels"] == -100] == 0).all()
+
+
+# Refusals
+
+
+def test_patching_twice_or_removing_nothing_is_an_error():
+    model = causal_lm()
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+        remove(model)
+    apply_to(model)
+    with pytest.raises(ValueError, match=r"patched already; call tokensel.remove\(model\) first"):
+        apply_to(model)
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_layer_that_does_not_exist_is_named(layer):
+    with pytest.raises(ValueError, match=rf"layer {layer} does not exist.*attention in layers \[0, 1, 2\]"):
+        apply_to(causal_lm(), layer)
+
+
+@pytest.mark.parametrize("how", ["target", "modules_to_save"])
+def test_an_adapter_on_the_head_is_refused(how):
+    if how == "target":
+        model = lora(causal_lm(), ["q_proj", "lm_head"])
+    else:
+        model = lora(causal_lm(), modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="An adapter on the head .* is not supported"):
+        apply_to(model)
+
+
+@pytest.mark.parametrize("family, sizes", [("Falcon", {}), ("Bloom", {"n_layer": 2, "n_head": 4})])
+def test_models_without_the_attention_interface_are_refused(family, sizes):
+    config = getattr(transformers, f"{family}Config")(
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match="cannot be captured|no call through transformers' attention interface|has no"):
+        apply_to(model)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+
+
+class DoubledLogits(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+def test_a_model_that_changes_its_logits_is_refused_and_left_as_it_was():
+    model = causal_lm()
+    model.__class__ = DoubledLogits
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match="DoubledLogits's own logits differ .*token_stats_from_logits"):
+        apply_to(model)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+
+
+def test_attention_that_cannot_be_reproduced_is_refused(monkeypatch):
+    module = transformers.models.llama.modeling_llama
+    eager = module.eager_attention_forward
+
+    def with_a_secret(m, q, k, v, mask, **kwargs):
+        return eager(m, q * 1.5, k, v, mask, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", with_a_secret)
+    with pytest.raises(ValueError, match="attention of layer 2 of LlamaForCausalLM cannot be reproduced"):
+        apply_to(causal_lm())
+
+
+def test_a_head_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(causal_lm().config)
+    with pytest.raises(ValueError, match="lm_head.weight is torch.float32 on meta"):
+        apply_to(model)
+
+
+def test_only_transformers_models_are_taken():
+    with pytest.raises(TypeError, match="got Linear"):
+        apply_to(torch.nn.Linear(2, 2))
+
+
+def test_inputs_by_position_are_refused_with_selection(batch):
+    model = causal_lm()
+    apply_to(model)
+    with pytest.raises(TypeError, match="pass the model's inputs by keyword"):
+        model(batch["input_ids"], selection=tokensel.Selection(tokensel.methods.get("full")))
+
+
+# Wrappers and adapters
+
+
+def test_wrappers_are_seen_through(batch):
+    base = causal_lm()
+    wrapped = lora(base)
+    assert unwrap(wrapped) is base
+    assert unwrap(torch.nn.DataParallel(base)) is base
+    before = logits_of(wrapped, batch)
+    apply_to(wrapped)
+    assert torch.equal(logits_of(wrapped, batch), before)
+
+
+def test_adapter_off_is_the_base_model_without_dropout(batch):
+    base = causal_lm()
+    expected = logits_of(base, batch)
+    model = lora(base, lora_dropout=0.5).train()
+    with model.disable_adapter():
+        model.eval()
+        assert torch.equal(logits_of(model, batch), expected)
+        model.train()
+    trained = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    modes = [m.training for m in model.modules()]
+    history = AdapterOff(model)
+    with history():
+        assert torch.equal(logits_of(model, batch), expected)
+        assert not torch.is_grad_enabled()
+        assert [(n, p.requires_grad) for n, p in model.named_parameters()] == trained
+    assert [m.training for m in model.modules()] == modes
+    assert not torch.equal(logits_of(model.eval(), batch), expected)
+
+
+def test_adapters_come_back_after_an_error(batch):
+    model = lora(causal_lm())
+    before = logits_of(model, batch)
+    with pytest.raises(KeyError), AdapterOff(model)():
+        raise KeyError
+    assert torch.equal(logits_of(model, batch), before)
+
+
+def test_adapter_off_needs_adapters_and_a_frozen_base():
+    with pytest.raises(ValueError, match="needs a PEFT model"):
+        AdapterOff(causal_lm())
+    trained = lora(causal_lm())
+    trained.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="needs the base model frozen, but .*norm.weight is trained"):
+        AdapterOff(trained)
+    with pytest.raises(ValueError, match="needs the base model frozen, but .*bias is trained"):
+        AdapterOff(lora(causal_lm("Qwen2"), bias="all"))
