@@ -262,6 +262,13 @@ def test_statistics_from_logits(dtype, impl):
     assert token_stats_from_logits(logits, labels, impl=impl)[1] is None
 
 
+def test_logits_of_rows_that_all_count_are_not_overwritten_either():
+    logits = torch.randn(8, 50)
+    before = logits.clone()
+    token_stats_from_logits(logits, torch.arange(8), logits, entropy=True)
+    assert torch.equal(logits, before)
+
+
 # What is held
 
 

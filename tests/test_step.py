@@ -306,6 +306,25 @@ def test_first_turn_answers_compete_like_all_others():
     assert not out.weights[0, [0, 1, 2, 3, 8, 9]].any()
 
 
+@pytest.mark.parametrize("prompt", ["all", "first", "context"])
+def test_packed_conversations_measure_the_mass_of_their_own_prompt(prompt):
+    model = patched()
+    turns = two_turns()
+    row = (turns["input_ids"][0], turns["labels"][0])
+    other = samples([(2, 6)])[0]
+    alone = [run(model, padded([r]), "attention", prompt=prompt).mass[0] for r in (other, row)]
+    together = run(model, packed([other, row]), "attention", prompt=prompt).mass[0]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_a_labelled_first_token_of_a_packed_document_has_no_loss():
+    rows = samples([(0, 5), (0, 7)])  # no prompt at all
+    out = run(patched(), packed(rows), "full")
+    assert out.nll[0, [0, 5]].tolist() == [0, 0] and int(out.weights.sum()) == 10
+    alone = [run(patched(), padded([r]), "full").nll[0] for r in rows]
+    torch.testing.assert_close(out.nll[0], torch.cat(alone))
+
+
 def test_output_is_label_aligned():
     batch, model = padded(samples()), patched(dtype=torch.float32)
     out = run(model, batch)
