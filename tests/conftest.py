@@ -1,4 +1,4 @@
-"""Before anything is imported: no hub, no thread warnings. For every test: a fixed seed."""
+"""Before anything is imported: no hub, no thread warnings, kernels that run without a GPU. For a test: a fixed seed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on the CPU, in Triton's interpreter
+
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -34,3 +38,9 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor():
     """`with largest_tensor: ...`, then `largest_tensor.elements`."""
     return LargestTensor()
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """As for somebody who has neither a GPU nor asked for the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -52,7 +52,6 @@ def prompt_attention_mass(
     Raises:
         TypeError, ValueError: the argument, what was expected and what was found.
     """
-    impl = resolve_impl(impl)
     check_tensor("q", q, floating=True)
     check_tensor("k", k, floating=True)
     if q.dim() != 4:
@@ -80,15 +79,29 @@ def prompt_attention_mass(
         check_shape("sinks", check_tensor("sinks", sinks, floating=True), (Hq,), "[Hq]")
     check_positive("softcap", softcap)
     check_positive("window", window)
-    check_same_device(q=q, k=k, prompt_mask=prompt_mask, query_mask=query_mask, key_mask=key_mask, lse=lse, sinks=sinks)
+    masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
+    check_same_device(q=q, k=k, **masks, segment_ids=segment_ids, turn_ids=turn_ids, lse=lse, sinks=sinks)
 
+    impl = resolve_impl(impl, q)
     scale = d**-0.5 if scale is None else scale
+    position = torch.arange(S, device=q.device).expand(B, S)
+    # where the run of equal ids begins: from here on, equal numbers mean the same document (or turn)
+    segment_ids = None if segment_ids is None else _run_start(segment_ids, position)
+    turn_ids = None if turn_ids is None else _run_start(turn_ids, position)
     key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
     query_mask = ~prompt_mask & key_mask if query_mask is None else query_mask & key_mask
     if impl == "reference":
         return reference.prompt_mass(
             q, k, prompt_mask, query_mask, key_mask, segment_ids, turn_ids, scale, softcap, window, sinks
         )
+    if impl == "fused":
+        from tokensel_kernels.attention_mass import attention_mass
+
+        low = torch.zeros_like(position) if segment_ids is None else segment_ids
+        low = low if window is None else torch.maximum(low, position - window + 1)
+        prompt_end = torch.full_like(position, S) if turn_ids is None else turn_ids
+        masks = (prompt_mask, query_mask, key_mask, low, prompt_end)
+        return attention_mass(q, k, *masks, lse=lse, scale=scale, softcap=softcap, sinks=sinks)
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
         pick = [None if t is None else t[b] for t in (segment_ids, turn_ids, lse)]

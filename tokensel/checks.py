@@ -3,25 +3,44 @@ what was found and, where there is one, the fix."""
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 IMPLS = ("auto", "chunked", "reference", "fused")
 
 
-def resolve_impl(impl: str) -> str:
-    """Turns `impl` into the implementation that runs.
+AUTO_RULE = (
+    "auto: on a CPU chunked; elsewhere fused for float16 and bfloat16 where Triton is installed, chunked for the rest"
+)
+_FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-    The rule: `auto` is `chunked`, on every device. `fused` is the place of the Triton kernels and refuses
-    until they are there; it never runs something slower under their name.
+
+def resolve_impl(impl: str, like: Tensor) -> str:
+    """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
+
+    Raises:
+        ValueError: an unknown name, or `fused` where it cannot run. ImportError: `fused` without Triton.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "auto":
+        half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
+        return "fused" if half and importlib.util.find_spec("triton") else "chunked"
     if impl == "fused":
-        raise NotImplementedError(
-            "impl='fused' needs the Triton kernels, which this version does not contain; use impl='chunked'"
-        )
-    return "chunked" if impl == "auto" else impl
+        if not importlib.util.find_spec("triton"):
+            raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
+        from tokensel_kernels.tiles import interpreting
+
+        if like.device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"impl='fused' needs a GPU and the tensors are on {like.device}; use impl='chunked' (or set "
+                "TRITON_INTERPRET=1 before the start, to debug the kernels)"
+            )
+        if like.dtype not in _FUSED_DTYPES:
+            raise ValueError(f"impl='fused' takes float16, bfloat16 or float32, not {like.dtype}; use impl='chunked'")
+    return impl
 
 
 def check_tensor(name: str, value: object, *, floating: bool = False) -> Tensor:

@@ -27,51 +27,65 @@ _WORKSPACE_MIB = 256
 
 class _SelectedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, coefficient, lse, nll, softcap, logit_scale):
+    def forward(ctx, hidden, weight, bias, labels, coefficient, lse, nll, softcap, logit_scale, impl):
         ctx.save_for_backward(hidden, weight, bias, labels, coefficient, lse)
-        ctx.softcap, ctx.logit_scale = softcap, logit_scale
+        ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
         return (coefficient * nll).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, labels, coefficient, lse = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        dtype = lse.dtype
-        V, D = weight.shape
-        kept = coefficient.nonzero()[:, 0]
-        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
-        d_bias = torch.zeros_like(bias) if want_bias else None
-        if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
-            return d_hidden, d_weight, d_bias, *[None] * 6
-        R, C = vocabulary_blocks(len(kept), V, _WORKSPACE_MIB)
-        workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
-        x = hidden[kept].to(dtype)  # (K, D)
-        y, log_z = labels[kept], lse[kept]
-        upstream = coefficient[kept] * grad * ctx.logit_scale  # (K,)
-        d_x = torch.zeros_like(x) if want_hidden else None
-        with exact_products(hidden.dtype):
-            for start in range(0, V, C):
-                w = weight[start : start + C].to(dtype)  # (C, D)
-                b = None if bias is None else bias[start : start + C].to(dtype)
-                dw = torch.zeros_like(w) if want_weight else None
-                for first in range(0, len(kept), R):
-                    rows = slice(first, first + R)
-                    out = workspace[: len(x[rows]) * len(w)].view(-1, len(w))
-                    z = logits_block(x[rows], w, b, ctx.softcap, ctx.logit_scale, out)
-                    dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], ctx.softcap)  # (R, C)
-                    if want_hidden:
-                        d_x[rows].addmm_(dz, w)
-                    if want_weight:
-                        dw.addmm_(dz.T, x[rows])
-                    if want_bias:
-                        d_bias[start : start + C] += dz.sum(0).to(d_bias.dtype)
+        upstream = coefficient * grad  # (N,)
+        backward = _fused_gradients if ctx.impl == "fused" else _chunked_gradients
+        options = (ctx.softcap, ctx.logit_scale, ctx.needs_input_grad[:3])
+        return *backward(hidden, weight, bias, labels, upstream, lse, *options), *[None] * 7
+
+
+def _fused_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want):
+    from tokensel_kernels.vocab_grad import selected_gradients
+
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    return selected_gradients(hidden, weight, labels, coefficient, lse, want=want, **options)
+
+
+def _chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want):
+    want_hidden, want_weight, want_bias = want
+    dtype = lse.dtype
+    V, D = weight.shape
+    kept = coefficient.nonzero()[:, 0]
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_bias = torch.zeros_like(bias, dtype=dtype) if want_bias else None
+    if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
+    R, C = vocabulary_blocks(len(kept), V, _WORKSPACE_MIB)
+    workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+    x = hidden[kept].to(dtype)  # (K, D)
+    y, log_z = labels[kept], lse[kept]
+    upstream = coefficient[kept] * logit_scale  # (K,)
+    d_x = torch.zeros_like(x) if want_hidden else None
+    with exact_products(hidden.dtype):
+        for start in range(0, V, C):
+            w = weight[start : start + C].to(dtype)  # (C, D)
+            b = None if bias is None else bias[start : start + C].to(dtype)
+            dw = torch.zeros_like(w) if want_weight else None
+            for first in range(0, len(kept), R):
+                rows = slice(first, first + R)
+                out = workspace[: len(x[rows]) * len(w)].view(-1, len(w))
+                z = logits_block(x[rows], w, b, softcap, logit_scale, out)
+                dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], softcap)  # (R, C)
+                if want_hidden:
+                    d_x[rows].addmm_(dz, w)
                 if want_weight:
-                    d_weight[start : start + C] = dw
-        if want_hidden:
-            d_hidden[kept] = d_x.to(hidden.dtype)
-        return d_hidden, d_weight, d_bias, *[None] * 6
+                    dw.addmm_(dz.T, x[rows])
+                if want_bias:
+                    d_bias[start : start + C] += dz.sum(0)
+            if want_weight:
+                d_weight[start : start + C] = dw
+    if want_hidden:
+        d_hidden[kept] = d_x.to(hidden.dtype)
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
 
 
 def _logits_gradient(z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None) -> Tensor:
@@ -106,14 +120,14 @@ def selected_cross_entropy(
         stats: TokenStats of the same hidden, weight and labels. Given, the forward does no matrix product.
         denominator: number or scalar tensor; None means Σ |keep|, the number kept for a boolean mask.
         ignore_index: label of rows that are not part of the loss.
-        impl: "auto", "chunked" or "reference".
+        impl: "auto", "chunked", "fused" or "reference".
     Returns:
         Scalar, float32 (float64 for float64 input). With nothing kept: 0, with zero gradients.
     Raises:
         TypeError, ValueError: the argument, what was expected and what was found.
     """
-    impl = resolve_impl(impl)
     check_head(hidden, weight, bias)
+    impl = resolve_impl(impl, hidden)
     check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
     check_positive("softcap", softcap)
     check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
@@ -121,7 +135,7 @@ def selected_cross_entropy(
     if not (keep.dtype == torch.bool or keep.is_floating_point()):
         raise TypeError(f"keep must be bool or floating-point weights; got {keep.dtype}")
     if stats is None:
-        if impl == "chunked":
+        if impl != "reference":
             stats = token_stats(
                 hidden,
                 weight,
@@ -130,9 +144,11 @@ def selected_cross_entropy(
                 softcap=softcap,
                 logit_scale=logit_scale,
                 ignore_index=ignore_index,
+                impl=impl,
             )
     else:
         check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
+        check_same_device(**{"hidden": hidden, "stats.lse": stats.lse})
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -141,8 +157,10 @@ def selected_cross_entropy(
         denominator = coefficient.abs().sum()
     elif not isinstance(denominator, Tensor):
         denominator = torch.tensor(denominator, dtype=dtype, device=hidden.device)
+    elif denominator.numel() != 1:
+        raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
     if impl == "reference":
         return reference.selected_loss(reference.head_logits(x, weight, bias, softcap, logit_scale), y, coefficient)
     lse, nll = stats.lse.reshape(-1), stats.nll.reshape(-1)
-    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, logit_scale)
+    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, logit_scale, impl)

@@ -43,7 +43,7 @@ def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor
     """Σ coefficient · nll by autograd: [N, V] logits, [N] labels and coefficients (0 = dropped) -> scalar."""
     rows = coefficient != 0
     nll = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
-    return (coefficient[rows] * nll).sum() + 0 * logits.sum()
+    return (coefficient[rows] * nll).sum()
 
 
 def visible_keys(key_mask: Tensor, segment_ids: Tensor | None, window: int | None) -> Tensor:

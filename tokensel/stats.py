@@ -190,7 +190,7 @@ def token_stats(
         labels: [...] int64; rows that equal `ignore_index` are not read.
         bias: [V].
         entropy: also `entropy`, `logp_var` and `top1`.
-        impl: "auto", "chunked" or "reference" (see `tokensel.checks.resolve_impl`).
+        impl: "auto", "chunked", "fused" or "reference" (see `tokensel.checks.resolve_impl`).
         workspace_mib: most MiB that a block of logits may take (chunked).
     Returns:
         TokenStats with fields of shape [...].
@@ -198,21 +198,88 @@ def token_stats(
         TypeError, ValueError: the argument, what was expected and what was found. A label outside [0, V) raises on
             a CPU and trips a device-side assertion elsewhere.
     """
-    impl = resolve_impl(impl)
-    check_head(hidden, weight, bias)
-    check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
-    check_same_device(hidden=hidden, labels=labels)
+    options = (bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib)
+    return _models_stats([(hidden, weight)], labels, *options)[0]
+
+
+def _models_stats(
+    models: list[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+    impl: str,
+    workspace_mib: float,
+) -> list[TokenStats]:
+    """The statistics of each (hidden, weight) on the same labels."""
+    for hidden, weight in models:
+        check_head(hidden, weight, bias)
+        check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
+        check_same_device(hidden=hidden, labels=labels)
+    impl = resolve_impl(impl, models[0][0])
     check_positive("softcap", softcap)
     check_positive("workspace_mib", workspace_mib)
-    x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (N, D), (N,)
-    if impl == "reference":
-        fields = reference.logits_stats(reference.head_logits(x, weight, bias, softcap, logit_scale), y, ignore_index)
-        if not entropy:
-            fields = {"lse": fields["lse"], "target_logit": fields["target_logit"]}
-        stats = TokenStats(**fields)
+    y = labels.reshape(-1)  # (N,)
+    flat = [(hidden.reshape(-1, hidden.shape[-1]), weight) for hidden, weight in models]  # (N, D), (V, D)
+    head = (bias, softcap, logit_scale)
+    if impl == "fused":
+        found = _fused_stats(flat, y, *head, entropy, ignore_index)
+    elif impl == "chunked":
+        found = [_chunked_stats(x, w, y, *head, entropy, ignore_index, workspace_mib) for x, w in flat]
     else:
-        stats = _chunked_stats(x, weight, y, bias, softcap, logit_scale, entropy, ignore_index, workspace_mib)
-    return _reshape(stats, labels.shape)
+        logits = (reference.head_logits(x, w, *head) for x, w in flat)
+        found = [_reference_stats(z, y, entropy, ignore_index) for z in logits]
+    return [_reshape(stats, labels.shape) for stats in found]
+
+
+def _reference_stats(logits: Tensor, labels: Tensor, entropy: bool, ignore_index: int) -> TokenStats:
+    fields = reference.logits_stats(logits, labels, ignore_index)
+    return TokenStats(**(fields if entropy else {name: fields[name] for name in ("lse", "target_logit")}))
+
+
+def _fused_stats(
+    models: list[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+) -> list[TokenStats]:
+    """One launch for all models; shares of the vocabulary are joined here, in their order."""
+    from tokensel_kernels.vocab_stats import hidden_sums
+
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    sums = hidden_sums(models, labels, moments=entropy, ignore_index=ignore_index, **options)
+    return _stats_of_sums(sums, labels, ignore_index)
+
+
+def _stats_of_sums(sums: Tensor, labels: Tensor, ignore_index: int) -> list[TokenStats]:
+    """Joins a kernel's sums over shares of the vocabulary, in their order. [fields, models, shares, N] -> per model.
+
+    Relative to the largest logit, as the sums are, so that nothing is lost where all logits are large; `merge` would
+    start from shards' lse, which are rounded.
+    """
+    valid = labels != ignore_index  # rows without a label may not have been written
+    nothing = _empty(labels, torch.float32, len(sums) == 5)
+    found = []
+    for model in range(sums.shape[1]):
+        share_top, share_total, share_target, *moments = sums[:, model]  # (shares, N) each
+        top = share_top.amax(0)
+        shift = share_top - top
+        scale = shift.exp()
+        total = (scale * share_total).sum(0)
+        fields = [top + total.log(), share_target.amax(0)]
+        if moments:
+            share_first, share_second = moments
+            mean = (scale * (share_first + shift * share_total)).sum(0) / total
+            square = (scale * (share_second + 2 * shift * share_first + shift**2 * share_total)).sum(0) / total
+            fields += [total.log() - mean, square - mean**2, top]
+        known = zip(fields, vars(nothing).values(), strict=False)
+        found.append(TokenStats(*(torch.where(valid, field, none) for field, none in known)))
+    return found
 
 
 def _reshape(stats: TokenStats, shape: torch.Size) -> TokenStats:
@@ -250,6 +317,7 @@ def _chunked_stats(
     return stats
 
 
+@torch.no_grad()
 def token_stats_pair(
     current: tuple[Tensor, Tensor],
     history: tuple[Tensor, Tensor],
@@ -277,16 +345,9 @@ def token_stats_pair(
             f"history weight has {history[1].shape[0]} vocabulary rows but current weight has {current[1].shape[0]}; "
             "both models need the same tokenizer"
         )
-    options = dict(
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        entropy=entropy,
-        ignore_index=ignore_index,
-        impl=impl,
-        workspace_mib=workspace_mib,
-    )
-    return token_stats(*current, labels, **options), token_stats(*history, labels, **options)
+    options = (bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib)
+    now, before = _models_stats([current, history], labels, *options)
+    return now, before
 
 
 @torch.no_grad()
@@ -310,8 +371,8 @@ def token_stats_from_logits(
     Returns:
         (TokenStats of `logits`, TokenStats of `history_logits` or None).
     """
-    impl = resolve_impl(impl)
     check_tensor("logits", logits, floating=True)
+    impl = resolve_impl(impl, logits)
     check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index)
     check_positive("workspace_mib", workspace_mib)
     if history_logits is not None and check_tensor("history_logits", history_logits).shape != logits.shape:
@@ -320,21 +381,27 @@ def token_stats_from_logits(
         )
     check_same_device(logits=logits, labels=labels, history_logits=history_logits)
     y = labels.reshape(-1)
-    results: list[TokenStats | None] = []
-    for full in (logits, history_logits):
-        if full is None:
-            results.append(None)
-            continue
-        z = full.reshape(-1, full.shape[-1])  # (N, V)
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        if impl == "reference":
-            fields = reference.logits_stats(z.to(dtype), y, ignore_index)
-            stats = TokenStats(**(fields if entropy else {k: fields[k] for k in ("lse", "target_logit")}))
-        else:
-            stats = _empty(y, dtype, entropy)
-            rows_at_once = max(1, int(workspace_mib * 2**20) // (4 * z.shape[1]))
-            for rows in (y != ignore_index).nonzero()[:, 0].split(rows_at_once):
-                copy = z[rows].to(dtype)  # indexing copies, so the caller's logits are never overwritten
-                _store(stats, rows, block_stats(copy, y[rows], entropy))
-        results.append(_reshape(stats, labels.shape))
-    return results[0], results[1]
+    flat = [z.reshape(-1, z.shape[-1]) for z in (logits, history_logits) if z is not None]  # (N, V)
+    if impl == "fused":
+        from tokensel_kernels.vocab_stats import logits_sums
+
+        found = _stats_of_sums(logits_sums(flat, y, moments=entropy, ignore_index=ignore_index), y, ignore_index)
+    elif impl == "chunked":
+        found = [_chunked_logits_stats(z, y, entropy, ignore_index, workspace_mib) for z in flat]
+    else:
+        wide = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in flat)
+        found = [_reference_stats(z, y, entropy, ignore_index) for z in wide]
+    now, *before = (_reshape(stats, labels.shape) for stats in found)
+    return now, before[0] if before else None
+
+
+def _chunked_logits_stats(
+    logits: Tensor, labels: Tensor, entropy: bool, ignore_index: int, workspace_mib: float
+) -> TokenStats:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    stats = _empty(labels, dtype, entropy)
+    rows_at_once = max(1, int(workspace_mib * 2**20) // (4 * logits.shape[1]))
+    for rows in (labels != ignore_index).nonzero()[:, 0].split(rows_at_once):
+        copy = logits[rows].to(dtype)  # indexing copies, so the caller's logits are never overwritten
+        _store(stats, rows, block_stats(copy, labels[rows], entropy))
+    return stats

@@ -1,0 +1,102 @@
+"""Device helpers with names: tiles of a matrix, the head's logits, the online sums of a softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """source[row : row + ROWS, column : column + COLUMNS]; zero outside (rows, columns). (ROWS, COLUMNS)
+
+    `source` is a tensor-memory descriptor with blocks of this size (TMA), or a pointer to row-major data.
+    """
+    if TMA:
+        return source.load([row, column])
+    else:
+        r = tl.arange(0, ROWS)
+        c = tl.arange(0, COLUMNS)
+        # a head of 151,936 rows by 16,384 has more than 2^31 elements: 64 bits to the tile, 32 inside it
+        corner = source + tl.cast(row, tl.int64) * stride + column
+        inside = (r < rows - row)[:, None] & (c < columns - column)[None, :]
+        return tl.load(corner + (r[:, None] * stride + c[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def multiply(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b. `PRECISION` is tl.dot's of float32 inputs, or "widened": to float32 before the product, the
+    same numbers (products of half-precision values are exact) where an interpreter has no bfloat16 product."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to a few ulp in float32; near zero by its series, where (1 - e) / (1 + e) cancels."""
+    a = tl.abs(x)
+    e = tl.exp(-2.0 * a)
+    square = a * a
+    series = a * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    magnitude = tl.where(a < 0.25, series, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def head_logits(
+    product,
+    bias_ptr,
+    column,
+    columns,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """softcap · tanh(logit_scale · (product + bias) / softcap), as `tokensel.reference.head_logits`. (ROWS, COLUMNS)"""
+    if HAS_BIAS:
+        c = column + tl.arange(0, COLUMNS)
+        product += tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    z = product * logit_scale
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
+    """Takes a tile of logits into the running sums of each row, relative to the running maximum `top`:
+
+        total = Σ exp(z - top),  first = Σ exp(z - top) (z - top),  second = Σ exp(z - top) (z - top)²
+
+    Columns that do not exist are -inf in z. (ROWS, COLUMNS) -> (ROWS,) each.
+    """
+    new_top = tl.maximum(top, tl.max(z, 1))
+    pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # no column yet: exp(-inf - 0) = 0, not NaN
+    shift = tl.where(top == -float("inf"), 0.0, top - pivot)  # <= 0
+    rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
+    u = z - pivot[:, None]
+    e = tl.exp(u)
+    if MOMENTS:
+        # (u + shift) replaces u in what was summed before
+        second = rescale * (second + 2.0 * shift * first + shift * shift * total)
+        first = rescale * (first + shift * total)
+        u = tl.where(e > 0, u, 0.0)  # -inf · 0
+        first += tl.sum(e * u, 1)
+        second += tl.sum(e * u * u, 1)
+    total = rescale * total + tl.sum(e, 1)
+    return new_top, total, first, second
+
+
+@triton.jit
+def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, second, MOMENTS: tl.constexpr):
+    """Writes the sums of each row as fields of their own: top, total, target logit and, with MOMENTS, first, second."""
+    tl.store(sums_ptr + row, top, mask=mask)
+    tl.store(sums_ptr + field_stride + row, total, mask=mask)
+    tl.store(sums_ptr + 2 * field_stride + row, target, mask=mask)
+    if MOMENTS:
+        tl.store(sums_ptr + 3 * field_stride + row, first, mask=mask)
+        tl.store(sums_ptr + 4 * field_stride + row, second, mask=mask)

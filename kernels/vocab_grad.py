@@ -1,0 +1,210 @@
+"""The backward of the selected cross-entropy on kept rows, a block of the vocabulary at a time.
+
+The forward's lse is known, so a block of logits turns into its gradient in the registers that computed it:
+dz = c · (exp(z - lse) - onehot) · dz/du, the one-hot subtracted in float32 before dz is rounded to the inputs' type.
+Then dX += dz W_block (float32 buffer) and dW_block = dzᵀ X, each block of dW written once after full-length float32
+accumulation. Three products of 2 K V D operations for K kept rows, two with a frozen head; no atomics, deterministic.
+
+How many rows are kept stays on the device: kept rows are gathered to the front, and every kernel stops at the count it
+reads there, so the host never waits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensel_kernels.primitives import head_logits, load_tile, multiply
+from tokensel_kernels.tiles import matrix_source, product_tile
+
+BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in bfloat16
+
+
+@triton.jit
+def _gather_rows_kernel(x_ptr, order_ptr, count_ptr, out_ptr, D, x_stride, out_stride, COLUMNS: tl.constexpr):
+    """out[i] = x[order[i]] for i < count; the rest is not written."""
+    row = tl.program_id(0)
+    if row >= tl.load(count_ptr):
+        return
+    source = x_ptr + tl.load(order_ptr + row) * x_stride
+    target = out_ptr + row.to(tl.int64) * out_stride
+    for column in range(0, D, COLUMNS):
+        c = column + tl.arange(0, COLUMNS)
+        tl.store(target + c, tl.load(source + c, mask=c < D, other=0.0), mask=c < D)
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    x,
+    w,
+    bias_ptr,
+    label_ptr,
+    lse_ptr,
+    coefficient_ptr,
+    count_ptr,
+    dz_ptr,
+    first_column,
+    N,
+    V,
+    D,
+    x_stride,
+    w_stride,
+    dz_stride,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dz[:, j] of vocabulary columns first_column + j, of the first `count` rows."""
+    row = tl.program_id(0) * ROWS
+    count = tl.load(count_ptr)
+    if row >= count:
+        return
+    column = first_column + tl.program_id(1) * COLUMNS
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, D, DEPTH):
+        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+        product = multiply(a, b.T, product, PRECISION)
+    z = head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+    rows = row + tl.arange(0, ROWS)
+    kept = rows < count
+    label = tl.load(label_ptr + rows, mask=kept, other=-1)
+    lse = tl.load(lse_ptr + rows, mask=kept, other=0.0)
+    coefficient = tl.load(coefficient_ptr + rows, mask=kept, other=0.0)
+    columns = column + tl.arange(0, COLUMNS)
+    dz = tl.exp(z - lse[:, None]) - (columns.to(tl.int64)[None, :] == label[:, None]).to(tl.float32)
+    if HAS_SOFTCAP:
+        slope = z / softcap
+        dz *= 1.0 - slope * slope
+    dz *= coefficient[:, None]
+    at = rows.to(tl.int64)[:, None] * dz_stride + (columns - first_column)[None, :]
+    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=kept[:, None] & (columns < V)[None, :])
+
+
+@triton.jit
+def _hidden_gradient_kernel(
+    dz_ptr, w_ptr, dx_ptr, count_ptr, first_column, N, V, D, width, dz_stride, w_stride, dx_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx += dz W_block over `width` vocabulary columns: (K, C) · (C, D) -> (K, D) float32."""
+    row = tl.program_id(0) * ROWS
+    count = tl.load(count_ptr)
+    if row >= count:
+        return
+    column = tl.program_id(1) * COLUMNS
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    inside = (rows < count)[:, None] & (columns < D)[None, :]
+    at = rows.to(tl.int64)[:, None] * dx_stride + columns[None, :]
+    total = tl.load(dx_ptr + at, mask=inside, other=0.0)
+    for k in range(0, width, DEPTH):
+        a = load_tile(dz_ptr, row, k, count, width, dz_stride, ROWS, DEPTH, False)
+        b = load_tile(w_ptr, first_column + k, column, V, D, w_stride, DEPTH, COLUMNS, False)
+        total = multiply(a, b, total, PRECISION)
+    tl.store(dx_ptr + at, total, mask=inside)
+
+
+@triton.jit
+def _head_gradient_kernel(
+    dz_ptr, x_ptr, dw_ptr, dbias_ptr, count_ptr, first_column, N, V, D, width, dz_stride, x_stride, dw_stride,
+    WANT_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW_block = dzᵀ X over the kept rows: (C, K) · (K, D) -> (C, D), written once, in the head's type."""
+    row = tl.program_id(0) * ROWS  # of the block of the vocabulary
+    column = tl.program_id(1) * COLUMNS
+    count = tl.load(count_ptr)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    bias = tl.zeros([ROWS], tl.float32)
+    for k in range(0, count, DEPTH):
+        a = load_tile(dz_ptr, k, row, count, width, dz_stride, DEPTH, ROWS, False)
+        b = load_tile(x_ptr, k, column, count, D, x_stride, DEPTH, COLUMNS, False)
+        total = multiply(a.T, b, total, PRECISION)
+        if WANT_BIAS:
+            bias += tl.sum(a.to(tl.float32), 0)
+    rows = first_column + row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    inside = (rows < min(V, first_column + width))[:, None] & (columns < D)[None, :]
+    at = rows.to(tl.int64)[:, None] * dw_stride + columns[None, :]
+    if dw_ptr is not None:
+        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=inside)
+    if WANT_BIAS:
+        if column == 0:
+            tl.store(dbias_ptr + rows, bias.to(dbias_ptr.dtype.element_ty), mask=rows < min(V, first_column + width))
+
+
+def selected_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ coefficient · nll in hidden, weight and bias, as far as `want` asks for them.
+
+    Args:
+        hidden: [N, D], weight: [V, D], bias: [V] or None, of one type: float16, bfloat16 or float32.
+        labels: [N] int64. coefficient: [N] float32, 0 = row not read. lse: [N] float32 of the same logits.
+    """
+    N, D = hidden.shape
+    V = len(weight)
+    want_hidden, want_weight, want_bias = want
+    tile = product_tile(hidden, "gradient")
+    plain = product_tile(hidden, "matmul")
+    dropped = coefficient == 0
+    order = torch.argsort(dropped, stable=True)  # kept rows first, in their order
+    count = (~dropped).sum(dtype=torch.int32)
+    compact = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    _gather_rows_kernel[(N,)](
+        hidden, order, count, compact, D, hidden.stride(0), compact.stride(0), COLUMNS=1024, num_warps=4
+    )
+    y, log_z, c = labels[order], lse[order], coefficient[order] * logit_scale
+    width = min(BLOCK_COLUMNS, triton.cdiv(V, tile.columns) * tile.columns)
+    dz = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
+    dx = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    db = torch.empty_like(bias) if want_bias else None
+    x, x_stride = matrix_source(compact, tile.rows, tile)
+    w, w_stride = matrix_source(weight, tile.columns, tile)
+    rows = triton.cdiv(N, tile.rows)
+    for first in range(0, V, width):
+        _logits_gradient_kernel[(rows, triton.cdiv(min(width, V - first), tile.columns))](
+            x, w, bias, y, log_z, c, count, dz,
+            first, N, V, D, x_stride, w_stride, dz.stride(0), logit_scale, softcap or 1.0,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, **tile.constants(),
+        )  # fmt: skip
+        block = min(width, V - first)
+        if want_hidden:
+            _hidden_gradient_kernel[(triton.cdiv(N, plain.rows), triton.cdiv(D, plain.columns))](
+                dz, weight, dx, count,
+                first, N, V, D, block, dz.stride(0), weight.stride(0), dx.stride(0),
+                **plain.constants(),
+            )  # fmt: skip
+        if want_weight or want_bias:
+            columns = triton.cdiv(D, plain.columns) if want_weight else 1
+            _head_gradient_kernel[(triton.cdiv(block, plain.rows), columns)](
+                dz, compact, dw, db, count,
+                first, N, V, D, block, dz.stride(0), compact.stride(0), dw.stride(0) if want_weight else 0,
+                WANT_BIAS=want_bias, **plain.constants(),
+            )  # fmt: skip
+    if want_hidden:
+        gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        gradient[order] = dx.to(hidden.dtype)  # every row: those that were dropped are zero
+        dx = gradient
+    return dx, dw, db

@@ -1,0 +1,282 @@
+"""Hidden states or logits -> per-token statistics of one or two models.
+
+From hidden states, one launch serves both models. Each program owns a tile of rows and a share of the vocabulary: tile
+product, online softmax, target logit, all in registers; nothing of width V is written. Operations: 2 N V D a model.
+Bytes: a group of row tiles stays in L2 while the head streams by, so the head is read once a group, 2 V D bytes, and
+the results are a few floats a row and share. A fixed order of merging makes it deterministic.
+
+From logits, each is read once: N V elements a model.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensel_kernels.primitives import head_logits, load_tile, multiply, online_softmax, store_sums
+from tokensel_kernels.tiles import ProductTile, matrix_source, product_tile, row_columns
+
+
+@triton.jit
+def _sweep_vocabulary(
+    x,
+    w,
+    bias_ptr,
+    label_ptr,
+    sums_ptr,
+    row,
+    start,
+    stop,
+    N,
+    V,
+    D,
+    x_stride,
+    w_stride,
+    field_stride,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Statistics of ROWS rows over the columns [start, stop) of one model's vocabulary."""
+    rows = row + tl.arange(0, ROWS)
+    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    target = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first = tl.zeros([ROWS], tl.float32)
+    second = tl.zeros([ROWS], tl.float32)
+    for column in range(start, stop, COLUMNS):
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, D, DEPTH):
+            a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+            b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+            product = multiply(a, b.T, product, PRECISION)
+        z = head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        columns = column + tl.arange(0, COLUMNS)
+        # after the product: the tile may reach into the next share or past the vocabulary
+        z = tl.where((columns < stop)[None, :], z, -float("inf"))
+        hit = tl.where(columns.to(tl.int64)[None, :] == label[:, None], z, -float("inf"))
+        target = tl.maximum(target, tl.max(hit, 1))
+        top, total, first, second = online_softmax(z, top, total, first, second, MOMENTS)
+    store_sums(sums_ptr, rows, rows < N, field_stride, top, total, target, first, second, MOMENTS)
+
+
+@triton.jit
+def _hidden_stats_kernel(
+    x,
+    w,
+    old_x,
+    old_w,
+    bias_ptr,
+    label_ptr,
+    sums_ptr,
+    N,
+    V,
+    D,
+    old_D,
+    share,
+    splits,
+    x_stride,
+    w_stride,
+    old_x_stride,
+    old_w_stride,
+    field_stride,
+    logit_scale,
+    softcap,
+    ignore_index,
+    PAIR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    MODELS: tl.constexpr = 2 if PAIR else 1
+    # a group of row tiles goes through the whole vocabulary together, so that its hidden states stay in L2; the two
+    # models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
+    tiles = tl.cdiv(N, ROWS) * MODELS
+    program = tl.program_id(0)
+    group = program // (GROUP * splits)
+    members = min(tiles - group * GROUP, GROUP)
+    within = program % (GROUP * splits)
+    tile = group * GROUP + within % members
+    split = within // members
+    row = tile // MODELS * ROWS
+    rows = row + tl.arange(0, ROWS)
+    label = tl.load(label_ptr + rows, mask=rows < N, other=ignore_index)
+    if tl.sum((label != ignore_index).to(tl.int32)) == 0:  # a tile of prompt costs nothing
+        return
+    start = split * share
+    stop = min(start + share, V)
+    model = tile % MODELS
+    out = sums_ptr + (model * splits + split).to(tl.int64) * N
+    if model == 0:
+        _sweep_vocabulary(
+            x, w, bias_ptr, label_ptr, out,
+            row, start, stop, N, V, D,
+            x_stride, w_stride, field_stride, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+        )  # fmt: skip
+    if PAIR:
+        if model == 1:
+            _sweep_vocabulary(
+                old_x, old_w, bias_ptr, label_ptr, out,
+                row, start, stop, N, V, old_D,
+                old_x_stride, old_w_stride, field_stride, logit_scale, softcap,
+                HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sweep_row(
+    z_ptr, bias_ptr, label, sums_ptr, row, V, field_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one row of logits."""
+    top = tl.full([1], -float("inf"), tl.float32)
+    target = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    first = tl.zeros([1], tl.float32)
+    second = tl.zeros([1], tl.float32)
+    for column in range(0, V, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        inside = columns < V
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z = head_logits(z, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        z = tl.where(inside[None, :], z, -float("inf"))
+        hit = tl.where((columns.to(tl.int64) == label)[None, :], z, -float("inf"))
+        target = tl.maximum(target, tl.max(hit, 1))
+        top, total, first, second = online_softmax(z, top, total, first, second, MOMENTS)
+    one = row + tl.zeros([1], tl.int32)
+    store_sums(sums_ptr, one, one >= 0, field_stride, top, total, target, first, second, MOMENTS)
+
+
+@triton.jit
+def _logits_stats_kernel(
+    z_ptr,
+    old_z_ptr,
+    bias_ptr,
+    label_ptr,
+    sums_ptr,
+    N,
+    V,
+    z_stride,
+    old_z_stride,
+    field_stride,
+    logit_scale,
+    softcap,
+    ignore_index,
+    PAIR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    label = tl.load(label_ptr + row)
+    if label == ignore_index:
+        return
+    at = row.to(tl.int64)
+    _sweep_row(
+        z_ptr + at * z_stride, bias_ptr, label, sums_ptr, row, V, field_stride, logit_scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP, MOMENTS, COLUMNS,
+    )  # fmt: skip
+    if PAIR:
+        _sweep_row(
+            old_z_ptr + at * old_z_stride, bias_ptr, label, sums_ptr + N, row, V, field_stride, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, MOMENTS, COLUMNS,
+        )  # fmt: skip
+
+
+def vocabulary_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
+    """Into how many shares the vocabulary is split: for eight waves of programs, so that the last one costs little."""
+    return max(1, min(column_tiles, triton.cdiv(8 * processors, row_tiles)))
+
+
+def hidden_sums(
+    models: list[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    moments: bool,
+    ignore_index: int,
+    tile: ProductTile | None = None,
+) -> Tensor:
+    """Sums of one or two models over shares of the vocabulary, from which their statistics follow.
+
+    Args:
+        models: (hidden [N, D], weight [V, D]) of each, float16, bfloat16 or float32; D may differ.
+        labels: [N] int64; rows that equal `ignore_index` may be left unwritten.
+        bias: [V] or None.
+        tile: None takes the table's.
+    Returns:
+        [fields, models, splits, N] float32 sums over each share as `online_softmax` defines them: top, total, target
+        logit (-inf where the label is in another share) and, with `moments`, first and second.
+    """
+    (x, w), (old_x, old_w) = models[0], models[-1]
+    N, V = len(x), len(w)
+    if tile is None:
+        tile = product_tile(x, "moments" if moments else "stats")
+    (x, x_stride), (old_x, old_x_stride) = (matrix_source(t, tile.rows, tile) for t in (x, old_x))
+    (w, w_stride), (old_w, old_w_stride) = (matrix_source(t, tile.columns, tile) for t in (w, old_w))
+    row_tiles = max(1, triton.cdiv(N, tile.rows)) * len(models)
+    splits = vocabulary_splits(row_tiles, triton.cdiv(V, tile.columns), tile.processors)
+    share = triton.cdiv(triton.cdiv(V, tile.columns), splits) * tile.columns
+    splits = triton.cdiv(V, share)
+    fields = 5 if moments else 3
+    sums = torch.empty(fields, len(models), splits, N, dtype=torch.float32, device=labels.device)
+    if not N:
+        return sums
+    _hidden_stats_kernel[(row_tiles * splits,)](
+        x, w, old_x, old_w, bias, labels, sums,
+        N, V, models[0][0].shape[1], models[-1][0].shape[1], share, splits,
+        x_stride, w_stride, old_x_stride, old_w_stride, sums.stride(0),
+        logit_scale, softcap or 1.0, ignore_index,
+        PAIR=len(models) == 2, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, MOMENTS=moments,
+        **tile.constants(),
+    )  # fmt: skip
+    return sums
+
+
+def logits_sums(
+    logits: list[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    moments: bool,
+    ignore_index: int,
+) -> Tensor:
+    """Sums of one or two models' [N, V] logits, each read once, in any floating dtype.
+
+    Returns:
+        [fields, models, 1, N] float32 sums as `hidden_sums` gives them; rows to ignore are left unwritten.
+    """
+    N, V = logits[0].shape
+    sums = torch.empty(5 if moments else 3, len(logits), 1, N, dtype=torch.float32, device=labels.device)
+    z, old_z = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits[0], logits[-1]))
+    if N:
+        _logits_stats_kernel[(N,)](
+            z, old_z, bias, labels, sums,
+            N, V, z.stride(0), old_z.stride(0), sums.stride(0),
+            logit_scale, softcap or 1.0, ignore_index,
+            PAIR=len(logits) == 2, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, MOMENTS=moments,
+            COLUMNS=row_columns(z), num_warps=8,
+        )  # fmt: skip
+    return sums

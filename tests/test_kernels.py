@@ -1,0 +1,361 @@
+"""The Triton kernels against float64: on a GPU if there is one, else in Triton's interpreter (small, ragged shapes)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tokensel_kernels.attention_mass
+import tokensel_kernels.vocab_grad
+import tokensel_kernels.vocab_stats
+from tokensel import (
+    prompt_attention_mass,
+    selected_cross_entropy,
+    token_stats,
+    token_stats_from_logits,
+    token_stats_pair,
+)
+from tokensel_kernels import tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    for module in (tokensel_kernels.attention_mass, tokensel_kernels.vocab_grad, tokensel_kernels.vocab_stats):
+        monkeypatch.setattr(module.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def make(N=37, V=150, D=40, dtype=torch.float32):
+    """hidden, weight, labels, bias; every fifth row ignored, and a whole tile of rows."""
+    labels = torch.randint(0, V, (N,))
+    labels[::5] = -100
+    labels[16:32] = -100
+    tensors = (torch.randn(N, D), torch.randn(V, D) / D**0.5 * 3, labels, torch.randn(V))
+    return [t.to(DEVICE, dtype if t.is_floating_point() else None) for t in tensors]
+
+
+def truth(hidden, weight, labels, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    z = (z if bias is None else z + bias.to(dtype)) * logit_scale
+    return truth_of_logits(z if softcap is None else softcap * torch.tanh(z / softcap), labels)
+
+
+def truth_of_logits(z, labels):
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    lse, entropy = z.logsumexp(-1), -(p * log_p).sum(-1)
+    target = z.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    variance = (p * (log_p + entropy[:, None]) ** 2).sum(-1)
+    return dict(zip(FIELDS, (lse, target, lse - target, entropy, variance, z.amax(-1)), strict=True))
+
+
+def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):
+    valid = labels != -100
+    for name in fields:
+        error = (getattr(stats, name)[valid].double() - exact[name][valid]).abs().max()
+        allowed = 2 * (eager[name][valid].double() - exact[name][valid]).abs().max()
+        allowed += 4 * torch.finfo(torch.float32).eps * exact[name][valid].abs().max().clamp(min=1)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    assert (stats.nll[~valid] == 0).all() and (stats.lse[~valid] == -torch.inf).all()
+
+
+OPTIONS = [{}, {"bias": True}, {"softcap": 5.0}, {"bias": True, "softcap": 20.0, "logit_scale": 0.6}]
+
+
+# Statistics from hidden states
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, monkeypatch):
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
+        for kind in ("stats", "moments"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
+    hidden, weight, labels, bias = make(dtype=dtype)
+    old_hidden, old_weight = make(D=24, dtype=dtype)[:2]  # another hidden size
+    options = options | ({"bias": bias} if "bias" in options else {})
+    pair = token_stats_pair((hidden, weight), (old_hidden, old_weight), labels, entropy=True, impl="fused", **options)
+    for stats, inputs in zip(pair, ((hidden, weight), (old_hidden, old_weight)), strict=True):
+        exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
+        assert_within_budget(stats, exact, eager, labels)
+    (plain,) = (token_stats(hidden, weight, labels, impl="fused", **options),)
+    assert plain.entropy is None
+    torch.testing.assert_close(plain.nll, pair[0].nll)
+
+
+@pytest.mark.parametrize("N, V, D", [(1, 1, 16), (16, 64, 32), (17, 65, 33), (3, 200, 7), (40, 129, 8), (33, 64, 100)])
+def test_shapes_that_are_no_multiple_of_anything(N, V, D):
+    hidden, weight = torch.randn(N, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="fused")
+    exact, eager = (truth(hidden, weight, labels, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("scale", [0.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
+def test_flat_peaked_and_far_off_logits(scale, shift):
+    hidden, weight, labels, bias = make()
+    hidden, bias = hidden * scale, bias * 0 + shift
+    stats = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    exact, eager = (truth(hidden, weight, labels, bias, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 7, 100])
+def test_any_number_of_vocabulary_shares_merges_to_the_same(processors, monkeypatch):
+    hidden, weight, labels, _ = make(V=700, dtype=torch.bfloat16)
+    expected = token_stats(hidden, weight, labels, entropy=True, impl="reference")
+    tile = tiles.ProductTile(16, 64, 32, 4, 1, precision="widened", processors=processors)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tokensel_kernels.vocab_stats, "product_tile", lambda *a: tile)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="fused")
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=2e-6, atol=5e-6)
+
+
+def test_reruns_are_bitwise_equal_and_ignored_rows_are_never_read():
+    hidden, weight, labels, bias = make(dtype=torch.bfloat16)
+    first = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    hidden[16:32] = torch.nan
+    hidden[0] = torch.nan
+    second = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("rows", ["ignored", "none"])
+def test_nothing_to_score(rows):
+    hidden, weight, labels, _ = make()
+    labels = torch.full_like(labels, -100)
+    hidden, labels = (hidden, labels) if rows == "ignored" else (hidden[:0], labels[:0])
+    assert token_stats(hidden, weight, labels, entropy=True, impl="fused").nll.tolist() == [0.0] * len(labels)
+    assert token_stats_from_logits(hidden @ weight.T, labels, impl="fused")[0].nll.tolist() == [0.0] * len(labels)
+
+
+def test_strided_inputs():
+    hidden, weight, labels, _ = make(N=36)
+    expected = token_stats(hidden, weight, labels, impl="reference").nll
+    wide = torch.randn(36, 81, device=DEVICE)
+    wide[:, 1::2] = hidden
+    tall = weight.T.contiguous().T
+    torch.testing.assert_close(token_stats(wide[:, 1::2], tall, labels, impl="fused").nll, expected)
+    batched = token_stats(hidden.view(4, 9, -1), weight, labels.view(4, 9), impl="fused").nll
+    torch.testing.assert_close(batched, expected.view(4, 9))
+
+
+# Statistics from logits
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_from_logits_of_one_and_two_models(dtype, entropy):
+    labels = make(N=12, V=333)[2]
+    logits, old = ((torch.randn(12, 333, device=DEVICE) * 3).to(dtype) for _ in range(2))
+    before = logits.clone()
+    both = token_stats_from_logits(logits, labels, old, entropy=entropy, impl="fused")
+    fields = FIELDS if entropy else FIELDS[:3]
+    for stats, z in zip(both, (logits, old), strict=True):
+        assert_within_budget(
+            stats, truth_of_logits(z.double(), labels), truth_of_logits(z.float(), labels), labels, fields
+        )
+    alone, nothing = token_stats_from_logits(logits, labels, impl="fused")
+    assert nothing is None and torch.equal(alone.nll, both[0].nll)
+    assert torch.equal(logits, before)
+    wide = torch.randn(12, 400, device=DEVICE).to(dtype)
+    wide[:, :333] = logits
+    assert torch.equal(token_stats_from_logits(wide[:, :333], labels, impl="fused")[0].nll, alone.nll)
+
+
+# The backward
+
+
+def gradients(inputs, labels, keep, impl, **options):
+    hidden, weight, bias = (t.detach().clone().requires_grad_() for t in inputs)
+    loss = selected_cross_entropy(hidden, weight, labels, keep, bias=bias, impl=impl, **options)
+    (loss * -1.7).backward()
+    return [loss.detach(), hidden.grad, weight.grad, bias.grad]
+
+
+@pytest.mark.parametrize("weights", ["bool", "real", "one", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
+def test_gradients_of_kept_rows(options, dtype, weights, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_COLUMNS", 64)  # three blocks of the vocabulary
+    hidden, weight, labels, bias = make(dtype=dtype)
+    keep = torch.rand(len(labels), device=DEVICE) < 0.6
+    keep = {
+        "bool": keep,
+        "real": torch.randn(len(labels), device=DEVICE) * keep,
+        "one": torch.arange(len(labels), device=DEVICE) == 36,
+        "all": torch.ones_like(keep),
+    }[weights]
+    inputs = (hidden, weight, bias)
+    ours = gradients(inputs, labels, keep, "fused", **options)
+    exact = gradients([t.double() for t in inputs], labels, keep.double(), "reference", **options)
+    # products of the logits' gradient take it in the inputs' type, as every mixed-precision training does
+    rounding = torch.finfo(dtype).eps
+    eager = gradients(inputs, labels, keep, "reference", **options)
+    for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        allowed = 2 * (b.double() - c).abs().max() + 2 * rounding * c.abs().max()
+        if name == "loss":
+            allowed += 4 * torch.finfo(torch.float32).eps * 10  # a sum of terms of up to ten nats
+        elif dtype != torch.float32:
+            allowed += rounding * summed_magnitude(name, inputs, labels, keep, exact, **options)
+        assert (a.double() - c).abs().max() <= allowed, f"{name}: {(a.double() - c).abs().max():.3g} > {allowed:.3g}"
+    dropped = (keep == 0) | (labels == -100)
+    assert (ours[1][dropped] == 0).all()
+    again = gradients(inputs, labels, keep, "fused", **options)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def summed_magnitude(name, inputs, labels, keep, exact, softcap=None, logit_scale=1.0):
+    """Largest Σ |dz| |factor|, what half a unit of rounding of each dz can at most make of the result."""
+    hidden, weight, bias = (t.double() for t in inputs)
+    z = (hidden @ weight.T + bias) * logit_scale
+    slope = 1.0
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+        slope = 1 - (z / softcap) ** 2
+    w = torch.where(labels != -100, keep.double(), 0)
+    onehot = torch.zeros_like(z).scatter_(1, labels.clamp(min=0)[:, None], 1.0)
+    dz = ((z.softmax(-1) - onehot) * (w / w.abs().sum() * 1.7 * logit_scale)[:, None] * slope).abs()
+    product = {"hidden": lambda: dz @ weight.abs(), "weight": lambda: dz.T @ hidden.abs(), "bias": lambda: dz.sum(0)}
+    return product[name]().max()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "weight and bias"])
+def test_what_is_frozen_is_skipped(frozen):
+    hidden, weight, labels, bias = make()
+    keep = torch.rand(len(labels), device=DEVICE) < 0.6
+    full = dict(
+        zip(("loss", "hidden", "weight", "bias"), gradients((hidden, weight, bias), labels, keep, "fused"), strict=True)
+    )
+    named = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        tensor.requires_grad_(name not in frozen.split(" and "))
+    loss = selected_cross_entropy(hidden, weight, labels, keep, bias=bias, impl="fused")
+    (loss * -1.7).backward()
+    for name, tensor in named.items():
+        assert tensor.grad is None if name in frozen.split(" and ") else torch.equal(tensor.grad, full[name])
+
+
+def test_nothing_kept_has_zero_gradients_and_dropped_rows_are_never_read():
+    hidden, weight, labels, bias = make()
+    keep = torch.zeros(len(labels), dtype=torch.bool, device=DEVICE)
+    for value in gradients((hidden, weight, bias), labels, keep, "fused"):
+        assert (value == 0).all()
+    keep[33] = True
+    expected = gradients((hidden, weight, bias), labels, keep, "fused")
+    stats = token_stats(hidden, weight, labels, bias=bias, impl="fused")
+    hidden[:33] = torch.nan
+    weight.requires_grad_()
+    (selected_cross_entropy(hidden, weight, labels, keep, stats=stats, bias=bias, impl="fused") * -1.7).backward()
+    assert torch.equal(weight.grad, expected[2])
+
+
+# Attention mass
+
+
+def attention_inputs(names, dtype, d=24, Hq=6, Hk=2, S=41, B=2):
+    q, k = (torch.randn(B, H, S, d, device=DEVICE).to(dtype) * 2 for H in (Hq, Hk))
+    position = torch.arange(S, device=DEVICE).expand(B, S)
+    prompt = (position % 17) < 8
+    options = {
+        "key_mask": torch.stack([position[0] >= 5, position[1] < 35]),
+        "segment_ids": torch.stack([(position[0] >= 20).long(), (position[1] >= 9).long() + (position[1] >= 30)]),
+        "turn_ids": torch.diff(prompt.long(), prepend=prompt[:, :1].long()).abs().cumsum(-1),
+        "query_mask": torch.rand(B, S, device=DEVICE) < 0.7,
+        "window": 12,
+        "softcap": 3.0,
+        "scale": 0.4,
+        "sinks": torch.randn(Hq, device=DEVICE) * 2,
+    }
+    return q, k, prompt, {name: options[name] for name in names}
+
+
+def lse_of(q, k, prompt, key_mask=None, segment_ids=None, window=None, scale=None, softcap=None, **_):
+    S = q.shape[2]
+    i, j = torch.arange(S, device=DEVICE)[:, None], torch.arange(S, device=DEVICE)[None]
+    sees = ((j <= i) & (i - j < (window or S)))[None]
+    sees = sees & (torch.ones_like(prompt) if key_mask is None else key_mask)[:, None]
+    if segment_ids is not None:
+        sees = sees & (segment_ids[:, :, None] == segment_ids[:, None])
+    z = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    z = z * (scale or q.shape[-1] ** -0.5)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z.masked_fill(~sees[:, None], -torch.inf).logsumexp(-1)
+
+
+NAMES = ("key_mask", "segment_ids", "turn_ids", "query_mask", "window", "softcap", "scale", "sinks")
+
+
+@pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("names", [(), NAMES, *itertools.combinations(NAMES, 2)], ids="+".join)
+def test_mass_under_every_pair_of_options(names, given_lse):
+    q, k, prompt, options = attention_inputs(names, torch.float32)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    lse = lse_of(q, k, prompt, **options).float() if given_lse else None
+    mass = prompt_attention_mass(q, k, prompt, lse=lse, impl="fused", **options)
+    torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass_is_as_exact_as_eager_float32(dtype):
+    q, k, prompt, options = attention_inputs(("key_mask", "softcap"), dtype)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    eager = prompt_attention_mass(q, k, prompt, impl="reference", **options)
+    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    eps = torch.finfo(torch.float32).eps
+    assert (mass - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2 * eps
+
+
+@pytest.mark.parametrize("Hq, Hk", [(1, 1), (4, 4), (6, 2), (8, 1), (7, 7), (5, 1)])
+@pytest.mark.parametrize("d", [8, 64, 96])
+def test_head_sizes_and_groups(Hq, Hk, d):
+    q, k, prompt, options = attention_inputs(("key_mask",), torch.float32, d, Hq, Hk)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
+
+
+def test_mass_of_strided_inputs_and_what_padding_holds():
+    q, k, prompt, options = attention_inputs(("key_mask",), torch.bfloat16)
+    expected = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    padding = ~options["key_mask"]
+    q[padding[:, None].expand(q.shape[:3])] = torch.nan
+    k[padding[:, None].expand(k.shape[:3])] = torch.nan
+    q, k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
+    assert torch.equal(prompt_attention_mass(q, k, prompt, impl="fused", **options), expected)
+
+
+# The choice
+
+
+def test_bad_choices_are_named(no_interpreter, monkeypatch):
+    hidden, weight, labels, _ = make()
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="impl='fused' needs a GPU .* TRITON_INTERPRET=1"):
+            token_stats(hidden, weight, labels, impl="fused")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="takes float16, bfloat16 or float32, not torch.float64; use impl='chunked'"):
+        token_stats(hidden.double(), weight.double(), labels, impl="fused")
+    monkeypatch.setattr("tokensel.checks.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
+        token_stats(hidden, weight, labels, impl="fused")
