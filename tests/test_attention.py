@@ -96,15 +96,18 @@ def test_the_reference_is_the_definition(names):
 
 @pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_eager_float32(dtype, given_lse):
-    q, k, prompt, options = make(dtype, key_mask=True, softcap=True)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 15.0], ids=["flat", "plain", "peaked"])
+@pytest.mark.parametrize("names", [(), ("key_mask", "softcap"), NAMES], ids="+".join)
+def test_error_is_at_most_twice_that_of_eager_float32(names, spread, dtype, given_lse):
+    q, k, prompt, options = make(dtype, **dict.fromkeys(names, True))
+    q = q * spread
     exact = definition(q, k, prompt, **options)
     eager = definition(q, k, prompt, dtype=torch.float32, **options)
-    lse = lse_of(q, k, prompt, **options).float() if given_lse else None
-    mass = prompt_attention_mass(q, k, prompt, lse=lse, **options)
-    eps = torch.finfo(torch.float32).eps
-    # a given float32 lse is itself rounded, by its own size
-    allowed = 2 * (eager - exact).abs().max() + 2 * eps * (1 if lse is None else lse.abs().nan_to_num(posinf=0).max())
+    lse = lse_of(q, k, prompt, **options).float()
+    mass = prompt_attention_mass(q, k, prompt, lse=lse if given_lse else None, **options)
+    # a float32 lse is itself rounded, by its own size; of peaked scores that is more than the rounding of the mass
+    size = lse.abs().nan_to_num(posinf=0).max() if given_lse or spread > 1 else 1
+    allowed = 2 * (eager - exact).abs().max() + 2 * torch.finfo(torch.float32).eps * size
     assert mass.dtype == torch.float32
     assert (mass - exact).abs().max() <= allowed
 
@@ -135,6 +138,16 @@ def test_attention_to_an_indicator_as_value_is_the_same_mass():
     )
     mass = prompt_attention_mass(q, k, prompt, query_mask=torch.ones_like(prompt))
     torch.testing.assert_close(mass, indicated[..., 0].mean(1))
+
+
+def test_sinks_only_add_to_the_denominator():
+    q, k, prompt, _ = make(torch.float64)
+    plain = prompt_attention_mass(q, k, prompt)
+    lse = lse_of(q, k, prompt)
+    for given in (None, lse):
+        none = prompt_attention_mass(q, k, prompt, lse=given, sinks=torch.full((HQ,), -torch.inf))
+        torch.testing.assert_close(none, plain)
+        assert (prompt_attention_mass(q, k, prompt, lse=given, sinks=torch.full((HQ,), 1e4)) == 0).all()
 
 
 def test_padding_is_never_read():
@@ -176,7 +189,9 @@ def test_an_untrained_attention_has_mass_p_over_i_plus_one():
 
 
 @pytest.mark.parametrize(
-    "names", [(), *itertools.combinations(("key_mask", "segment_ids", "turn_ids", "window"), 2)], ids="+".join
+    "names",
+    [c for n in range(5) for c in itertools.combinations(("key_mask", "segment_ids", "turn_ids", "window"), n)],
+    ids="+".join,
 )
 def test_uniform_mass_is_the_mass_of_zeroed_queries_and_keys(names):
     q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
@@ -197,12 +212,36 @@ def test_only_the_reference_holds_a_square_of_the_length(impl, holds_square, lar
     assert (largest_tensor.elements >= 300 * 300) == holds_square
 
 
+def test_no_option_makes_it_hold_a_square_of_the_length(largest_tensor, monkeypatch):
+    monkeypatch.setattr("tokensel.attention._BLOCK_ELEMENTS", 4096)
+    q, k = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
+    ids = torch.arange(300)[None] // 70
+    masks = {"key_mask": torch.arange(300)[None] > 5, "segment_ids": ids, "turn_ids": ids, "window": 200}
+    with largest_tensor:
+        for lse in (None, torch.zeros(1, 4, 300)):
+            everything = torch.ones(1, 300, dtype=torch.bool)
+            options = {"query_mask": everything, "softcap": 5.0, "sinks": torch.zeros(4), "lse": lse}
+            prompt_attention_mass(q, k, ids % 2 == 0, **masks, **options)
+        uniform_prompt_mass(ids % 2 == 0, **masks)
+    assert largest_tensor.elements == q.numel() < 300 * 300
+
+
 Q, K, PROMPT = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        ({"q": None}, TypeError, "q must be a torch.Tensor; got NoneType"),
+        ({"k": K[0]}, ValueError, r"k must have shape .*; got \[2, 5, 8\]"),
+        ({"k": K.long()}, TypeError, "k must have a floating-point dtype"),
+        ({"prompt_mask": [True]}, TypeError, "prompt_mask must be a torch.Tensor; got list"),
+        ({"key_mask": PROMPT[:1]}, ValueError, r"key_mask must have shape \[2, 5\]"),
+        ({"segment_ids": PROMPT[:1].long()}, ValueError, r"segment_ids must have shape \[2, 5\]"),
+        ({"turn_ids": PROMPT[:, :4].long()}, ValueError, r"turn_ids must have shape \[2, 5\]"),
+        ({"lse": torch.zeros(2, 4, 5).long()}, TypeError, "lse must have a floating-point dtype"),
+        ({"sinks": torch.zeros(4).long()}, TypeError, "sinks must have a floating-point dtype"),
+        ({"impl": "fast"}, ValueError, "impl must be one of auto, chunked, reference, fused; got 'fast'"),
         ({"q": Q[0]}, ValueError, r"q must have shape \[B, Hq, S, d\]; got \[4, 5, 8\]"),
         ({"q": Q.long()}, TypeError, "q must have a floating-point dtype"),
         ({"k": K[:, :, :4]}, ValueError, r"k must have shape .*\[2, Hk, 5, 8\]; got \[2, 2, 4, 8\]"),
@@ -219,11 +258,17 @@ Q, K, PROMPT = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 
         ({"softcap": -1.0}, ValueError, "softcap must be positive"),
         ({"window": 0}, ValueError, "window must be positive"),
         ({"prompt_mask": PROMPT.to("meta")}, ValueError, "prompt_mask is on meta but q is on cpu"),
-        ({"impl": "fused"}, NotImplementedError, "use impl='chunked'"),
+        ({"impl": "fused"}, ValueError, "needs a GPU and the tensors are on cpu; use impl='chunked'"),
     ],
     ids=str,
 )
-def test_bad_input_is_named(change, error, message):
+def test_bad_input_is_named(change, error, message, no_interpreter):
     arguments = {"q": Q, "k": K, "prompt_mask": PROMPT} | change
     with pytest.raises(error, match=message):
         prompt_attention_mass(**arguments)
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "turn_ids"])
+def test_ids_on_another_device_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} is on meta but q is on cpu"):
+        prompt_attention_mass(Q, K, PROMPT, **{name: PROMPT.long().to("meta")})

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel.stats
 from tokensel import TokenStats, selected_cross_entropy, token_stats, token_stats_from_logits, token_stats_pair
@@ -120,12 +121,31 @@ def test_ignored_rows_are_zero_and_never_read(impl):
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name))
 
 
-def test_ignore_index_may_be_any_number():
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("ignore_index", [-1, 7, 10**6])
+def test_ignore_index_may_be_any_number(ignore_index, impl):
     hidden, weight, labels, _ = make()
-    expected = token_stats(hidden, weight, labels)
-    other = torch.where(labels == -100, 7, torch.where(labels == 7, 8, labels))
-    assert torch.equal(token_stats(hidden, weight, other, ignore_index=7).nll == 0, labels == -100)
-    assert torch.equal(token_stats(hidden, weight, labels, ignore_index=-100).nll, expected.nll)
+    labels[labels == 7] = 8
+    other = torch.where(labels == -100, ignore_index, labels)
+    expected = token_stats(hidden, weight, labels, impl=impl)
+    options = {"ignore_index": ignore_index, "impl": impl}
+    logits = hidden @ weight.T
+    for stats in (
+        token_stats(hidden, weight, other, **options),
+        *token_stats_pair((hidden, weight), (hidden, weight), other, **options),
+        *token_stats_from_logits(logits, other, logits, **options),
+    ):
+        assert torch.equal(stats.nll == 0, labels == -100)
+        torch.testing.assert_close(stats.nll, expected.nll)
+
+
+@pytest.mark.parametrize("V", [1, 2, 2047, 2048, 2049, 4096, 5000])
+def test_labels_at_the_edges_of_vocabulary_blocks(V):
+    labels = torch.tensor([label for label in (0, 1, 2046, 2047, 2048, 2049, 4095, 4096, V - 1) if label < V])
+    hidden, weight = torch.randn(len(labels), 12).double(), torch.randn(V, 12).double()
+    stats, exact = token_stats(hidden, weight, labels, entropy=True), truth(hidden, weight, labels)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(stats, name), exact[name], rtol=1e-12, atol=1e-12)
 
 
 def test_correct_says_whether_the_label_has_the_largest_logit():
@@ -167,14 +187,24 @@ def test_one_row_at_least_whatever_the_workspace():
     )
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("rows", ["ignored", "none"])
-def test_nothing_to_score_is_not_nan(rows):
+def test_nothing_to_score_is_not_nan(rows, entropy, impl):
     hidden, weight, labels, _ = make()
     labels = torch.full_like(labels, -100)
     if rows == "none":
         hidden, labels = hidden[:0], labels[:0]
-    stats = token_stats(hidden, weight, labels, entropy=True)
-    assert stats.nll.tolist() == [0.0] * len(labels)
+    options = {"entropy": entropy, "impl": impl}
+    for stats in (
+        token_stats(hidden, weight, labels, **options),
+        *token_stats_pair((hidden, weight), (hidden, weight), labels, **options),
+        token_stats_from_logits(hidden @ weight.T, labels, **options)[0],
+    ):
+        assert stats.nll.tolist() == [0.0] * len(labels)
+        if entropy:
+            assert stats.entropy.tolist() == stats.logp_var.tolist() == [0.0] * len(labels)
+            assert not stats.correct.any()
 
 
 def test_rerun_is_bitwise_equal_and_scratch_is_not_read(monkeypatch):
@@ -189,18 +219,23 @@ def test_rerun_is_bitwise_equal_and_scratch_is_not_read(monkeypatch):
 # Merging
 
 
-def test_shards_of_the_vocabulary_merge_in_any_order():
-    hidden, weight, labels, bias = make(V=301, dtype=torch.float64)
-    z = hidden @ weight.T + bias
-    z[3] = z[3] + 500  # nothing may cancel
-    exact = truth_of_logits(z, labels)
-    cuts = [0, 1, 7, 150, 301]
+def shards(z, labels, cuts):
+    """Statistics of the columns between `cuts`; a label outside has no logit in the shard."""
     parts = []
     for low, high in itertools.pairwise(cuts):
         inside = (labels >= low) & (labels < high)
         part, _ = token_stats_from_logits(z[:, low:high], torch.where(inside, labels - low, 0), entropy=True)
         target = torch.where(inside, part.target_logit, -torch.inf)
         parts.append(TokenStats(part.lse, target, part.entropy, part.logp_var, part.top1))
+    return parts
+
+
+def test_shards_of_the_vocabulary_merge_in_any_order():
+    hidden, weight, labels, bias = make(V=301, dtype=torch.float64)
+    z = hidden @ weight.T + bias
+    z[3] = z[3] + 500  # nothing may cancel
+    exact = truth_of_logits(z, labels)
+    parts = shards(z, labels, [0, 1, 7, 150, 301])
     valid = labels != -100
     for order in itertools.permutations(parts):
         merged = TokenStats.merge(order)
@@ -208,6 +243,19 @@ def test_shards_of_the_vocabulary_merge_in_any_order():
             torch.testing.assert_close(getattr(merged, name)[valid], exact[name][valid], rtol=1e-10, atol=1e-10)
     nested = TokenStats.merge([TokenStats.merge(parts[:2]), TokenStats.merge(parts[2:])])
     torch.testing.assert_close(nested.logp_var[valid], exact["logp_var"][valid])
+
+
+@pytest.mark.parametrize("shift", [0.0, -1e4, 1e4])
+def test_merged_shards_are_as_exact_as_the_whole(shift):
+    labels = make()[2]
+    z = torch.randn(37, 2300) * 3 + shift
+    z[1, 2000] += 60  # one shard holds all of a row's mass
+    parts = shards(z, labels, [0, 3, 900, 2299, 2300])
+    exact, eager = truth_of_logits(z.double(), labels), truth_of_logits(z, labels)
+    assert_within_budget(TokenStats.merge(parts), exact, eager, labels)
+    plain = TokenStats.merge([TokenStats(p.lse, p.target_logit) for p in parts])
+    assert_within_budget(plain, exact, eager, labels, fields=FIELDS[:3])
+    assert plain.entropy is None and plain.logp_var is None and plain.top1 is None
 
 
 def test_an_ignored_row_is_the_identity_of_merge():
@@ -262,6 +310,24 @@ def test_statistics_from_logits(dtype, impl):
     assert token_stats_from_logits(logits, labels, impl=impl)[1] is None
 
 
+@pytest.mark.parametrize("dtype, shift", [(torch.float32, -1e4), (torch.float32, 1e4), (torch.float16, 6e4)], ids=str)
+def test_statistics_from_logits_of_any_size(dtype, shift):
+    labels = make()[2]
+    logits = (torch.randn(2300, 37) * 30 + shift).to(dtype).T  # strided too
+    stats, _ = token_stats_from_logits(logits, labels, entropy=True)
+    exact, eager = (truth_of_logits(logits.to(d), labels) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+
+
+def test_logits_with_leading_dimensions():
+    labels = make(N=36)[2]
+    logits = torch.randn(36, 50)
+    labels = torch.where(labels == -100, labels, labels % 50)
+    flat, _ = token_stats_from_logits(logits, labels, entropy=True)
+    batched, _ = token_stats_from_logits(logits.view(4, 9, 50), labels.view(4, 9), entropy=True)
+    assert all(torch.equal(getattr(batched, name), getattr(flat, name).view(4, 9)) for name in FIELDS)
+
+
 def test_logits_of_rows_that_all_count_are_not_overwritten_either():
     logits = torch.randn(8, 50)
     before = logits.clone()
@@ -287,7 +353,27 @@ def test_only_the_reference_holds_logits(impl, holds_logits, largest_tensor, mon
         assert largest_tensor.elements == V * D  # the gradient of the head
 
 
-def test_exact_products_puts_its_flag_back(monkeypatch):
+class LargestFloat32(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("impl, holds_copy", [("chunked", False), ("reference", True)])
+def test_only_the_reference_holds_a_float32_copy_of_logits(impl, holds_copy):
+    logits, labels = torch.randn(300, 5000).bfloat16(), torch.randint(0, 5000, (300,))
+    with LargestFloat32() as largest:
+        token_stats_from_logits(logits, labels, logits, entropy=True, impl=impl, workspace_mib=0.25)
+    assert (largest.elements >= logits.numel()) == holds_copy
+    if not holds_copy:
+        assert largest.elements <= 0.25 * 2**20 / 4
+
+
+def test_exact_products_puts_its_flag_back():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     with pytest.raises(KeyError), exact_products(torch.bfloat16):
@@ -317,21 +403,30 @@ LABELS = torch.tensor([0, 1, -100, 3, 8, 2])
         ({"labels": LABELS.where(LABELS != 3, 9)}, ValueError, r"labels\[3\] is 9, outside \[0, 9\)"),
         ({"labels": LABELS.where(LABELS != 3, -1)}, ValueError, r"labels\[3\] is -1"),
         ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta but hidden is on cpu"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor; got NoneType"),
+        ({"labels": [0] * 6}, TypeError, "labels must be a torch.Tensor; got list"),
+        ({"hidden": HIDDEN[0]}, ValueError, r"hidden must have shape \[..., D\].*; got \[4\]"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias must have shape \[9\]"),
+        ({"bias": 0.0}, TypeError, "bias must be a torch.Tensor; got float"),
+        ({"bias": torch.zeros(9).long()}, TypeError, "bias must have a floating-point dtype"),
+        ({"bias": torch.zeros(9, device="meta")}, ValueError, "bias is on meta but hidden is on cpu"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive; got 0"),
+        ({"softcap": -2.0}, ValueError, "softcap must be positive; got -2"),
+        ({"softcap": float("nan")}, ValueError, "softcap must be positive; got nan"),
         ({"workspace_mib": 0}, ValueError, "workspace_mib must be positive"),
+        ({"workspace_mib": -1}, ValueError, "workspace_mib must be positive"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, chunked, reference, fused; got 'fast'"),
-        ({"impl": "fused"}, NotImplementedError, "use impl='chunked'"),
+        ({"impl": "fused"}, ValueError, "needs a GPU and the tensors are on cpu; use impl='chunked'"),
     ],
     ids=str,
 )
-def test_bad_input_is_named(change, error, message):
+def test_bad_input_is_named(change, error, message, no_interpreter):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS} | change
     with pytest.raises(error, match=message):
         token_stats(**arguments)
 
 
-def test_bad_input_of_pairs_and_logits_is_named():
+def test_bad_input_of_pairs_and_logits_is_named(no_interpreter):
     with pytest.raises(ValueError, match="history weight has 8 vocabulary rows but current weight has 9"):
         token_stats_pair((HIDDEN, WEIGHT), (HIDDEN, WEIGHT[:8]), LABELS)
     logits = torch.zeros(6, 9)
@@ -341,3 +436,11 @@ def test_bad_input_of_pairs_and_logits_is_named():
         token_stats_from_logits(logits, LABELS[:5])
     with pytest.raises(TypeError, match="logits must have a floating-point dtype"):
         token_stats_from_logits(logits.long(), LABELS)
+    with pytest.raises(TypeError, match=r"history_logits must be a torch.Tensor; got list"):
+        token_stats_from_logits(logits, LABELS, [1.0])
+    with pytest.raises(ValueError, match="history_logits is on meta but logits is on cpu"):
+        token_stats_from_logits(logits, LABELS, logits.to("meta"))
+    with pytest.raises(ValueError, match=r"labels\[0, 1\] is 9, outside \[0, 9\) and not ignore_index=-100"):
+        token_stats_from_logits(logits.view(3, 2, 9), torch.tensor([[0, 9], [1, 2], [3, 4]]))
+    with pytest.raises(ValueError, match="workspace_mib must be positive"):
+        token_stats_from_logits(logits, LABELS, workspace_mib=0)
