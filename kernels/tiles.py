@@ -44,36 +44,38 @@ class ProductTile:
 
 
 _FLOAT32 = ProductTile(64, 64, 16, 4, 3)  # in full precision, without tensor cores
+_FLOAT32_STATS = ProductTile(32, 64, 16, 4, 2)
 _SMALL = ProductTile(16, 64, 32, 4, 1, precision="widened")  # so that a test of ragged shapes is more than one tile
 
-# family -> kind of product -> bytes of an element -> tile. "stats": online softmax behind the product; "moments": with
-# entropy and variance, which need more registers; "gradient": logits to their gradient; "matmul": a product alone.
+# family -> kind of product -> bytes of an element -> tile. "stats": online softmax behind the product; "full_stats":
+# with bias, softcap, entropy and variance, which need more registers; "gradient": logits to their gradient; "matmul":
+# a product alone.
 TILES: dict[str, dict[str, dict[int, ProductTile]]] = {
     "sm_80": {
-        "stats": {2: ProductTile(128, 128, 32, 8, 4), 4: _FLOAT32},
-        "moments": {2: ProductTile(128, 64, 32, 4, 4), 4: _FLOAT32},
+        "stats": {2: ProductTile(128, 128, 32, 8, 4), 4: _FLOAT32_STATS},
+        "full_stats": {2: ProductTile(128, 64, 32, 4, 4), 4: _FLOAT32_STATS},
         "gradient": {2: ProductTile(128, 64, 32, 4, 4), 4: _FLOAT32},
         "matmul": {2: ProductTile(128, 128, 32, 8, 4), 4: _FLOAT32},
     },
     "sm_90": {
-        "stats": {2: ProductTile(128, 256, 64, 8, 3, tma=True), 4: _FLOAT32},
-        "moments": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "gradient": {2: ProductTile(128, 256, 64, 8, 3, tma=True), 4: _FLOAT32},
+        "stats": {2: ProductTile(128, 256, 64, 8, 3, tma=True), 4: _FLOAT32_STATS},
+        "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
+        "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
         "matmul": {2: ProductTile(128, 128, 64, 8, 3), 4: _FLOAT32},
     },
     "sm_100": {
-        "stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "moments": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
+        "stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
+        "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
         "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
         "matmul": {2: ProductTile(128, 128, 64, 8, 3), 4: _FLOAT32},
     },
     "gfx942": {
-        "stats": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32},
-        "moments": {2: ProductTile(128, 64, 64, 8, 2), 4: _FLOAT32},
+        "stats": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32_STATS},
+        "full_stats": {2: ProductTile(128, 64, 64, 8, 2), 4: _FLOAT32_STATS},
         "gradient": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32},
         "matmul": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32},
     },
-    "interpreter": {kind: {2: _SMALL, 4: _SMALL} for kind in ("stats", "moments", "gradient", "matmul")},
+    "interpreter": {kind: {2: _SMALL, 4: _SMALL} for kind in ("stats", "full_stats", "gradient", "matmul")},
 }
 
 
@@ -117,24 +119,30 @@ class AttentionTile:
 
 
 ATTENTION_TILES: dict[str, dict[int, AttentionTile]] = {
-    "sm_80": {2: AttentionTile(128, 64, 8, 2), 4: AttentionTile(32, 32, 4, 2)},
-    "sm_90": {2: AttentionTile(128, 128, 8, 2), 4: AttentionTile(32, 32, 4, 2)},
-    "sm_100": {2: AttentionTile(128, 64, 8, 2), 4: AttentionTile(32, 32, 4, 2)},
-    "gfx942": {2: AttentionTile(128, 64, 8, 1), 4: AttentionTile(32, 32, 4, 1)},
+    "sm_80": {2: AttentionTile(128, 32, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
+    "sm_90": {2: AttentionTile(128, 128, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
+    "sm_100": {2: AttentionTile(128, 32, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
+    "gfx942": {2: AttentionTile(128, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
     "interpreter": {size: AttentionTile(16, 16, 4, 1, "widened") for size in (2, 4)},
 }
 
 
 def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:
-    """(queries of a tile, the kernel's constants) for `group` query heads a key head, padded to a power of two."""
+    """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
+    power of two."""
     tile = ATTENTION_TILES["interpreter" if interpreting() else _family(like.device)[0]][like.element_size()]
     constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
-    return max(1, tile.rows // group), constants
+    return max(1, attention_rows(tile, like.shape[-1]) // group), constants
+
+
+def attention_rows(tile: AttentionTile, head_size: int) -> int:
+    """Rows of a score tile: half as many for large heads, whose queries fill the registers."""
+    return tile.rows // 2 if head_size > 128 else tile.rows
 
 
 def row_columns(like: Tensor) -> int:
-    """Columns that a kernel which streams rows takes at a time: 32 bytes a thread of eight warps."""
-    return 128 if interpreting() else 8192 // like.element_size()
+    """Columns that a kernel which streams rows takes at a time: 16 bytes a thread of eight warps."""
+    return 128 if interpreting() else 4096 // like.element_size()
 
 
 def matrix_source(matrix: Tensor, rows: int, tile: ProductTile) -> tuple[object, int]:

@@ -231,7 +231,7 @@ def hidden_sums(
     (x, w), (old_x, old_w) = models[0], models[-1]
     N, V = len(x), len(w)
     if tile is None:
-        tile = product_tile(x, "moments" if moments else "stats")
+        tile = product_tile(x, "stats" if bias is None and softcap is None and not moments else "full_stats")
     (x, x_stride), (old_x, old_x_stride) = (matrix_source(t, tile.rows, tile) for t in (x, old_x))
     (w, w_stride), (old_w, old_w_stride) = (matrix_source(t, tile.columns, tile) for t in (w, old_w))
     row_tiles = max(1, triton.cdiv(N, tile.rows)) * len(models)

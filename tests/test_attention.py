@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokensel import prompt_attention_mass, uniform_prompt_mass
 
@@ -14,9 +15,9 @@ def make(dtype=torch.float32, **changes):
     """q, k and the masks of two rows: left and right padding, packing, two turns, a mixed query mask."""
     q, k = torch.randn(B, HQ, S, D).to(dtype) * 2, torch.randn(B, HK, S, D).to(dtype) * 2
     position = torch.arange(S).expand(B, S)
-    key_mask = torch.stack([position[0] >= 5, position[1] < 35])
+    key_mask = torch.stack([position[0] >= 5, position[1] < 29])  # before a prompt token, after a response token
     prompt = (position % 17) < 8
-    segments = torch.stack([(position[0] >= 20).long(), (position[1] >= 9).long() + (position[1] >= 30)])
+    segments = torch.stack([(position[0] >= 20).long(), (position[1] >= 9).long() + (position[1] >= 24)])
     turns = torch.diff(prompt.long(), prepend=prompt[:, :1].long()).abs().cumsum(-1)
     options = {
         "key_mask": key_mask,
@@ -128,6 +129,37 @@ def test_with_a_given_lse_only_prompt_columns_are_read():
     exact = definition(q, k, prompt)
     k[(~prompt)[:, None].expand(B, HK, S)] = torch.nan
     torch.testing.assert_close(prompt_attention_mass(q, k, prompt, lse=lse), exact)
+
+
+def test_with_a_given_lse_only_prompt_columns_are_multiplied():
+    q, k, _, _ = make(torch.float64)
+    P = 11
+    prompt = (torch.arange(S) < P).expand(B, S)
+    lse = lse_of(q, k, prompt)
+    with FlopCounterMode(display=False) as products:
+        prompt_attention_mass(q, k, prompt, lse=lse)
+    assert products.get_total_flops() == B * HQ * (S - P) * P * 2 * D
+
+
+@pytest.mark.parametrize("nothing_seen", [-torch.inf, torch.inf])
+def test_rows_whose_given_lse_says_that_they_see_nothing_have_no_mass(nothing_seen):
+    q, k, prompt, _ = make(torch.float64)
+    lse = lse_of(q, k, prompt)
+    lse[:, :, 10:] = nothing_seen
+    expected = definition(q, k, prompt)
+    expected[:, 10:] = 0
+    torch.testing.assert_close(prompt_attention_mass(q, k, prompt, lse=lse), expected)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("name", ["segment_ids", "turn_ids"])
+def test_ids_may_come_back_after_others(name, impl):
+    q, k, prompt, _ = make(torch.float64)
+    ids = (torch.arange(S) // 9).expand(B, S)
+    for again in (ids % 2, 7 - ids):  # the same runs under other numbers
+        mass = prompt_attention_mass(q, k, prompt, impl=impl, **{name: again})
+        torch.testing.assert_close(mass, definition(q, k, prompt, **{name: ids}))
+        assert torch.equal(uniform_prompt_mass(prompt, **{name: again}), uniform_prompt_mass(prompt, **{name: ids}))
 
 
 def test_attention_to_an_indicator_as_value_is_the_same_mass():

@@ -322,7 +322,7 @@ def test_an_unknown_flag_is_named(capsys, no_loading):
 
 def test_an_unknown_command_is_named(capsys):
     assert main(["tran"]) == 2
-    assert error_of(capsys) == "unknown command 'tran'; there are score and train (tokensel --help)"
+    assert error_of(capsys) == "unknown command 'tran'; there are score, train and kernels (tokensel --help)"
 
 
 @pytest.mark.parametrize(

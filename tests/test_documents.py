@@ -124,8 +124,8 @@ def test_packed_rows_may_hold_padding_anywhere():
 
 
 def test_segments_start_where_positions_do_not_go_up_by_one():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [3, 4, 5, 6, 7, 8, 9]])
-    assert segments_from_positions(positions).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [3, 4, 5, 6, 7, 8, 9], [0, 1, 5, 6, 6, 2, 3]])
+    assert segments_from_positions(positions).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7, [0, 0, 1, 1, 2, 3, 3]]
 
 
 def test_draws_are_uniform_and_depend_on_key_and_seed_alone():
@@ -160,6 +160,9 @@ def test_prompt_first_ends_with_the_first_response_of_each_document():
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
     prompt, _ = prompt_keys(LABELS, "first", segments)
     assert prompt.tolist() == [[True, True, False, False, True, False, False, False, False]]
+    # the second document begins with a response, so it has no first prompt
+    prompt, _ = prompt_keys(LABELS, "first", torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]))
+    assert prompt.tolist() == [[True, True] + [False] * 7]
 
 
 def test_prompt_context_is_everything_outside_the_own_turn():

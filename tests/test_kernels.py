@@ -85,7 +85,7 @@ OPTIONS = [{}, {"bias": True}, {"softcap": 5.0}, {"bias": True, "softcap": 20.0,
 def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, monkeypatch):
     if DEVICE == "cpu":
         small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
-        for kind in ("stats", "moments"):
+        for kind in ("stats", "full_stats"):
             monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
     hidden, weight, labels, bias = make(dtype=dtype)
     old_hidden, old_weight = make(D=24, dtype=dtype)[:2]  # another hidden size

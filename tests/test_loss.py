@@ -34,12 +34,15 @@ def gradients(loss, inputs, upstream=1.0):
     return torch.autograd.grad(loss * upstream, [t for t in inputs if t is not None], allow_unused=True)
 
 
-def assert_within_budget(ours, eager, exact, dtype, size=0.0):
-    """Twice the eager error, plus a rounding of the result to its own type and of a float32 lse of `size`."""
+def assert_within_budget(ours, eager, exact, dtype, size=10.0):
+    """Twice the eager error, plus a rounding of the result to its own type and of a float32 lse of `size` nats.
+
+    The lse is part of the interface. Its rounding moves the loss by itself and gradients in proportion.
+    """
     for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
         error = (a.double() - c).abs().max()
         allowed = 2 * (b.double() - c).abs().max() + 2 * torch.finfo(dtype).eps * c.abs().max()
-        allowed += torch.finfo(torch.float32).eps * size * c.abs().max()
+        allowed += torch.finfo(torch.float32).eps * size * (1 if name == "loss" else c.abs().max())
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -96,7 +99,7 @@ def test_flat_peaked_and_shifted_logits(spread, shift):
 
     ours = all_of(selected_cross_entropy(*inputs[:2], labels, keep, bias=inputs[2]))
     exact, eager = (all_of(definition(inputs, labels, keep, dtype=d)) for d in (torch.float64, torch.float32))
-    assert_within_budget(ours, eager, exact, torch.float32, size=abs(shift))
+    assert_within_budget(ours, eager, exact, torch.float32, size=max(10.0, abs(shift)))
 
 
 def test_labels_at_the_edges_of_vocabulary_blocks():
@@ -269,10 +272,11 @@ def test_leading_dimensions_and_strides_do_not_matter():
     torch.testing.assert_close(gradients(loss, inputs), exact)
 
 
-def test_weights_of_the_loss_are_constants():
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_weights_of_the_loss_are_constants(impl):
     inputs, labels, keep = make(dtype=torch.float64)
     weights = keep.double().requires_grad_()
-    selected_cross_entropy(inputs[0], inputs[1], labels, weights).backward()
+    selected_cross_entropy(inputs[0], inputs[1], labels, weights, impl=impl).backward()
     assert weights.grad is None
 
 

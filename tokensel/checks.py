@@ -11,9 +11,7 @@ from torch import Tensor
 IMPLS = ("auto", "chunked", "reference", "fused")
 
 
-AUTO_RULE = (
-    "auto: on a CPU chunked; elsewhere fused for float16 and bfloat16 where Triton is installed, chunked for the rest"
-)
+AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
 _FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

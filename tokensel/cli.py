@@ -18,6 +18,7 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel score CONFIG.yaml [--flag value ...]   record each response token's loss under a model, once
   tokensel train CONFIG.yaml [--flag value ...]   fine-tune on the tokens that a method keeps
   tokensel score --help | train --help            every setting, in YAML and as a flag
+  tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
   tokensel --version
 
 A first run on your own data, a JSONL file of {{"prompt": ..., "completion": ...}},
@@ -309,6 +310,35 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     return metrics
 
 
+def kernels(arch: str, json_file: str | None) -> list[dict]:
+    """Compiles every Triton kernel and tile for a chip and prints what the compiler says -> the reports."""
+    from dataclasses import asdict
+
+    from tqdm.auto import tqdm
+
+    from tokensel.checks import AUTO_RULE
+    from tokensel.report import format_table
+    from tokensel_kernels import inspect
+
+    reports = list(tqdm(inspect.reports(arch), desc=f"compile for {arch}", unit="kernel"))
+    print(format_table([inspect.as_row(report) for report in reports]))
+    print(f'impl="auto" is: {AUTO_RULE}')
+    found = [asdict(report) for report in reports]
+    if json_file:
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _parse_kernels(argv: list[str]) -> tuple[str, str | None]:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(prog="tokensel kernels", description=kernels.__doc__)
+    parser.add_argument("--arch", required=True, help="sm_80, sm_90, sm_100 or gfx942")
+    parser.add_argument("--json", help="also write the reports to this file")
+    given = parser.parse_args(argv)
+    return given.arch, given.json
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `tokensel` command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -328,9 +358,11 @@ def main(argv: list[str] | None = None) -> int:
 
             required = ("model_name_or_path", "dataset_name", "output_dir")
             train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train", required))
+        elif command == "kernels":
+            kernels(*_parse_kernels(rest))
         else:
-            raise ValueError(f"unknown command {command!r}; there are score and train (tokensel --help)")
-    except (ValueError, LookupError, OSError, NotImplementedError) as error:
+            raise ValueError(f"unknown command {command!r}; there are score, train and kernels (tokensel --help)")
+    except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):
             raise
         print(f"tokensel: error: {error}\n(set TOKENSEL_TRACEBACK=1 to see where)", file=sys.stderr)
