@@ -487,10 +487,12 @@ def test_a_store_of_another_dataset_is_refused(tmp_path, model_dir, data, capsys
         ({"history": "adapter_off"}, "needs a PEFT model"),
         ({"method": "attention", "layer": 9}, "layer 9 does not exist"),
         ({"method": "attention", "row": "predictor", "prompt": "context"}, "row='predictor' cannot be combined"),
-        ({"method": "random", "impl": "fused"}, "impl='fused' needs the Triton kernels"),
+        ({"method": "random", "impl": "fused"}, "impl='fused' needs a GPU"),
     ],
 )
-def test_settings_that_contradict_each_other_end_in_one_line(tmp_path, model_dir, data, capsys, settings, message):
+def test_settings_that_contradict_each_other_end_in_one_line(
+    tmp_path, model_dir, data, capsys, no_interpreter, settings, message
+):
     assert train(model_dir, data, tmp_path / "run", **settings) == 2
     assert message in error_of(capsys)
 

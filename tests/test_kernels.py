@@ -359,3 +359,29 @@ def test_bad_choices_are_named(no_interpreter, monkeypatch):
     monkeypatch.setattr("tokensel.checks.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
         token_stats(hidden, weight, labels, impl="fused")
+
+
+# The whole step
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_training_step_with_the_kernels_is_the_reference_step(family, layout):
+    tiny = pytest.importorskip("tiny")
+    from tokensel import Selection, apply_to, methods
+
+    batch = getattr(tiny, layout)(tiny.samples())
+    batch = {name: value.to(DEVICE) for name, value in batch.items()}
+    history = torch.rand(batch["labels"].shape, device=DEVICE) * 4
+    results = []
+    for impl in ("fused", "reference"):
+        model = tiny.causal_lm(family, torch.float32).to(DEVICE)
+        apply_to(model)
+        out = model(**batch, history_nll=history, selection=Selection(methods.get("sstoken"), impl=impl))
+        out.loss.backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    (ours, gradients_ours), (reference, gradients_reference) = results
+    assert torch.equal(ours.weights, reference.weights)
+    for name in ("loss", "nll", "score", "mass"):
+        torch.testing.assert_close(getattr(ours, name), getattr(reference, name), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(gradients_ours, gradients_reference, rtol=1e-3, atol=1e-6)

@@ -51,12 +51,17 @@ def truth_of_logits(z, labels):
 
 
 def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):
-    """No further from float64 than twice what the eager computation is, plus rounding of the result itself."""
+    """No further from float64 than twice what the eager computation is, plus rounding of the result itself.
+
+    Moments are joined through the lse of each shard, a float32 number: its rounding counts too.
+    """
     valid = labels != -100
     for name in fields:
         error = (getattr(stats, name)[valid].double() - exact[name][valid]).abs().max()
         allowed = 2 * (eager[name][valid].double() - exact[name][valid]).abs().max()
-        allowed += 4 * torch.finfo(torch.float32).eps * exact[name][valid].abs().max().clamp(min=1)
+        scale = exact[name][valid].abs().max().clamp(min=1)
+        lse = exact["lse"][valid].abs().max() if name in ("entropy", "logp_var") else 0
+        allowed += torch.finfo(torch.float32).eps * scale * (4 + lse)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -97,8 +102,6 @@ def test_float64_stays_float64(impl):
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 30.0, 1000.0], ids=["flat", "nearly flat", "peaked", "one-hot"])
 def test_flat_and_peaked_distributions(spread):
     hidden, weight, labels, _ = make(spread=spread)
-    if spread > 1:  # products that are exact in any order: the rounding of such logits would drown all else
-        hidden, weight = hidden.round(), (weight * 8).round() / 8
     stats = token_stats(hidden, weight, labels, entropy=True)
     plain = token_stats(hidden, weight, labels)
     exact, eager = (truth(hidden, weight, labels, dtype=d) for d in (torch.float64, torch.float32))

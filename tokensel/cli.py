@@ -62,7 +62,7 @@ class ScoreArguments(DataArguments):
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
     impl: str = field(
-        default="auto", metadata={"help": "Implementation of the statistics: auto, chunked or reference."}
+        default="auto", metadata={"help": "Implementation of the statistics: auto, chunked, fused or reference."}
     )
 
 

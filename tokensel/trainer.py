@@ -68,7 +68,7 @@ class SelectionArguments:
             "'micro_batch': mean over each micro-batch, then mean of means, as published."
         },
     )
-    impl: str = field(default="auto", metadata={"help": "Implementation of the kernels: auto, chunked or reference."})
+    impl: str = field(default="auto", metadata={"help": "Implementation: auto, chunked, fused or reference."})
 
     def build_method(self) -> TokenSelector:
         """The method that `method` and `method_args` name.
