@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokensel.loss
-from tokensel import TokenStats, selected_cross_entropy, token_stats
+from tokensel import TokenStats, selected_cross_entropy, token_stats, token_stats_from_logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -317,3 +317,28 @@ def test_statistics_on_another_device_are_named():
     elsewhere = TokenStats(torch.zeros(6, device="meta"), torch.zeros(6, device="meta"))
     with pytest.raises(ValueError, match="stats"):
         selected_cross_entropy(hidden, weight, labels, keep, stats=elsewhere)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_dropped_row_may_be_anything(impl):
+    inputs, labels, keep = make(N=9, V=30, D=4, dtype=torch.float64)
+    hidden, weight, bias = inputs
+    labels[:] = torch.arange(9)
+    keep[:] = torch.arange(9) != 4
+    expected = gradients(definition(inputs, labels, keep), inputs)
+    with torch.no_grad():
+        hidden[4] = torch.nan
+    loss = selected_cross_entropy(hidden, weight, labels, keep, bias=bias, impl=impl)
+    assert loss.isfinite()
+    torch.testing.assert_close(gradients(loss, inputs), expected)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_token_that_cannot_be_has_no_part_in_the_moments(impl):
+    logits = torch.randn(3, 10, dtype=torch.float64)
+    labels = torch.tensor([1, 2, 3])
+    expected = token_stats_from_logits(logits[:, :9], labels, entropy=True, impl="reference")[0]
+    logits[:, 9] = -torch.inf
+    found = token_stats_from_logits(logits, labels, entropy=True, impl=impl)[0]
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    torch.testing.assert_close(found.logp_var, expected.logp_var)

@@ -174,6 +174,7 @@ def uniform_prompt_mass(
     Returns:
         [B, S] float32; 0 where no key is visible.
     """
+    check_positive("window", window)
     B, S = prompt_mask.shape
     key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
 

@@ -30,7 +30,7 @@ class _SelectedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, coefficient, lse, nll, softcap, logit_scale, impl):
         ctx.save_for_backward(hidden, weight, bias, labels, coefficient, lse)
         ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
-        return (coefficient * nll).sum()
+        return torch.where(coefficient != 0, coefficient * nll, 0).sum()  # a dropped row may be anything
 
     @staticmethod
     @once_differentiable
@@ -161,6 +161,8 @@ def selected_cross_entropy(
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
     if impl == "reference":
-        return reference.selected_loss(reference.head_logits(x, weight, bias, softcap, logit_scale), y, coefficient)
+        rows = coefficient != 0
+        logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
+        return reference.selected_loss(logits, y[rows], coefficient[rows])
     lse, nll = stats.lse.reshape(-1), stats.nll.reshape(-1)
     return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, logit_scale, impl)

@@ -27,6 +27,7 @@ def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str,
     valid = labels != ignore_index
     log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
     p = log_p.exp()
+    log_p = torch.where(p > 0, log_p, 0)  # a token that cannot be has no part in either moment
     entropy = -(p * log_p).sum(-1)
     none = torch.full_like(entropy, -torch.inf)
     target = logits.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
@@ -40,10 +41,8 @@ def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str,
 
 
 def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor:
-    """Σ coefficient · nll by autograd: [N, V] logits, [N] labels and coefficients (0 = dropped) -> scalar."""
-    rows = coefficient != 0
-    nll = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
-    return (coefficient[rows] * nll).sum()
+    """Σ coefficient · nll by autograd, of rows that are all kept: [K, V], [K], [K] -> scalar."""
+    return (coefficient * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).sum()
 
 
 def visible_keys(key_mask: Tensor, segment_ids: Tensor | None, window: int | None) -> Tensor:
