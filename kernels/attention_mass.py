@@ -154,7 +154,7 @@ def attention_mass(
     rows, constants = attention_tile(q, triton.next_power_of_2(group))
     _attention_mass_kernel[(triton.cdiv(S, rows), Hk, B)](
         q, k, flags.contiguous(), query_mask.to(torch.int8).contiguous(), low, prompt_end,
-        None if lse is None else lse.contiguous(), sinks, mass,
+        None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), mass,
         S, Hq, *q.stride()[:3], *k.stride()[:3], scale, softcap or 1.0,
         HAS_LSE=lse is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
         GROUP=group, GROUP_PADDED=triton.next_power_of_2(group), D=d, D_PADDED=max(16, triton.next_power_of_2(d)),

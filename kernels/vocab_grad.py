@@ -165,6 +165,8 @@ def selected_gradients(
     N, D = hidden.shape
     V = len(weight)
     want_hidden, want_weight, want_bias = want
+    hidden, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, weight))
+    bias = None if bias is None else bias.contiguous()
     tile = product_tile(hidden, "gradient")
     plain = product_tile(hidden, "matmul")
     dropped = coefficient == 0

@@ -230,6 +230,7 @@ def hidden_sums(
     """
     (x, w), (old_x, old_w) = models[0], models[-1]
     N, V = len(x), len(w)
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     if tile is None:
         tile = product_tile(x, "stats" if bias is None and softcap is None and not moments else "full_stats")
     (x, x_stride), (old_x, old_x_stride) = (matrix_source(t, tile.rows, tile) for t in (x, old_x))
@@ -269,6 +270,7 @@ def logits_sums(
         [fields, models, 1, N] float32 sums as `hidden_sums` gives them; rows to ignore are left unwritten.
     """
     N, V = logits[0].shape
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     sums = torch.empty(5 if moments else 3, len(logits), 1, N, dtype=torch.float32, device=labels.device)
     z, old_z = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits[0], logits[-1]))
     if N:

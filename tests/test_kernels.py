@@ -155,6 +155,10 @@ def test_strided_inputs():
     wide[:, 1::2] = hidden
     tall = weight.T.contiguous().T
     torch.testing.assert_close(token_stats(wide[:, 1::2], tall, labels, impl="fused").nll, expected)
+    every_other = torch.stack([labels, labels * 0], 1)[:, 0]
+    torch.testing.assert_close(token_stats(hidden, weight, every_other, impl="fused").nll, expected)
+    logits = token_stats_from_logits(hidden @ weight.T, every_other, impl="fused")[0].nll
+    torch.testing.assert_close(logits, expected)
     batched = token_stats(hidden.view(4, 9, -1), weight, labels.view(4, 9), impl="fused").nll
     torch.testing.assert_close(batched, expected.view(4, 9))
 
@@ -238,6 +242,21 @@ def summed_magnitude(name, inputs, labels, keep, exact, softcap=None, logit_scal
     dz = ((z.softmax(-1) - onehot) * (w / w.abs().sum() * 1.7 * logit_scale)[:, None] * slope).abs()
     product = {"hidden": lambda: dz @ weight.abs(), "weight": lambda: dz.T @ hidden.abs(), "bias": lambda: dz.sum(0)}
     return product[name]().max()
+
+
+def test_gradients_of_strided_inputs():
+    hidden, weight, labels, bias = make()
+    keep = torch.rand(len(labels), device=DEVICE) < 0.6
+    expected = gradients((hidden, weight, bias), labels, keep, "fused")
+    every_other = [torch.stack([t, t * 0], -1)[..., 0] for t in (hidden, bias)]
+    tall = weight.T.contiguous().T
+    assert not (every_other[0].is_contiguous() or every_other[1].is_contiguous() or tall.is_contiguous())
+    x, w, b = (t.detach().requires_grad_() for t in (every_other[0], tall, every_other[1]))
+    twice = [torch.stack([t, ~t if t.dtype == torch.bool else t * 0], 1)[:, 0] for t in (labels, keep)]
+    loss = selected_cross_entropy(x, w, twice[0], twice[1], bias=b, impl="fused")
+    (loss * -1.7).backward()
+    for ours, theirs in zip((loss.detach(), x.grad, w.grad, b.grad), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "weight and bias"])
