@@ -90,6 +90,29 @@ def prompt_attention_mass(
     turn_ids = None if turn_ids is None else _run_start(turn_ids, position)
     key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
     query_mask = ~prompt_mask & key_mask if query_mask is None else query_mask & key_mask
+    # torch.compile sees one operator; eager code needs none, and can be looked into
+    compute = torch.ops.tokensel.prompt_mass if torch.compiler.is_compiling() else _compute_mass
+    masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
+    return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
+
+
+def _compute_mass(
+    q: Tensor,
+    k: Tensor,
+    prompt_mask: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    segment_ids: Tensor | None,
+    turn_ids: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """The mass of checked arguments; ids are the positions where their runs begin."""
+    B, _, S, _ = q.shape
     if impl == "reference":
         return reference.prompt_mass(
             q, k, prompt_mask, query_mask, key_mask, segment_ids, turn_ids, scale, softcap, window, sinks
@@ -97,6 +120,7 @@ def prompt_attention_mass(
     if impl == "fused":
         from tokensel_kernels.attention_mass import attention_mass
 
+        position = torch.arange(S, device=q.device).expand(B, S)
         low = torch.zeros_like(position) if segment_ids is None else segment_ids
         low = low if window is None else torch.maximum(low, position - window + 1)
         prompt_end = torch.full_like(position, S) if turn_ids is None else turn_ids
@@ -109,6 +133,20 @@ def prompt_attention_mass(
             q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b], *pick, scale, softcap, window, sinks
         )
     return mass
+
+
+_mass_operator = torch.library.custom_op(
+    "tokensel::prompt_mass",
+    _compute_mass,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_ids, "
+    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
+)
+
+
+@_mass_operator.register_fake
+def _(q, k, prompt_mask, *_):
+    return torch.empty(prompt_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
 def _chunked_row(q, k, prompt, queries, keys, segments, turns, lse, scale, softcap, window, sinks) -> Tensor:

@@ -15,6 +15,18 @@ AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Tr
 _FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    from tokensel_kernels.tiles import interpreting
+
+    return interpreting()
+
+
 def resolve_impl(impl: str, like: Tensor) -> str:
     """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
 
@@ -25,13 +37,11 @@ def resolve_impl(impl: str, like: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "auto":
         half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
-        return "fused" if half and importlib.util.find_spec("triton") else "chunked"
+        return "fused" if half and _has_triton() else "chunked"
     if impl == "fused":
-        if not importlib.util.find_spec("triton"):
+        if not _has_triton():
             raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
-        from tokensel_kernels.tiles import interpreting
-
-        if like.device.type != "cuda" and not interpreting():
+        if like.device.type != "cuda" and not _interpreting():
             raise ValueError(
                 f"impl='fused' needs a GPU and the tensors are on {like.device}; use impl='chunked' (or set "
                 "TRITON_INTERPRET=1 before the start, to debug the kernels)"
@@ -84,12 +94,14 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore
     """int64 labels of `shape`, each in [0, vocabulary) or `ignore_index`.
 
     The range is checked at once on a CPU, and by an asynchronous device-side assertion elsewhere, so that the
-    check never makes the host wait for the device.
+    check never makes the host wait for the device. A compiled graph has no place for it.
     """
     check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
     check_shape("labels", labels, shape, "one label a row")
+    if torch.compiler.is_compiling():
+        return
     inside = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
     if labels.device.type != "cpu":
         torch._assert_async(inside.all(), "labels: a value is outside [0, V) and is not ignore_index")

@@ -37,9 +37,33 @@ class _SelectedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, labels, coefficient, lse = ctx.saved_tensors
         upstream = coefficient * grad  # (N,)
-        backward = _fused_gradients if ctx.impl == "fused" else _chunked_gradients
-        options = (ctx.softcap, ctx.logit_scale, ctx.needs_input_grad[:3])
-        return *backward(hidden, weight, bias, labels, upstream, lse, *options), *[None] * 7
+        want = list(ctx.needs_input_grad[:3])
+        # torch.compile sees one operator; eager code needs none, and can be looked into
+        compute = torch.ops.tokensel.selected_gradients if torch.compiler.is_compiling() else _compute_gradients
+        found = iter(compute(hidden, weight, bias, labels, upstream, lse, ctx.softcap, ctx.logit_scale, want, ctx.impl))
+        return *(next(found) if wanted else None for wanted in want), *[None] * 7
+
+
+def _compute_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want, impl):
+    """Those of the gradients in hidden, weight and bias that `want` asks for."""
+    backward = _fused_gradients if impl == "fused" else _chunked_gradients
+    found = backward(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want)
+    return [gradient for gradient in found if gradient is not None]
+
+
+_gradients_operator = torch.library.custom_op(
+    "tokensel::selected_gradients",
+    _compute_gradients,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor coefficient, Tensor lse, "
+    "float? softcap, float logit_scale, bool[] want, str impl) -> Tensor[]",
+)
+
+
+@_gradients_operator.register_fake
+def _(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want, impl):
+    inputs = zip((hidden, weight, bias), want, strict=True)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, wanted in inputs if wanted]
 
 
 def _fused_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want):
@@ -165,4 +189,4 @@ def selected_cross_entropy(
         logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
         return reference.selected_loss(logits, y[rows], coefficient[rows])
     lse, nll = stats.lse.reshape(-1), stats.nll.reshape(-1)
-    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, logit_scale, impl)
+    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, float(logit_scale), impl)

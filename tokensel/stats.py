@@ -222,16 +222,54 @@ def _models_stats(
     check_positive("softcap", softcap)
     check_positive("workspace_mib", workspace_mib)
     y = labels.reshape(-1)  # (N,)
-    flat = [(hidden.reshape(-1, hidden.shape[-1]), weight) for hidden, weight in models]  # (N, D), (V, D)
+    hidden, weight = [h.reshape(-1, h.shape[-1]) for h, _ in models], [w for _, w in models]  # (N, D), (V, D)
+    # torch.compile sees one operator; eager code needs none, and can be looked into
+    compute = torch.ops.tokensel.models_stats if torch.compiler.is_compiling() else _compute_stats
+    options = (float(logit_scale), entropy, ignore_index, impl, float(workspace_mib))
+    fields = compute(hidden, weight, y, bias, softcap, *options)
+    per_model = len(fields) // len(models)
+    found = [TokenStats(*fields[i : i + per_model]) for i in range(0, len(fields), per_model)]
+    return [_reshape(stats, labels.shape) for stats in found]
+
+
+def _compute_stats(
+    hidden: list[Tensor],
+    weight: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+    impl: str,
+    workspace_mib: float,
+) -> list[Tensor]:
+    """The fields of each model's TokenStats, one model after the other, (N,) each."""
+    models = list(zip(hidden, weight, strict=True))
     head = (bias, softcap, logit_scale)
     if impl == "fused":
-        found = _fused_stats(flat, y, *head, entropy, ignore_index)
+        found = _fused_stats(models, labels, *head, entropy, ignore_index)
     elif impl == "chunked":
-        found = [_chunked_stats(x, w, y, *head, entropy, ignore_index, workspace_mib) for x, w in flat]
+        found = [_chunked_stats(x, w, labels, *head, entropy, ignore_index, workspace_mib) for x, w in models]
     else:
-        logits = (reference.head_logits(x, w, *head) for x, w in flat)
-        found = [_reference_stats(z, y, entropy, ignore_index) for z in logits]
-    return [_reshape(stats, labels.shape) for stats in found]
+        logits = (reference.head_logits(x, w, *head) for x, w in models)
+        found = [_reference_stats(z, labels, entropy, ignore_index) for z in logits]
+    return [field for stats in found for field in vars(stats).values() if field is not None]
+
+
+_stats_operator = torch.library.custom_op(
+    "tokensel::models_stats",
+    _compute_stats,
+    mutates_args=(),
+    schema="(Tensor[] hidden, Tensor[] weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, "
+    "bool entropy, int ignore_index, str impl, float workspace_mib) -> Tensor[]",
+)
+
+
+@_stats_operator.register_fake
+def _(hidden, weight, labels, bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib):
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in hidden for _ in range(5 if entropy else 2)]
+    return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for dtype in dtypes]
 
 
 def _reference_stats(logits: Tensor, labels: Tensor, entropy: bool, ignore_index: int) -> TokenStats:
