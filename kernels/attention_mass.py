@@ -74,7 +74,6 @@ def _attention_mass_kernel(
     q_at = batch * q_stride_b + head[:, None].to(tl.int64) * q_stride_h + i[:, None].to(tl.int64) * q_stride_s
     q = tl.load(q_ptr + q_at + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     row_asked = tl.load(query_ptr + batch * S + i, mask=i < S, other=0) != 0
-    q = tl.where(row_asked[:, None], q, tl.zeros_like(q))  # what padding holds is never used
     low = tl.load(low_ptr + batch * S + i, mask=i < S, other=0)
     prompt_end = tl.load(prompt_end_ptr + batch * S + i, mask=i < S, other=0)
 

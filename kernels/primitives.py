@@ -67,6 +67,40 @@ def head_logits(
 
 
 @triton.jit
+def tile_logits(
+    x,
+    w,
+    bias_ptr,
+    row,
+    column,
+    N,
+    V,
+    D,
+    x_stride,
+    w_stride,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits of ROWS rows of x (N, D) from `row` on against COLUMNS rows of w (V, D) from `column` on, in float32.
+
+    Columns past V are what zeros give: mask them afterwards. (ROWS, COLUMNS)
+    """
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, D, DEPTH):
+        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+        product = multiply(a, b.T, product, PRECISION)
+    return head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+
+
+@triton.jit
 def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
     """Takes a tile of logits into the running sums of each row, relative to the running maximum `top`:
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import head_logits, load_tile, multiply
+from tokensel_kernels.primitives import load_tile, multiply, tile_logits
 from tokensel_kernels.tiles import matrix_source, product_tile
 
 BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in bfloat16
@@ -69,12 +69,10 @@ def _logits_gradient_kernel(
     if row >= count:
         return
     column = first_column + tl.program_id(1) * COLUMNS
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, D, DEPTH):
-        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
-        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
-        product = multiply(a, b.T, product, PRECISION)
-    z = head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+    z = tile_logits(
+        x, w, bias_ptr, row, column, N, V, D, x_stride, w_stride, logit_scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+    )  # fmt: skip
     rows = row + tl.arange(0, ROWS)
     kept = rows < count
     label = tl.load(label_ptr + rows, mask=kept, other=-1)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import head_logits, load_tile, multiply, online_softmax, store_sums
+from tokensel_kernels.primitives import head_logits, online_softmax, store_sums, tile_logits
 from tokensel_kernels.tiles import ProductTile, matrix_source, product_tile, row_columns
 
 
@@ -55,12 +55,10 @@ def _sweep_vocabulary(
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
     for column in range(start, stop, COLUMNS):
-        product = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in range(0, D, DEPTH):
-            a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
-            b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
-            product = multiply(a, b.T, product, PRECISION)
-        z = head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        z = tile_logits(
+            x, w, bias_ptr, row, column, N, V, D, x_stride, w_stride, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+        )  # fmt: skip
         columns = column + tl.arange(0, COLUMNS)
         # after the product: the tile may reach into the next share or past the vocabulary
         z = tl.where((columns < stop)[None, :], z, -float("inf"))
