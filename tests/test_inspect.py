@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tokensel_kernels.inspect import ARCHITECTURES, HEAD_SIZES
+from tokensel_kernels.roofline import attention_estimates, estimates
 
 PRODUCTS = {"hidden_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
 MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
@@ -64,3 +65,20 @@ def test_an_unknown_chip_is_named(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["kernels", "--arch", "sm_90"]) == 2
     assert "unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "V, D, pair, backward, logits", [(128256, 4096, 21.8, 19.6, 0.98), (151936, 3584, 22.6, 20.3, 1.16)]
+)
+def test_estimates_are_the_arithmetic_of_the_products(V, D, pair, backward, logits):
+    """Milliseconds on an H200 at N = 8192: two products, three of 60 %, two reads of bfloat16 logits."""
+    stats, from_logits, *gradients = (e.milliseconds() for e in estimates(8192, V, D))
+    assert stats == pytest.approx(pair, abs=0.06)
+    assert from_logits == pytest.approx(logits, abs=0.01)
+    assert sum(gradients) == pytest.approx(backward, abs=0.06)
+
+
+def test_a_given_lse_leaves_only_the_prompt_columns():
+    whole, given = attention_estimates(8192)
+    assert whole.operations / given.operations == pytest.approx(2.5)  # 1/4 + 3/8 of S columns against 1/4
+    assert whole.bytes == given.bytes

@@ -318,10 +318,16 @@ def kernels(arch: str, json_file: str | None) -> list[dict]:
 
     from tokensel.checks import AUTO_RULE
     from tokensel.report import format_table
-    from tokensel_kernels import inspect
+    from tokensel_kernels import inspect, roofline
 
     reports = list(tqdm(inspect.reports(arch), desc=f"compile for {arch}", unit="kernel"))
     print(format_table([inspect.as_row(report) for report in reports]))
+    shapes = ((8192, 128256, 4096), (8192, 151936, 3584))
+    calls = [call for shape in shapes for call in roofline.estimates(*shape)]
+    calls += [call for length in (8192, 131072) for call in roofline.attention_estimates(length)]
+    print("\nWhat the calls compute and move, and the least time that takes:")
+    print(format_table([roofline.as_row(call) for call in calls]))
+    print()
     print(f'impl="auto" is: {AUTO_RULE}')
     found = [asdict(report) for report in reports]
     if json_file:
