@@ -264,3 +264,19 @@ def test_adapter_off_needs_adapters_and_a_frozen_base():
         AdapterOff(trained)
     with pytest.raises(ValueError, match="needs the base model frozen, but .*bias is trained"):
         AdapterOff(lora(causal_lm("Qwen2"), bias="all"))
+
+
+def test_under_autocast_the_head_multiplies_in_the_type_its_own_product_would(batch):
+    model = causal_lm(dtype=torch.float32, attention="sdpa")
+    seam = apply_to(model)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    exact = seam.token_nll(inputs, batch["labels"])
+    with torch.autocast("cpu", torch.bfloat16):
+        types = seam.call_head(lambda h, w, b: (h.dtype, w.dtype), torch.randn(1, 2, 32))
+        rounded = seam.token_nll(inputs, batch["labels"])
+        selection = tokensel.Selection(tokensel.methods.get("full"))
+        model(**batch, selection=selection).loss.backward()
+    assert types == (torch.bfloat16, torch.bfloat16) and rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.2)
+    assert model.lm_head.weight.grad.dtype == torch.float32 and model.lm_head.weight.grad.abs().sum() > 0

@@ -456,3 +456,24 @@ def test_bad_input_of_pairs_and_logits_is_named(no_interpreter):
         token_stats_from_logits(logits.view(3, 2, 9), torch.tensor([[0, 9], [1, 2], [3, 4]]))
     with pytest.raises(ValueError, match="workspace_mib must be positive"):
         token_stats_from_logits(logits, LABELS, workspace_mib=0)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_autocast_does_not_round_what_is_float32_on_purpose(impl):
+    hidden, weight, labels, _ = make(dtype=torch.bfloat16)
+    q, k = torch.randn(1, 2, 9, 8).bfloat16(), torch.randn(1, 2, 9, 8).bfloat16()
+    prompt = torch.arange(9)[None] < 4
+    keep = torch.rand(len(labels)) < 0.6
+
+    def everything():
+        w = weight.clone().requires_grad_()
+        loss = selected_cross_entropy(hidden, w, labels, keep, impl=impl)
+        with torch.autocast("cpu", enabled=False):  # where PyTorch wants a backward to be
+            loss.backward()
+        stats = token_stats(hidden, weight, labels, entropy=True, impl=impl)
+        mass = tokensel.prompt_attention_mass(q, k, prompt, impl=impl)
+        return [loss.detach(), w.grad, stats.nll, stats.entropy, mass]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True))

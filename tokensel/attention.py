@@ -93,7 +93,8 @@ def prompt_attention_mass(
     # torch.compile sees one operator; eager code needs none, and can be looked into
     compute = torch.ops.tokensel.prompt_mass if torch.compiler.is_compiling() else _compute_mass
     masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
-    return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
+    with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
+        return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
 
 
 def _compute_mass(

@@ -184,9 +184,10 @@ def selected_cross_entropy(
     elif denominator.numel() != 1:
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
-    if impl == "reference":
-        rows = coefficient != 0
-        logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
-        return reference.selected_loss(logits, y[rows], coefficient[rows])
-    lse, nll = stats.lse.reshape(-1), stats.nll.reshape(-1)
-    return _SelectedCrossEntropy.apply(x, weight, bias, y, coefficient, lse, nll, softcap, float(logit_scale), impl)
+    with torch.autocast(hidden.device.type, enabled=False):  # or it would round what is float32 on purpose
+        if impl == "reference":
+            rows = coefficient != 0
+            logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
+            return reference.selected_loss(logits, y[rows], coefficient[rows])
+        known = (y, coefficient, stats.lse.reshape(-1), stats.nll.reshape(-1))
+        return _SelectedCrossEntropy.apply(x, weight, bias, *known, softcap, float(logit_scale), impl)

@@ -150,7 +150,10 @@ class Seam:
         def patched_head(hidden: Tensor, *args, tokensel_function=None, **kwargs):
             if tokensel_function is None:
                 return head_forward(hidden, *args, **kwargs)
-            return tokensel_function(hidden, head.weight, head.bias)
+            weight, device = head.weight, hidden.device.type
+            if torch.is_autocast_enabled(device):  # as the head's own product would
+                hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
+            return tokensel_function(hidden, weight, head.bias)
 
         model_forward = self.model.forward
 

@@ -226,7 +226,8 @@ def _models_stats(
     # torch.compile sees one operator; eager code needs none, and can be looked into
     compute = torch.ops.tokensel.models_stats if torch.compiler.is_compiling() else _compute_stats
     options = (float(logit_scale), entropy, ignore_index, impl, float(workspace_mib))
-    fields = compute(hidden, weight, y, bias, softcap, *options)
+    with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
+        fields = compute(hidden, weight, y, bias, softcap, *options)
     per_model = len(fields) // len(models)
     found = [TokenStats(*fields[i : i + per_model]) for i in range(0, len(fields), per_model)]
     return [_reshape(stats, labels.shape) for stats in found]
