@@ -346,7 +346,7 @@ def test_mass_is_as_exact_as_eager_float32(dtype):
 
 
 @pytest.mark.parametrize("Hq, Hk", [(1, 1), (4, 4), (6, 2), (8, 1), (7, 7), (5, 1)])
-@pytest.mark.parametrize("d", [8, 64, 96])
+@pytest.mark.parametrize("d", [8, 64, 96, 256])
 def test_head_sizes_and_groups(Hq, Hk, d):
     q, k, prompt, options = attention_inputs(("key_mask",), torch.float32, d, Hq, Hk)
     exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
@@ -375,6 +375,9 @@ def test_bad_choices_are_named(no_interpreter, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="takes float16, bfloat16 or float32, not torch.float64; use impl='chunked'"):
         token_stats(hidden.double(), weight.double(), labels, impl="fused")
+    wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
+    with pytest.raises(ValueError, match="takes head sizes up to 256; q has 257; use impl='chunked'"):
+        prompt_attention_mass(wide, wide, torch.zeros(1, 2, dtype=torch.bool, device=DEVICE), impl="fused")
     monkeypatch.setattr("tokensel.checks.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
         token_stats(hidden, weight, labels, impl="fused")

@@ -10,6 +10,7 @@ from tokensel.checks import check_positive, check_same_device, check_shape, chec
 
 # A block of scores is [group · rows, keys] float32 of one key head; 8 MiB stays near the cache.
 _BLOCK_ELEMENTS = 8 * 2**20 // 4
+FUSED_HEAD_SIZE = 256  # the largest that the kernels are compiled and tested for
 
 
 @torch.no_grad()
@@ -83,6 +84,8 @@ def prompt_attention_mass(
     check_same_device(q=q, k=k, **masks, segment_ids=segment_ids, turn_ids=turn_ids, lse=lse, sinks=sinks)
 
     impl = resolve_impl(impl, q)
+    if impl == "fused" and d > FUSED_HEAD_SIZE:
+        raise ValueError(f"impl='fused' takes head sizes up to {FUSED_HEAD_SIZE}; q has {d}; use impl='chunked'")
     scale = d**-0.5 if scale is None else scale
     position = torch.arange(S, device=q.device).expand(B, S)
     # where the run of equal ids begins: from here on, equal numbers mean the same document (or turn)
