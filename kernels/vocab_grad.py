@@ -163,6 +163,10 @@ def selected_gradients(
     N, D = hidden.shape
     V = len(weight)
     want_hidden, want_weight, want_bias = want
+    if not N:  # a descriptor of no rows cannot be made
+        return tuple(
+            torch.zeros_like(t) if wanted else None for t, wanted in zip((hidden, weight, bias), want, strict=True)
+        )
     hidden, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, weight))
     bias = None if bias is None else bias.contiguous()
     tile = product_tile(hidden, "gradient")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensel_kernels.primitives import head_logits, online_softmax, store_sums, tile_logits
-from tokensel_kernels.tiles import ProductTile, matrix_source, product_tile, row_columns
+from tokensel_kernels.tiles import matrix_source, product_tile, row_columns
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _sweep_vocabulary(
             HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
         )  # fmt: skip
         columns = column + tl.arange(0, COLUMNS)
-        # after the product: the tile may reach into the next share or past the vocabulary
+        # after the product: the last tile may reach past the vocabulary
         z = tl.where((columns < stop)[None, :], z, -float("inf"))
         hit = tl.where(columns.to(tl.int64)[None, :] == label[:, None], z, -float("inf"))
         target = tl.maximum(target, tl.max(hit, 1))
@@ -213,7 +213,6 @@ def hidden_sums(
     logit_scale: float,
     moments: bool,
     ignore_index: int,
-    tile: ProductTile | None = None,
 ) -> Tensor:
     """Sums of one or two models over shares of the vocabulary, from which their statistics follow.
 
@@ -221,7 +220,6 @@ def hidden_sums(
         models: (hidden [N, D], weight [V, D]) of each, float16, bfloat16 or float32; D may differ.
         labels: [N] int64; rows that equal `ignore_index` may be left unwritten.
         bias: [V] or None.
-        tile: None takes the table's.
     Returns:
         [fields, models, splits, N] float32 sums over each share as `online_softmax` defines them: top, total, target
         logit (-inf where the label is in another share) and, with `moments`, first and second.
@@ -229,18 +227,17 @@ def hidden_sums(
     (x, w), (old_x, old_w) = models[0], models[-1]
     N, V = len(x), len(w)
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
-    if tile is None:
-        tile = product_tile(x, "stats" if bias is None and softcap is None and not moments else "full_stats")
+    fields = 5 if moments else 3
+    if not N:
+        return torch.empty(fields, len(models), 1, 0, dtype=torch.float32, device=labels.device)
+    tile = product_tile(x, "stats" if bias is None and softcap is None and not moments else "full_stats")
     (x, x_stride), (old_x, old_x_stride) = (matrix_source(t, tile.rows, tile) for t in (x, old_x))
     (w, w_stride), (old_w, old_w_stride) = (matrix_source(t, tile.columns, tile) for t in (w, old_w))
-    row_tiles = max(1, triton.cdiv(N, tile.rows)) * len(models)
+    row_tiles = triton.cdiv(N, tile.rows) * len(models)
     splits = vocabulary_splits(row_tiles, triton.cdiv(V, tile.columns), tile.processors)
     share = triton.cdiv(triton.cdiv(V, tile.columns), splits) * tile.columns
     splits = triton.cdiv(V, share)
-    fields = 5 if moments else 3
     sums = torch.empty(fields, len(models), splits, N, dtype=torch.float32, device=labels.device)
-    if not N:
-        return sums
     _hidden_stats_kernel[(row_tiles * splits,)](
         x, w, old_x, old_w, bias, labels, sums,
         N, V, models[0][0].shape[1], models[-1][0].shape[1], share, splits,

@@ -275,6 +275,13 @@ def test_what_is_frozen_is_skipped(frozen):
         assert tensor.grad is None if name in frozen.split(" and ") else torch.equal(tensor.grad, full[name])
 
 
+def test_no_rows_at_all_have_zero_gradients():
+    hidden, weight, labels, bias = make()
+    none = torch.zeros(0, dtype=torch.bool, device=DEVICE)
+    for value in gradients((hidden[:0], weight, bias), labels[:0], none, "fused"):
+        assert (value == 0).all()
+
+
 def test_nothing_kept_has_zero_gradients_and_dropped_rows_are_never_read():
     hidden, weight, labels, bias = make()
     keep = torch.zeros(len(labels), dtype=torch.bool, device=DEVICE)
