@@ -84,13 +84,22 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 
 
-@functools.lru_cache
 def _family(device: torch.device) -> tuple[str, int]:
-    """(chip family, processors) of a device.
+    """(chip family, processors) of the device that kernels run on.
 
     Raises:
-        ValueError: a chip that is too old.
+        ValueError: no GPU, or a chip that is too old.
     """
+    return ("interpreter", 2) if interpreting() else _gpu_family(device)
+
+
+@functools.lru_cache
+def _gpu_family(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        raise ValueError(
+            f"impl='fused' needs a GPU and the tensors are on {device}; use impl='chunked' (or set "
+            "TRITON_INTERPRET=1 before the start, to debug the kernels)"
+        )
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return "gfx942", properties.multi_processor_count
@@ -103,7 +112,7 @@ def _family(device: torch.device) -> tuple[str, int]:
 
 def product_tile(like: Tensor, kind: str) -> ProductTile:
     """The table's tile for a tensor's device and type."""
-    family, processors = ("interpreter", 2) if interpreting() else _family(like.device)
+    family, processors = _family(like.device)
     return dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
 
 
@@ -130,7 +139,7 @@ ATTENTION_TILES: dict[str, dict[int, AttentionTile]] = {
 def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:
     """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
     power of two."""
-    tile = ATTENTION_TILES["interpreter" if interpreting() else _family(like.device)[0]][like.element_size()]
+    tile = ATTENTION_TILES[_family(like.device)[0]][like.element_size()]
     constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
     return max(1, attention_rows(tile, like.shape[-1]) // group), constants
 
@@ -142,7 +151,7 @@ def attention_rows(tile: AttentionTile, head_size: int) -> int:
 
 def row_columns(like: Tensor) -> int:
     """Columns that a kernel which streams rows takes at a time: 16 bytes a thread of eight warps."""
-    return 128 if interpreting() else 4096 // like.element_size()
+    return 128 if _family(like.device)[0] == "interpreter" else 4096 // like.element_size()
 
 
 def matrix_source(matrix: Tensor, rows: int, tile: ProductTile) -> tuple[object, int]:

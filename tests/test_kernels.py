@@ -385,7 +385,7 @@ def test_bad_choices_are_named(no_interpreter, monkeypatch):
     wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
     with pytest.raises(ValueError, match="takes head sizes up to 256; q has 257; use impl='chunked'"):
         prompt_attention_mass(wide, wide, torch.zeros(1, 2, dtype=torch.bool, device=DEVICE), impl="fused")
-    monkeypatch.setattr("tokensel.checks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("tokensel.checks._HAS_TRITON", False)
     with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
         token_stats(hidden, weight, labels, impl="fused")
 

@@ -9,43 +9,26 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "chunked", "reference", "fused")
-
-
 AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
 _FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def _interpreting() -> bool:
-    from tokensel_kernels.tiles import interpreting
-
-    return interpreting()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, like: Tensor) -> str:
     """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
 
     Raises:
-        ValueError: an unknown name, or `fused` where it cannot run. ImportError: `fused` without Triton.
+        ValueError: an unknown name, or `fused` with a dtype that it does not take. ImportError: `fused` without
+            Triton. What a device lacks, the kernels' tile table says (`tokensel_kernels.tiles`).
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "auto":
         half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
-        return "fused" if half and _has_triton() else "chunked"
+        return "fused" if half and _HAS_TRITON else "chunked"
     if impl == "fused":
-        if not _has_triton():
+        if not _HAS_TRITON:
             raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
-        if like.device.type != "cuda" and not _interpreting():
-            raise ValueError(
-                f"impl='fused' needs a GPU and the tensors are on {like.device}; use impl='chunked' (or set "
-                "TRITON_INTERPRET=1 before the start, to debug the kernels)"
-            )
         if like.dtype not in _FUSED_DTYPES:
             raise ValueError(f"impl='fused' takes float16, bfloat16 or float32, not {like.dtype}; use impl='chunked'")
     return impl
