@@ -93,9 +93,11 @@ def _cases(arch: str) -> Iterator[_Case]:
         yield _Case(_logits_gradient_kernel, name, size, options | tile.constants(), descriptors)
         tile = TILES[arch]["matmul"][size]
         name = f"{tile.rows}x{tile.columns}x{tile.depth}"
-        yield _Case(_hidden_gradient_kernel, name, size, tile.constants(), {})
-        yield _Case(_head_gradient_kernel, name, size, {"WANT_BIAS": False} | tile.constants(), {}, ("dbias_ptr",))
-        yield _Case(_gather_rows_kernel, "1024 columns", size, {"COLUMNS": 1024, "num_warps": 4}, {})
+        by_row = {"dz": (tile.depth, tile.rows), "x": (tile.depth, tile.columns)} if tile.tma else {}
+        by_depth = {"dz": (tile.rows, tile.depth), "w": (tile.depth, tile.columns)} if tile.tma else {}
+        yield _Case(_hidden_gradient_kernel, name, size, tile.constants(), by_depth)
+        yield _Case(_head_gradient_kernel, name, size, {"WANT_BIAS": False} | tile.constants(), by_row, ("dbias_ptr",))
+        yield _Case(_gather_rows_kernel, "1024 columns", size, {"ROWS": 128, "COLUMNS": 1024, "num_warps": 4}, {})
         tile = ATTENTION_TILES[arch][size]
         for d in HEAD_SIZES if size == 2 else (128,):
             for lse in (False, True):
@@ -123,7 +125,7 @@ def _type_of(name: str, case: _Case) -> str:
         return "*i8"
     if name in ("sums_ptr", "lse_ptr", "coefficient_ptr", "dx_ptr", "mass_ptr"):
         return "*fp32"
-    if name.endswith("_ptr") or name in ("x", "w", "old_x", "old_w"):
+    if name.endswith("_ptr") or name in ("x", "w", "old_x", "old_w", "dz"):
         return f"*{element}"
     return "fp32" if name in ("logit_scale", "softcap", "scale") else "i32"
 

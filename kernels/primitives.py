@@ -7,6 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
+def grouped_tile(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP row tiles go through all columns together, so that what they read by
+    rows stays in L2 while the columns stream by. Programs from row_tiles · column_tiles on have none."""
+    group = program // (GROUP * column_tiles)
+    members = min(row_tiles - group * GROUP, GROUP)
+    within = program % (GROUP * column_tiles)
+    return group * GROUP + within % members, within // members
+
+
+@triton.jit
 def load_tile(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     """source[row : row + ROWS, column : column + COLUMNS]; zero outside (rows, columns). (ROWS, COLUMNS)
 

@@ -45,7 +45,7 @@ class ProductTile:
 
 _FLOAT32 = ProductTile(64, 64, 16, 4, 3)  # in full precision, without tensor cores
 _FLOAT32_STATS = ProductTile(32, 64, 16, 4, 2)
-_SMALL = ProductTile(16, 64, 32, 4, 1, precision="widened")  # so that a test of ragged shapes is more than one tile
+_SMALL = ProductTile(16, 64, 16, 4, 1, precision="widened")  # so that a test of ragged shapes is more than one tile
 
 # family -> kind of product -> bytes of an element -> tile. "stats": online softmax behind the product; "full_stats":
 # with bias, softcap, entropy and variance, which need more registers; "gradient": logits to their gradient; "matmul":
@@ -61,13 +61,13 @@ TILES: dict[str, dict[str, dict[int, ProductTile]]] = {
         "stats": {2: ProductTile(128, 256, 64, 8, 3, tma=True), 4: _FLOAT32_STATS},
         "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
         "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 64, 8, 3), 4: _FLOAT32},
+        "matmul": {2: ProductTile(128, 128, 64, 8, 3, tma=True), 4: _FLOAT32},
     },
     "sm_100": {
         "stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
         "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
         "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 64, 8, 3), 4: _FLOAT32},
+        "matmul": {2: ProductTile(128, 128, 64, 8, 3, tma=True), 4: _FLOAT32},
     },
     "gfx942": {
         "stats": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32_STATS},
@@ -154,20 +154,20 @@ def row_columns(like: Tensor) -> int:
     return 128 if _family(like.device)[0] == "interpreter" else 4096 // like.element_size()
 
 
-def matrix_source(matrix: Tensor, rows: int, tile: ProductTile) -> tuple[object, int]:
-    """(what `load_tile` reads blocks of (rows, tile.depth) from, row stride): a descriptor with TMA, else a pointer."""
-    if matrix.stride(-1) != 1 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16:
-        matrix = _aligned_copy(matrix)
-    if not tile.tma:
-        return matrix, matrix.stride(0)
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, tile.depth]), matrix.stride(0)
-
-
-def _aligned_copy(matrix: Tensor) -> Tensor:
-    """A copy whose rows begin at multiples of 16 bytes, as descriptors and wide loads need."""
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy whose rows begin at multiples of 16 bytes, as descriptors and wide loads need."""
+    if matrix.stride(-1) == 1 and not (matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16):
+        return matrix
     per_16_bytes = 16 // matrix.element_size()
     width = triton.cdiv(matrix.shape[1], per_16_bytes) * per_16_bytes
     copy = matrix.new_empty(matrix.shape[0], width)[:, : matrix.shape[1]]
     return copy.copy_(matrix)
+
+
+def tile_source(matrix: Tensor, rows: int, columns: int, tile: ProductTile) -> object:
+    """What `load_tile` reads blocks of (rows, columns) of an aligned matrix from: a descriptor with TMA, else itself."""
+    if not tile.tma:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

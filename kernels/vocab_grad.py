@@ -16,23 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import load_tile, multiply, tile_logits
-from tokensel_kernels.tiles import matrix_source, product_tile
+from tokensel_kernels.primitives import grouped_tile, load_tile, multiply, tile_logits
+from tokensel_kernels.tiles import aligned, product_tile, tile_source
 
 BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in bfloat16
 
 
 @triton.jit
-def _gather_rows_kernel(x_ptr, order_ptr, count_ptr, out_ptr, D, x_stride, out_stride, COLUMNS: tl.constexpr):
-    """out[i] = x[order[i]] for i < count; the rest is not written."""
+def _gather_rows_kernel(
+    x_ptr, order_ptr, count_ptr, out_ptr, D, x_stride, out_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out[i] = x[order[i]] for i < count, zeros to the end of the last tile of ROWS; the rest is not written."""
     row = tl.program_id(0)
-    if row >= tl.load(count_ptr):
+    count = tl.load(count_ptr)
+    if row >= tl.cdiv(count, ROWS) * ROWS:
         return
     source = x_ptr + tl.load(order_ptr + row) * x_stride
     target = out_ptr + row.to(tl.int64) * out_stride
     for column in range(0, D, COLUMNS):
         c = column + tl.arange(0, COLUMNS)
-        tl.store(target + c, tl.load(source + c, mask=c < D, other=0.0), mask=c < D)
+        tl.store(target + c, tl.load(source + c, mask=(c < D) & (row < count), other=0.0), mask=c < D)
 
 
 @triton.jit
@@ -49,6 +52,7 @@ def _logits_gradient_kernel(
     N,
     V,
     D,
+    width,
     x_stride,
     w_stride,
     dz_stride,
@@ -63,12 +67,18 @@ def _logits_gradient_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dz[:, j] of vocabulary columns first_column + j, of the first `count` rows."""
-    row = tl.program_id(0) * ROWS
+    """dz[:, j] of vocabulary columns first_column + j for j < width, of the first `count` rows.
+
+    Zero in the tiles' rows and columns past those: the products that follow may read whole tiles.
+    """
     count = tl.load(count_ptr)
-    if row >= count:
+    row_tiles = tl.cdiv(count, ROWS)
+    column_tiles = tl.cdiv(width, COLUMNS)
+    if tl.program_id(0) >= row_tiles * column_tiles:
         return
-    column = first_column + tl.program_id(1) * COLUMNS
+    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row = row_tile * ROWS
+    column = first_column + column_tile * COLUMNS
     z = tile_logits(
         x, w, bias_ptr, row, column, N, V, D, x_stride, w_stride, logit_scale, softcap,
         HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
@@ -83,63 +93,69 @@ def _logits_gradient_kernel(
     if HAS_SOFTCAP:
         slope = z / softcap
         dz *= 1.0 - slope * slope
-    dz *= coefficient[:, None]
+    dz = tl.where(kept[:, None] & (columns < V)[None, :], dz * coefficient[:, None], 0.0)
     at = rows.to(tl.int64)[:, None] * dz_stride + (columns - first_column)[None, :]
-    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=kept[:, None] & (columns < V)[None, :])
+    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=(rows < N)[:, None])
 
 
 @triton.jit
 def _hidden_gradient_kernel(
-    dz_ptr, w_ptr, dx_ptr, count_ptr, first_column, N, V, D, width, dz_stride, w_stride, dx_stride,
+    dz, w, dx_ptr, count_ptr, first_column, N, V, D, width, dz_stride, w_stride, dx_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx += dz W_block over `width` vocabulary columns: (K, C) · (C, D) -> (K, D) float32."""
-    row = tl.program_id(0) * ROWS
     count = tl.load(count_ptr)
-    if row >= count:
+    row_tiles = tl.cdiv(count, ROWS)
+    column_tiles = tl.cdiv(D, COLUMNS)
+    if tl.program_id(0) >= row_tiles * column_tiles:
         return
-    column = tl.program_id(1) * COLUMNS
+    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row = row_tile * ROWS
+    column = column_tile * COLUMNS
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, width, DEPTH):
+        a = load_tile(dz, row, k, N, width, dz_stride, ROWS, DEPTH, TMA)
+        b = load_tile(w, first_column + k, column, V, D, w_stride, DEPTH, COLUMNS, TMA)
+        total = multiply(a, b, total, PRECISION)
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     inside = (rows < count)[:, None] & (columns < D)[None, :]
     at = rows.to(tl.int64)[:, None] * dx_stride + columns[None, :]
-    total = tl.load(dx_ptr + at, mask=inside, other=0.0)
-    for k in range(0, width, DEPTH):
-        a = load_tile(dz_ptr, row, k, count, width, dz_stride, ROWS, DEPTH, False)
-        b = load_tile(w_ptr, first_column + k, column, V, D, w_stride, DEPTH, COLUMNS, False)
-        total = multiply(a, b, total, PRECISION)
-    tl.store(dx_ptr + at, total, mask=inside)
+    tl.store(dx_ptr + at, tl.load(dx_ptr + at, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
 def _head_gradient_kernel(
-    dz_ptr, x_ptr, dw_ptr, dbias_ptr, count_ptr, first_column, N, V, D, width, dz_stride, x_stride, dw_stride,
+    dz, x, dw_ptr, dbias_ptr, count_ptr, first_column, N, V, D, width, dz_stride, x_stride, dw_stride,
     WANT_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW_block = dzᵀ X over the kept rows: (C, K) · (K, D) -> (C, D), written once, in the head's type."""
-    row = tl.program_id(0) * ROWS  # of the block of the vocabulary
-    column = tl.program_id(1) * COLUMNS
+    # with the bias alone there is one column tile
+    column_tiles = tl.cdiv(D, COLUMNS) if dw_ptr is not None else 1
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(width, ROWS), column_tiles, GROUP)
+    row = row_tile * ROWS  # of the block of the vocabulary
+    column = column_tile * COLUMNS
     count = tl.load(count_ptr)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     bias = tl.zeros([ROWS], tl.float32)
     for k in range(0, count, DEPTH):
-        a = load_tile(dz_ptr, k, row, count, width, dz_stride, DEPTH, ROWS, False)
-        b = load_tile(x_ptr, k, column, count, D, x_stride, DEPTH, COLUMNS, False)
+        a = load_tile(dz, k, row, N, width, dz_stride, DEPTH, ROWS, TMA)
+        b = load_tile(x, k, column, N, D, x_stride, DEPTH, COLUMNS, TMA)
         total = multiply(a.T, b, total, PRECISION)
         if WANT_BIAS:
             bias += tl.sum(a.to(tl.float32), 0)
     rows = first_column + row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
-    inside = (rows < min(V, first_column + width))[:, None] & (columns < D)[None, :]
+    real = rows < min(V, first_column + width)
     at = rows.to(tl.int64)[:, None] * dw_stride + columns[None, :]
     if dw_ptr is not None:
-        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=inside)
+        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=real[:, None] & (columns < D)[None, :])
     if WANT_BIAS:
         if column == 0:
-            tl.store(dbias_ptr + rows, bias.to(dbias_ptr.dtype.element_ty), mask=rows < min(V, first_column + width))
+            tl.store(dbias_ptr + rows, bias.to(dbias_ptr.dtype.element_ty), mask=real)
 
 
 def selected_gradients(
@@ -167,43 +183,46 @@ def selected_gradients(
         return tuple(
             torch.zeros_like(t) if wanted else None for t, wanted in zip((hidden, weight, bias), want, strict=True)
         )
-    hidden, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, weight))
-    bias = None if bias is None else bias.contiguous()
-    tile = product_tile(hidden, "gradient")
-    plain = product_tile(hidden, "matmul")
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    weight, bias = aligned(weight), None if bias is None else bias.contiguous()
+    tile, plain = product_tile(hidden, "gradient"), product_tile(hidden, "matmul")
     dropped = coefficient == 0
     order = torch.argsort(dropped, stable=True)  # kept rows first, in their order
     count = (~dropped).sum(dtype=torch.int32)
-    compact = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    compact = aligned(torch.empty(N, D, dtype=hidden.dtype, device=hidden.device))
     _gather_rows_kernel[(N,)](
-        hidden, order, count, compact, D, hidden.stride(0), compact.stride(0), COLUMNS=1024, num_warps=4
-    )
+        hidden, order, count, compact, D, hidden.stride(0), compact.stride(0),
+        ROWS=tile.rows, COLUMNS=1024, num_warps=4,
+    )  # fmt: skip
     y, log_z, c = labels[order], lse[order], coefficient[order] * logit_scale
     width = min(BLOCK_COLUMNS, triton.cdiv(V, tile.columns) * tile.columns)
     dz = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
     dx = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     db = torch.empty_like(bias) if want_bias else None
-    x, x_stride = matrix_source(compact, tile.rows, tile)
-    w, w_stride = matrix_source(weight, tile.columns, tile)
-    rows = triton.cdiv(N, tile.rows)
+    # the same matrices, cut as each kernel reads them
+    x, w = (tile_source(m, n, tile.depth, tile) for m, n in ((compact, tile.rows), (weight, tile.columns)))
+    dz_by_depth = tile_source(dz, plain.rows, plain.depth, plain)
+    w_by_depth = tile_source(weight, plain.depth, plain.columns, plain)
+    dz_by_row = tile_source(dz, plain.depth, plain.rows, plain)
+    x_by_row = tile_source(compact, plain.depth, plain.columns, plain)
     for first in range(0, V, width):
-        _logits_gradient_kernel[(rows, triton.cdiv(min(width, V - first), tile.columns))](
+        block = min(width, V - first)
+        _logits_gradient_kernel[(triton.cdiv(N, tile.rows) * triton.cdiv(block, tile.columns),)](
             x, w, bias, y, log_z, c, count, dz,
-            first, N, V, D, x_stride, w_stride, dz.stride(0), logit_scale, softcap or 1.0,
+            first, N, V, D, block, compact.stride(0), weight.stride(0), dz.stride(0), logit_scale, softcap or 1.0,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, **tile.constants(),
         )  # fmt: skip
-        block = min(width, V - first)
+        columns = triton.cdiv(D, plain.columns)
         if want_hidden:
-            _hidden_gradient_kernel[(triton.cdiv(N, plain.rows), triton.cdiv(D, plain.columns))](
-                dz, weight, dx, count,
+            _hidden_gradient_kernel[(triton.cdiv(N, plain.rows) * columns,)](
+                dz_by_depth, w_by_depth, dx, count,
                 first, N, V, D, block, dz.stride(0), weight.stride(0), dx.stride(0),
                 **plain.constants(),
             )  # fmt: skip
         if want_weight or want_bias:
-            columns = triton.cdiv(D, plain.columns) if want_weight else 1
-            _head_gradient_kernel[(triton.cdiv(block, plain.rows), columns)](
-                dz, compact, dw, db, count,
+            _head_gradient_kernel[(triton.cdiv(block, plain.rows) * (columns if want_weight else 1),)](
+                dz_by_row, x_by_row, dw, db, count,
                 first, N, V, D, block, dz.stride(0), compact.stride(0), dw.stride(0) if want_weight else 0,
                 WANT_BIAS=want_bias, **plain.constants(),
             )  # fmt: skip

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import head_logits, online_softmax, store_sums, tile_logits
-from tokensel_kernels.tiles import matrix_source, product_tile, row_columns
+from tokensel_kernels.primitives import grouped_tile, head_logits, online_softmax, store_sums, tile_logits
+from tokensel_kernels.tiles import aligned, product_tile, row_columns, tile_source
 
 
 @triton.jit
@@ -103,15 +103,8 @@ def _hidden_stats_kernel(
     PRECISION: tl.constexpr,
 ):
     MODELS: tl.constexpr = 2 if PAIR else 1
-    # a group of row tiles goes through the whole vocabulary together, so that its hidden states stay in L2; the two
-    # models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
-    tiles = tl.cdiv(N, ROWS) * MODELS
-    program = tl.program_id(0)
-    group = program // (GROUP * splits)
-    members = min(tiles - group * GROUP, GROUP)
-    within = program % (GROUP * splits)
-    tile = group * GROUP + within % members
-    split = within // members
+    # the two models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
+    tile, split = grouped_tile(tl.program_id(0), tl.cdiv(N, ROWS) * MODELS, splits, GROUP)
     row = tile // MODELS * ROWS
     rows = row + tl.arange(0, ROWS)
     label = tl.load(label_ptr + rows, mask=rows < N, other=ignore_index)
@@ -231,8 +224,10 @@ def hidden_sums(
     if not N:
         return torch.empty(fields, len(models), 1, 0, dtype=torch.float32, device=labels.device)
     tile = product_tile(x, "stats" if bias is None and softcap is None and not moments else "full_stats")
-    (x, x_stride), (old_x, old_x_stride) = (matrix_source(t, tile.rows, tile) for t in (x, old_x))
-    (w, w_stride), (old_w, old_w_stride) = (matrix_source(t, tile.columns, tile) for t in (w, old_w))
+    x, w, old_x, old_w = (aligned(t) for t in (x, w, old_x, old_w))
+    strides = [t.stride(0) for t in (x, w, old_x, old_w)]
+    x, old_x = (tile_source(t, tile.rows, tile.depth, tile) for t in (x, old_x))
+    w, old_w = (tile_source(t, tile.columns, tile.depth, tile) for t in (w, old_w))
     row_tiles = triton.cdiv(N, tile.rows) * len(models)
     splits = vocabulary_splits(row_tiles, triton.cdiv(V, tile.columns), tile.processors)
     share = triton.cdiv(triton.cdiv(V, tile.columns), splits) * tile.columns
@@ -241,7 +236,7 @@ def hidden_sums(
     _hidden_stats_kernel[(row_tiles * splits,)](
         x, w, old_x, old_w, bias, labels, sums,
         N, V, models[0][0].shape[1], models[-1][0].shape[1], share, splits,
-        x_stride, w_stride, old_x_stride, old_w_stride, sums.stride(0),
+        *strides, sums.stride(0),
         logit_scale, softcap or 1.0, ignore_index,
         PAIR=len(models) == 2, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, MOMENTS=moments,
         **tile.constants(),

@@ -53,7 +53,17 @@ def test_half_precision_products_use_matrix_units(reports):
 def test_products_with_the_head_load_by_tensor_memory_where_there_is_one(reports):
     arch, found = reports
     users = {r["kernel"] for r in found if "TMA" in r["instructions"]}
-    assert users == ({"hidden_stats", "logits_gradient"} if arch in ("sm_90", "sm_100") else set())
+    assert users == (PRODUCTS - {"attention_mass"} if arch in ("sm_90", "sm_100") else set())
+
+
+def test_a_product_reads_only_what_the_kernel_before_it_wrote():
+    """The logits' gradient is zero to the end of its tiles; the products that follow read it in steps of their depth."""
+    from tokensel_kernels.tiles import TILES
+
+    for family, kinds in TILES.items():
+        for size in (2, 4):
+            written, read = kinds["gradient"][size], kinds["matmul"][size]
+            assert written.rows % read.depth == written.columns % read.depth == 0, (family, size)
 
 
 def test_an_unknown_chip_is_named(capsys, monkeypatch):

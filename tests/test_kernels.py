@@ -197,11 +197,15 @@ def gradients(inputs, labels, keep, impl, **options):
 
 
 @pytest.mark.parametrize("weights", ["bool", "real", "one", "all"])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
-def test_gradients_of_kept_rows(options, dtype, weights, monkeypatch):
+def test_gradients_of_kept_rows(options, dtype, tma, weights, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_COLUMNS", 64)  # three blocks of the vocabulary
+        small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")
+        for kind in ("gradient", "matmul"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
     hidden, weight, labels, bias = make(dtype=dtype)
     keep = torch.rand(len(labels), device=DEVICE) < 0.6
     keep = {
@@ -220,7 +224,7 @@ def test_gradients_of_kept_rows(options, dtype, weights, monkeypatch):
         allowed = 2 * (b.double() - c).abs().max() + 2 * rounding * c.abs().max()
         if name == "loss":
             allowed += 4 * torch.finfo(torch.float32).eps * 10  # a sum of terms of up to ten nats
-        elif dtype != torch.float32:
+        else:
             allowed += rounding * summed_magnitude(name, inputs, labels, keep, exact, **options)
         assert (a.double() - c).abs().max() <= allowed, f"{name}: {(a.double() - c).abs().max():.3g} > {allowed:.3g}"
     dropped = (keep == 0) | (labels == -100)
