@@ -27,9 +27,10 @@ from torch.nn import functional as F
 
 import tokensel
 from benchmarks import measure
+from tokensel.products import exact_products
 from tokensel.report import format_table
 from tokensel.select import top_share
-from tokensel.stats import exact_products, vocabulary_blocks
+from tokensel.stats import vocabulary_blocks
 
 SAMPLE_ROWS = 256  # rows are samples of this many response tokens
 

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from tokensel_kernels.attention_mass import _attention_mass_kernel
 from tokensel_kernels.tiles import ATTENTION_TILES, TILES, attention_rows, interpreting
 from tokensel_kernels.vocab_grad import (
+    _block_gradient_kernel,
     _gather_rows_kernel,
     _head_gradient_kernel,
     _hidden_gradient_kernel,
@@ -86,6 +87,8 @@ def _cases(arch: str) -> Iterator[_Case]:
             columns = {"COLUMNS": 4096 // size, "num_warps": 8}
             name = f"{4096 // size} columns, two models" + ", moments" * moments
             yield _Case(_logits_stats_kernel, name, size, options | columns, {})
+        options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "COLUMNS": 1024, "num_warps": 8}
+        yield _Case(_block_gradient_kernel, "1024 columns, bias, softcap", size, options, {})
         tile = TILES[arch]["gradient"][size]
         descriptors = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth)} if tile.tma else {}
         options = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
@@ -124,6 +127,8 @@ def _type_of(name: str, case: _Case) -> str:
     if name in ("flags_ptr", "query_ptr"):
         return "*i8"
     if name in ("sums_ptr", "lse_ptr", "coefficient_ptr", "dx_ptr", "mass_ptr"):
+        return "*fp32"
+    if name == "z_ptr" and case.kernel is _block_gradient_kernel:
         return "*fp32"
     if name.endswith("_ptr") or name in ("x", "w", "old_x", "old_w", "dz"):
         return f"*{element}"

@@ -165,7 +165,7 @@ def aligned(matrix: Tensor) -> Tensor:
 
 
 def tile_source(matrix: Tensor, rows: int, columns: int, tile: ProductTile) -> object:
-    """What `load_tile` reads blocks of (rows, columns) of an aligned matrix from: a descriptor with TMA, else itself."""
+    """What `load_tile` reads (rows, columns) of an aligned matrix from: with TMA a descriptor, else itself."""
     if not tile.tma:
         return matrix
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import grouped_tile, load_tile, multiply, tile_logits
-from tokensel_kernels.tiles import aligned, product_tile, tile_source
+from tokensel_kernels.primitives import grouped_tile, head_logits, load_tile, multiply, tile_logits
+from tokensel_kernels.tiles import aligned, product_tile, row_columns, tile_source
 
 BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in bfloat16
 
@@ -36,6 +36,36 @@ def _gather_rows_kernel(
     for column in range(0, D, COLUMNS):
         c = column + tl.arange(0, COLUMNS)
         tl.store(target + c, tl.load(source + c, mask=(c < D) & (row < count), other=0.0), mask=c < D)
+
+
+@triton.jit
+def _logits_gradient(z, columns, label, lse, coefficient, softcap, HAS_SOFTCAP: tl.constexpr):
+    """c · (softmax(z) - onehot) · dz/du of a tile, u being the logits before the softcap. (ROWS, COLUMNS)"""
+    dz = tl.exp(z - lse[:, None]) - (columns.to(tl.int64)[None, :] == label[:, None]).to(tl.float32)
+    if HAS_SOFTCAP:
+        slope = z / softcap
+        dz *= 1.0 - slope * slope
+    return dz * coefficient[:, None]
+
+
+@triton.jit
+def _block_gradient_kernel(
+    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr, first_column, C, z_stride, dz_stride,
+    logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    at = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    coefficient = tl.load(coefficient_ptr + row)
+    for column in range(0, C, COLUMNS):
+        c = column + tl.arange(0, COLUMNS)
+        z = tl.load(z_ptr + at * z_stride + c, mask=c < C, other=0.0)[None, :]
+        z = head_logits(z, bias_ptr, column, C, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        dz = _logits_gradient(z, first_column + c, label, lse, coefficient, softcap, HAS_SOFTCAP)
+        tl.store(dz_ptr + at * dz_stride + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(c < C)[None, :])
 
 
 @triton.jit
@@ -89,11 +119,8 @@ def _logits_gradient_kernel(
     lse = tl.load(lse_ptr + rows, mask=kept, other=0.0)
     coefficient = tl.load(coefficient_ptr + rows, mask=kept, other=0.0)
     columns = column + tl.arange(0, COLUMNS)
-    dz = tl.exp(z - lse[:, None]) - (columns.to(tl.int64)[None, :] == label[:, None]).to(tl.float32)
-    if HAS_SOFTCAP:
-        slope = z / softcap
-        dz *= 1.0 - slope * slope
-    dz = tl.where(kept[:, None] & (columns < V)[None, :], dz * coefficient[:, None], 0.0)
+    dz = _logits_gradient(z, columns, label, lse, coefficient, softcap, HAS_SOFTCAP)
+    dz = tl.where(kept[:, None] & (columns < V)[None, :], dz, 0.0)
     at = rows.to(tl.int64)[:, None] * dz_stride + (columns - first_column)[None, :]
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=(rows < N)[:, None])
 
@@ -231,3 +258,30 @@ def selected_gradients(
         gradient[order] = dx.to(hidden.dtype)  # every row: those that were dropped are zero
         dx = gradient
     return dx, dw, db
+
+
+def write_block_gradient(
+    z: Tensor,
+    labels: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    dz: Tensor,
+    *,
+    first_column: int,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Gradient of Σ coefficient · nll in the products of hidden states with a block of the head.
+
+    Args:
+        z: [K, C] float32 products with vocabulary rows from `first_column` on, last dimension contiguous.
+        labels: [K] int64 in the whole vocabulary. coefficient, lse: [K] float32. bias: [C] or None.
+        dz: [K, C] to write, in the type of the products that follow; last dimension contiguous.
+    """
+    K, C = z.shape
+    _block_gradient_kernel[(K,)](
+        z, bias, labels, lse, coefficient * logit_scale, dz,
+        first_column, C, z.stride(0), dz.stride(0), logit_scale, softcap or 1.0,
+        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, COLUMNS=row_columns(z), num_warps=8,
+    )  # fmt: skip

@@ -162,11 +162,12 @@ def _logits_stats_kernel(
     bias_ptr,
     label_ptr,
     sums_ptr,
-    N,
+    first_column,
     V,
     z_stride,
     old_z_stride,
     field_stride,
+    model_stride,
     logit_scale,
     softcap,
     ignore_index,
@@ -180,6 +181,7 @@ def _logits_stats_kernel(
     label = tl.load(label_ptr + row)
     if label == ignore_index:
         return
+    label -= first_column
     at = row.to(tl.int64)
     _sweep_row(
         z_ptr + at * z_stride, bias_ptr, label, sums_ptr, row, V, field_stride, logit_scale, softcap,
@@ -187,8 +189,8 @@ def _logits_stats_kernel(
     )  # fmt: skip
     if PAIR:
         _sweep_row(
-            old_z_ptr + at * old_z_stride, bias_ptr, label, sums_ptr + N, row, V, field_stride, logit_scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, MOMENTS, COLUMNS,
+            old_z_ptr + at * old_z_stride, bias_ptr, label, sums_ptr + model_stride, row, V, field_stride,
+            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, MOMENTS, COLUMNS,
         )  # fmt: skip
 
 
@@ -244,31 +246,34 @@ def hidden_sums(
     return sums
 
 
-def logits_sums(
+def write_logits_sums(
     logits: list[Tensor],
     labels: Tensor,
+    sums: Tensor,
     *,
+    first_column: int = 0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    moments: bool,
     ignore_index: int,
-) -> Tensor:
-    """Sums of one or two models' [N, V] logits, each read once, in any floating dtype.
+) -> None:
+    """Sums of one or two models' logits over a share of the vocabulary, each read once.
 
-    Returns:
-        [fields, models, 1, N] float32 sums as `hidden_sums` gives them; rows to ignore are left unwritten.
+    Args:
+        logits: [N, C] of each model, any floating dtype: vocabulary columns from `first_column` on.
+        labels: [N] int64 in the whole vocabulary.
+        sums: [fields, models, N] float32 to write, the last dimension contiguous: one share of what `hidden_sums`
+            gives. Rows to ignore are left as they are.
+        bias: [C] or None.
     """
-    N, V = logits[0].shape
+    N, C = logits[0].shape
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
-    sums = torch.empty(5 if moments else 3, len(logits), 1, N, dtype=torch.float32, device=labels.device)
     z, old_z = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits[0], logits[-1]))
     if N:
         _logits_stats_kernel[(N,)](
             z, old_z, bias, labels, sums,
-            N, V, z.stride(0), old_z.stride(0), sums.stride(0),
+            first_column, C, z.stride(0), old_z.stride(0), sums.stride(0), sums.stride(1),
             logit_scale, softcap or 1.0, ignore_index,
-            PAIR=len(logits) == 2, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, MOMENTS=moments,
+            PAIR=len(logits) == 2, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, MOMENTS=len(sums) == 5,
             COLUMNS=row_columns(z), num_warps=8,
         )  # fmt: skip
-    return sums

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import tokensel.loss
+import tokensel.stats
 import tokensel_kernels.attention_mass
 import tokensel_kernels.vocab_grad
 import tokensel_kernels.vocab_stats
@@ -161,6 +163,77 @@ def test_strided_inputs():
     torch.testing.assert_close(logits, expected)
     batched = token_stats(hidden.view(4, 9, -1), weight, labels.view(4, 9), impl="fused").nll
     torch.testing.assert_close(batched, expected.view(4, 9))
+
+
+# The chunked implementation on a GPU
+
+
+def widened_product(a, b, out):
+    return out.copy_(a.float() @ b.float())
+
+
+@pytest.fixture
+def gpu_chunked(monkeypatch):
+    """Chunked as it runs on a GPU; without one, around products of the CPU."""
+    for module in (tokensel.stats, tokensel.loss):
+        monkeypatch.setattr(module, "GPU_COLUMNS", 64)
+    if DEVICE == "cpu":
+        for module in (tokensel.stats, tokensel.loss):
+            monkeypatch.setattr(module, "on_gpu", lambda like: True)
+            monkeypatch.setattr(module, "product", widened_product)
+        monkeypatch.setattr(tokensel.loss, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
+def test_library_products_of_both_models_are_read_once(workspace_mib, options, dtype, gpu_chunked):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    old_hidden, old_weight = make(D=24, dtype=dtype)[:2]
+    options = options | ({"bias": bias} if "bias" in options else {})
+    models, options = ((hidden, weight), (old_hidden, old_weight)), options | {"workspace_mib": workspace_mib}
+    pair = token_stats_pair(*models, labels, entropy=True, impl="chunked", **options)
+    alone = token_stats(hidden, weight, labels, impl="chunked", **options)
+    torch.testing.assert_close(alone.nll, pair[0].nll)
+    del options["workspace_mib"]
+    for stats, inputs in zip(pair, models, strict=True):
+        exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
+        assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("V", [63, 64, 65, 129])
+def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
+    labels = torch.tensor([label for label in (0, 63, 64, 65, 128) if label < V] + [-100], device=DEVICE)
+    hidden, weight = torch.randn(len(labels), 12, device=DEVICE), torch.randn(V, 12, device=DEVICE)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="chunked")
+    exact, eager = (truth(hidden, weight, labels, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+    assert token_stats(hidden[:0], weight, labels[:0], impl="chunked").nll.shape == (0,)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["head trained", "head frozen"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
+def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monkeypatch):
+    monkeypatch.setattr(tokensel.loss, "_WORKSPACE_MIB", 0.0023)  # blocks of nine rows
+    hidden, weight, labels, bias = make(dtype=dtype)
+    keep = torch.randn(len(labels), device=DEVICE) * (torch.rand(len(labels), device=DEVICE) < 0.6)
+    names = ("hidden",) if frozen else ("hidden", "weight", "bias")
+    found = []
+    for impl, wide in (("chunked", dtype), ("reference", dtype), ("reference", torch.float64)):
+        inputs = dict(zip(("hidden", "weight", "bias"), (t.to(wide) for t in (hidden, weight, bias)), strict=True))
+        for name in names:
+            inputs[name] = inputs[name].clone().requires_grad_()
+        x, w, b = inputs.values()
+        loss = selected_cross_entropy(x, w, labels, keep.to(wide), bias=b, impl=impl, **options)
+        (loss * -1.7).backward()
+        found.append([inputs[name].grad for name in names])
+    exact = found[2]
+    for name, ours, eager, truly in zip(names, *found, strict=True):
+        rounding = torch.finfo(dtype).eps
+        allowed = 2 * (eager.double() - truly).abs().max() + 2 * rounding * truly.abs().max()
+        allowed += rounding * summed_magnitude(name, (hidden, weight, bias), labels, keep, exact, **options)
+        assert (ours.double() - truly).abs().max() <= allowed, name
 
 
 # Statistics from logits
@@ -389,7 +462,7 @@ def test_bad_choices_are_named(no_interpreter, monkeypatch):
     wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
     with pytest.raises(ValueError, match="takes head sizes up to 256; q has 257; use impl='chunked'"):
         prompt_attention_mass(wide, wide, torch.zeros(1, 2, dtype=torch.bool, device=DEVICE), impl="fused")
-    monkeypatch.setattr("tokensel.checks._HAS_TRITON", False)
+    monkeypatch.setattr("tokensel.checks.HAS_TRITON", False)
     with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
         token_stats(hidden, weight, labels, impl="fused")
 

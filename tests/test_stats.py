@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel.stats
 from tokensel import TokenStats, selected_cross_entropy, token_stats, token_stats_from_logits, token_stats_pair
-from tokensel.stats import exact_products
+from tokensel.products import exact_products
 
 FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,11 +192,14 @@ def test_a_small_workspace_splits_rows_and_changes_nothing():
         torch.testing.assert_close(getattr(split, name), getattr(whole, name))
 
 
-def test_one_row_at_least_whatever_the_workspace():
+def test_a_workspace_without_room_for_a_row_is_named():
     hidden, weight, labels, _ = make(N=4)
-    torch.testing.assert_close(
-        token_stats(hidden, weight, labels, workspace_mib=1e-6).nll, token_stats(hidden, weight, labels).nll
-    )
+    V = len(weight)
+    with pytest.raises(ValueError, match=f"workspace_mib=1e-06 holds no row of 1 x {min(V, 2048)} float32 logits"):
+        token_stats(hidden, weight, labels, workspace_mib=1e-6)
+    with pytest.raises(ValueError, match="it needs at least 0.0") as error:
+        token_stats_from_logits(hidden @ weight.T, labels, workspace_mib=1e-6)
+    token_stats_from_logits(hidden @ weight.T, labels, workspace_mib=float(str(error.value).split()[-1]))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

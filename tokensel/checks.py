@@ -3,15 +3,13 @@ what was found and, where there is one, the fix."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from tokensel.products import HAS_TRITON, KERNEL_DTYPES
+
 IMPLS = ("auto", "chunked", "reference", "fused")
 AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
-_FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, like: Tensor) -> str:
@@ -25,11 +23,11 @@ def resolve_impl(impl: str, like: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "auto":
         half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
-        return "fused" if half and _HAS_TRITON else "chunked"
+        return "fused" if half and HAS_TRITON else "chunked"
     if impl == "fused":
-        if not _HAS_TRITON:
+        if not HAS_TRITON:
             raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
-        if like.dtype not in _FUSED_DTYPES:
+        if like.dtype not in KERNEL_DTYPES:
             raise ValueError(f"impl='fused' takes float16, bfloat16 or float32, not {like.dtype}; use impl='chunked'")
     return impl
 

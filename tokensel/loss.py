@@ -20,7 +20,8 @@ from tokensel.checks import (
     check_tensor,
     resolve_impl,
 )
-from tokensel.stats import SMALLEST_EXPONENT, TokenStats, exact_products, logits_block, token_stats, vocabulary_blocks
+from tokensel.products import add_product, exact_products, on_gpu, product
+from tokensel.stats import GPU_COLUMNS, SMALLEST_EXPONENT, TokenStats, logits_block, token_stats, vocabulary_blocks
 
 _WORKSPACE_MIB = 256
 
@@ -46,7 +47,8 @@ class _SelectedCrossEntropy(torch.autograd.Function):
 
 def _compute_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want, impl):
     """Those of the gradients in hidden, weight and bias that `want` asks for."""
-    backward = _fused_gradients if impl == "fused" else _chunked_gradients
+    chunked = _gpu_chunked_gradients if on_gpu(hidden) else _chunked_gradients
+    backward = _fused_gradients if impl == "fused" else chunked
     found = backward(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want)
     return [gradient for gradient in found if gradient is not None]
 
@@ -71,6 +73,44 @@ def _fused_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, lo
 
     options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
     return selected_gradients(hidden, weight, labels, coefficient, lse, want=want, **options)
+
+
+def _gpu_chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want):
+    """The library's products, and a kernel that turns a block of them into its gradient. The host waits once, for the
+    number of kept rows."""
+    from tokensel_kernels.vocab_grad import write_block_gradient
+
+    want_hidden, want_weight, want_bias = want
+    V, D = weight.shape
+    kept = coefficient.nonzero()[:, 0]
+    K = len(kept)
+    R, C = vocabulary_blocks(K, V, _WORKSPACE_MIB, columns=GPU_COLUMNS)
+    workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
+    gradient = torch.empty(K, C, dtype=hidden.dtype, device=hidden.device)
+    x, y, c, log_z = (t[kept] for t in (hidden, labels, coefficient, lse))
+    d_x = torch.zeros(K, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_bias = torch.empty_like(bias) if want_bias else None
+    for start in range(0, V, C):
+        w = weight[start : start + C]  # (C, D)
+        block = slice(start, start + len(w))
+        dz = gradient[:, : len(w)]  # (K, C)
+        options = {"bias": None if bias is None else bias[block].contiguous()}
+        options |= {"first_column": start, "softcap": softcap, "logit_scale": logit_scale}
+        for first in range(0, K, R):
+            rows = slice(first, min(first + R, K))
+            z = product(x[rows], w.T, workspace[: len(x[rows]), : len(w)])  # (R, C)
+            write_block_gradient(z, y[rows], c[rows], log_z[rows], dz[rows], **options)
+        if want_hidden:
+            add_product(d_x, dz, w)
+        if want_weight:
+            torch.mm(dz.T, x, out=d_weight[block])  # accumulated in float32, rounded once
+        if want_bias:
+            d_bias[block] = dz.sum(0, dtype=torch.float32)
+    if want_hidden:
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        d_hidden[kept] = d_x.to(hidden.dtype)
+    return d_hidden if want_hidden else None, d_weight, d_bias
 
 
 def _chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, logit_scale, want):

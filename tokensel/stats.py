@@ -1,13 +1,12 @@
 """Token statistics without logits (step 4): negative log-likelihood of every row, and what else one pass can tell.
 
-The chunked implementation walks over blocks of the vocabulary. A block's product is float32 whatever the inputs
-are, because bfloat16 logits (spacing 0.125 at a logit of 20) are as coarse as the losses being compared.
+The chunked implementation walks over blocks of the vocabulary, whose products are float32 whatever the inputs are.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tokensel import reference
 from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_tensor, resolve_impl
+from tokensel.products import exact_products, on_gpu, product
 
 
 @dataclass(frozen=True)
@@ -83,34 +83,29 @@ class TokenStats:
         )
 
 
-@contextlib.contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets the CPU multiply float32 tensors that hold bfloat16 values as what they are.
-
-    A product of two bfloat16 numbers is exact in float32, so bfloat16 units with float32 accumulation and output
-    give full-precision logits, at two to three times the speed of float32 units where the CPU has AMX.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.bfloat16 or matmul is None:
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+GPU_COLUMNS = 8192  # of a block on a GPU: its product runs at full speed, and the head is read once a block of rows
 
 
-def vocabulary_blocks(rows: int, vocabulary: int, workspace_mib: float) -> tuple[int, int]:
-    """(rows, columns) of a float32 block of logits that fits the workspace.
+def vocabulary_blocks(
+    rows: int, vocabulary: int, workspace_mib: float, columns: int = 2048, models: int = 1
+) -> tuple[int, int]:
+    """(rows, columns) of a float32 block of each model's logits that fits the workspace.
 
     2,048 columns keep a block of some thousand rows near the cache and its product at full speed (measured on two
     AMX cores, D = 1024: 313 GFLOP/s in float32 at 2,048 columns, 249 at 8,192).
+
+    Raises:
+        ValueError: a workspace that is too small for one row.
     """
-    elements = int(workspace_mib * 2**20) // 4
-    columns = min(vocabulary, 2048)
-    return max(1, min(rows, elements // columns)), columns
+    columns = min(vocabulary, columns)
+    row_bytes = 4 * columns * models
+    most_rows = int(workspace_mib * 2**20) // row_bytes
+    if most_rows < 1:
+        raise ValueError(
+            f"workspace_mib={workspace_mib:g} holds no row of {models} x {columns} float32 logits; it needs at least "
+            f"{math.ceil(row_bytes / 2**10) / 2**10:.4f}"
+        )
+    return min(max(rows, 1), most_rows), columns
 
 
 def logits_block(
@@ -250,6 +245,8 @@ def _compute_stats(
     head = (bias, softcap, logit_scale)
     if impl == "fused":
         found = _fused_stats(models, labels, *head, entropy, ignore_index)
+    elif impl == "chunked" and on_gpu(hidden[0]):
+        found = _gpu_chunked_stats(models, labels, *head, entropy, ignore_index, workspace_mib)
     elif impl == "chunked":
         found = [_chunked_stats(x, w, labels, *head, entropy, ignore_index, workspace_mib) for x, w in models]
     else:
@@ -356,6 +353,39 @@ def _chunked_stats(
     return stats
 
 
+def _gpu_chunked_stats(
+    models: list[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+    workspace_mib: float,
+) -> list[TokenStats]:
+    """Blocks of all models' logits in one workspace, which a kernel reads once.
+
+    Ignored rows are multiplied too: to leave them out, the host would have to wait for their number.
+    """
+    from tokensel_kernels.vocab_stats import write_logits_sums
+
+    N, V = len(labels), models[0][1].shape[0]
+    R, C = vocabulary_blocks(N, V, workspace_mib, columns=GPU_COLUMNS, models=len(models))
+    workspace = torch.empty(len(models), R * C, dtype=torch.float32, device=labels.device)
+    sums = torch.empty(5 if entropy else 3, len(models), -(-V // C), N, dtype=torch.float32, device=labels.device)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    for first in range(0, N, R):
+        rows = slice(first, min(first + R, N))
+        for share, start in enumerate(range(0, V, C)):
+            block = []
+            for (x, w), space in zip(models, workspace, strict=True):
+                x, w = x[rows], w[start : start + C]
+                block.append(product(x, w.T, space[: len(x) * len(w)].view(len(x), len(w))))
+            b = None if bias is None else bias[start : start + C]
+            write_logits_sums(block, labels[rows], sums[:, :, share, rows], bias=b, first_column=start, **options)
+    return _stats_of_sums(sums, labels, ignore_index)
+
+
 @torch.no_grad()
 def token_stats_pair(
     current: tuple[Tensor, Tensor],
@@ -421,10 +451,12 @@ def token_stats_from_logits(
     check_same_device(logits=logits, labels=labels, history_logits=history_logits)
     y = labels.reshape(-1)
     flat = [z.reshape(-1, z.shape[-1]) for z in (logits, history_logits) if z is not None]  # (N, V)
-    if impl == "fused":
-        from tokensel_kernels.vocab_stats import logits_sums
+    if impl == "fused" or (impl == "chunked" and on_gpu(logits)):
+        from tokensel_kernels.vocab_stats import write_logits_sums
 
-        found = _stats_of_sums(logits_sums(flat, y, moments=entropy, ignore_index=ignore_index), y, ignore_index)
+        sums = torch.empty(5 if entropy else 3, len(flat), 1, len(y), dtype=torch.float32, device=y.device)
+        write_logits_sums(flat, y, sums[:, :, 0], ignore_index=ignore_index)
+        found = _stats_of_sums(sums, y, ignore_index)
     elif impl == "chunked":
         found = [_chunked_logits_stats(z, y, entropy, ignore_index, workspace_mib) for z in flat]
     else:
@@ -439,7 +471,7 @@ def _chunked_logits_stats(
 ) -> TokenStats:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     stats = _empty(labels, dtype, entropy)
-    rows_at_once = max(1, int(workspace_mib * 2**20) // (4 * logits.shape[1]))
+    rows_at_once, _ = vocabulary_blocks(len(labels), logits.shape[1], workspace_mib, columns=logits.shape[1])
     for rows in (labels != ignore_index).nonzero()[:, 0].split(rows_at_once):
         copy = logits[rows].to(dtype)  # indexing copies, so the caller's logits are never overwritten
         _store(stats, rows, block_stats(copy, labels[rows], entropy))
