@@ -224,6 +224,17 @@ def test_the_store_holds_the_models_own_losses(tmp_path, model_dir, data, capsys
 # Settings: YAML, flags, and both
 
 
+@pytest.mark.parametrize("text, layers", [("", [-1]), ("layer: 0", [0]), ("layer: [-1, -2]", [-1, -2])])
+@pytest.mark.parametrize("given", [[], [3], [-2, 1]])
+def test_one_layer_or_several_in_yaml_and_as_flags(tmp_path, monkeypatch, text, layers, given):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: {tmp_path}\n{text}\n")
+    read = []
+    monkeypatch.setattr(cli, "train", lambda settings, arguments: read.append(arguments.layer))
+    assert main(["train", str(path), *(["--layer", *map(str, given)] if given else [])]) == 0
+    assert read == [given or layers]
+
+
 def test_flags_win_over_yaml(tmp_path, model_dir, data, capsys):
     config = tmp_path / "run.yaml"
     settings = TRAIN | {"use_cpu": True, "model_name_or_path": model_dir, "dataset_name": data, "method": "random"}

@@ -47,7 +47,7 @@ def test_remove_leaves_nothing_behind():
     remove(model)
     assert {id(m): id(m.config) for m in model.modules() if hasattr(m, "config")} == configs
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
-    assert model.model.layers[seam.layer].self_attn.config is model.config
+    assert model.model.layers[seam.layers[0]].self_attn.config is model.config
 
 
 def test_a_forward_that_was_replaced_before_is_put_back():
@@ -91,20 +91,21 @@ def test_captured_queries_and_keys_give_the_attention_of_the_model(family, layer
     seam = apply_to(model, layer)
     with torch.no_grad(), seam.capture() as take:
         seam.backbone({name: batch[name] for name in ("input_ids", "attention_mask")})
-        captured = take()
+        (captured,) = take()
     assert captured.q.shape[1] == 4 and captured.k.shape[1] == 2
     mass = prompt_attention_mass(captured.q, captured.k, prompt, key_mask=mask, **captured.options)
-    expected = (weights[seam.layer].double() * prompt[:, None, None, :]).sum(-1).mean(1)
+    expected = (weights[seam.layers[0]].double() * prompt[:, None, None, :]).sum(-1).mean(1)
     response = mask & ~prompt
     torch.testing.assert_close(mass[response], expected[response].to(mass.dtype), rtol=0, atol=1e-6)
     assert expected[response].std() > 0.01
 
 
 def test_the_last_layer_is_the_last_one_with_full_attention():
-    assert apply_to(causal_lm("Llama")).layer == 2
-    assert apply_to(causal_lm("Gemma2")).layer == 1  # layers 0 and 2 slide
-    assert apply_to(causal_lm("Gemma2"), layer=2).layer == 2
-    assert apply_to(causal_lm("Llama"), layer=-3).layer == 0
+    assert apply_to(causal_lm("Llama")).layers == (2,)
+    assert apply_to(causal_lm("Gemma2")).layers == (1,)  # layers 0 and 2 slide
+    assert apply_to(causal_lm("Gemma2"), layer=2).layers == (2,)
+    assert apply_to(causal_lm("Llama"), layer=-3).layers == (0,)
+    assert apply_to(causal_lm("Llama"), layer=[-1, 0]).layers == (2, 0)
 
 
 def test_nothing_is_captured_outside_the_arms_of_a_training_forward(batch):
@@ -128,6 +129,24 @@ def test_losses_are_those_of_the_models_own_logits(family, batch):
     assert (nll[batch["labels"] == -100] == 0).all()
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_several_layers_are_the_mean_of_their_masses(family, batch):
+    model = causal_lm(family)  # of Gemma2's, layers 0 and 2 slide and layer 1 does not
+    mask = batch["attention_mask"].bool()
+    prompt = (batch["labels"] == -100) & mask
+    with torch.no_grad():
+        weights = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_attentions=True
+        ).attentions
+    expected = torch.stack(
+        [(weights[i].double() * prompt[:, None, None, :]).sum(-1).mean(1) for i in (2, 0, 1)]
+    )  # (3, B, S)
+    apply_to(model, [2, 0, 1])
+    out = model(**batch, selection=tokensel.Selection(tokensel.methods.get("attention")))
+    difference = out.mass[out.response] - expected.mean(0)[out.response]
+    assert difference.abs().max() <= 1e-6 < (expected[0] - expected.mean(0))[out.response].abs().max()
+
+
 # Refusals
 
 
@@ -144,6 +163,16 @@ def test_patching_twice_or_removing_nothing_is_an_error():
 def test_a_layer_that_does_not_exist_is_named(layer):
     with pytest.raises(ValueError, match=rf"layer {layer} does not exist.*attention in layers \[0, 1, 2\]"):
         apply_to(causal_lm(), layer)
+
+
+def test_layers_are_ints_named_once():
+    with pytest.raises(ValueError, match=r"layer \[-1, 2\] names layer 2 of LlamaForCausalLM twice"):
+        apply_to(causal_lm(), [-1, 2])
+    with pytest.raises(ValueError, match="layer 7 does not exist"):
+        apply_to(causal_lm(), [0, 7])
+    for wrong in ([], "last", [0.5], True, None):
+        with pytest.raises(TypeError, match="layer must be an int or a sequence of ints"):
+            apply_to(causal_lm(), wrong)
 
 
 @pytest.mark.parametrize("how", ["target", "modules_to_save"])

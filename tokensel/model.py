@@ -1,4 +1,4 @@
-"""The model seam (steps 1 to 3): q and k of one layer captured on the way, the language-model head as a place to
+"""The model seam (steps 1 to 3): q and k of chosen layers captured on the way, the language-model head as a place to
 call into. Nothing of the model is copied; `remove` puts everything back."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,7 @@ class Captured:
 class _Capture:
     """The state that the capturing attention function finds on its module."""
 
+    layer: int
     config: object  # the module's own config, which the base implementation must see
     armed: bool = False
     captured: Captured | None = None
@@ -80,14 +81,16 @@ class Seam:
     Attributes:
         model: the unwrapped causal language model.
         head_options: softcap and logit_scale of the model's head, as `token_stats` takes them.
-        layer: index of the layer whose attention is captured.
+        layers: indices of the layers whose attention is captured.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+    def __init__(self, model: PreTrainedModel, layer: int | Sequence[int]) -> None:
         self.model = model
         self._head = _plain_head(model)
-        self._attention, self.layer = _attention_module(model, layer)
-        self._capture = _Capture(self._attention.config)
+        modules = _attention_modules(model, layer)
+        self.layers = tuple(modules)
+        self._attention = list(modules.values())
+        self._captures = [_Capture(index, module.config) for index, module in modules.items()]
         config = model.config.get_text_config()
         divisor = getattr(config, "logits_scaling", None)
         self.head_options = {
@@ -101,25 +104,31 @@ class Seam:
         return self.model.base_model(**given | {"use_cache": False, "return_dict": True}).last_hidden_state
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[Callable[[], Captured]]:
-        """Arms the layer around a forward; yields a function that hands over what it caught.
+    def capture(self) -> Iterator[Callable[[], list[Captured]]]:
+        """Arms the layers around a forward; yields a function that hands over what each of them caught.
 
         Armed only here, so a checkpointed layer's recomputation in the backward is not seen.
         """
-        self._capture.armed, self._capture.captured = True, None
+        for capture in self._captures:
+            capture.armed, capture.captured = True, None
         try:
             yield self._take
         finally:
-            self._capture.armed, self._capture.captured = False, None
+            for capture in self._captures:
+                capture.armed, capture.captured = False, None
 
-    def _take(self) -> Captured:
-        captured, self._capture.captured = self._capture.captured, None
-        if captured is None:
-            raise ValueError(
-                f"layer {self.layer} of {type(self.model).__name__} made no call through transformers' attention "
-                "interface, so its attention cannot be captured; choose another layer or a method without attention"
-            )
-        return captured
+    def _take(self) -> list[Captured]:
+        taken = []
+        for capture in self._captures:
+            if capture.captured is None:
+                raise ValueError(
+                    f"layer {capture.layer} of {type(self.model).__name__} made no call through transformers' "
+                    "attention interface, so its attention cannot be captured; choose another layer or a method "
+                    "without attention"
+                )
+            taken.append(capture.captured)
+            capture.captured = None
+        return taken
 
     def call_head(self, function: Callable[[Tensor, Tensor, Tensor | None], object], hidden: Tensor) -> object:
         """Runs `function(hidden, weight, bias)` inside the head's own forward.
@@ -139,10 +148,10 @@ class Seam:
 
     def install(self) -> None:
         AttentionInterface.register(_IMPLEMENTATION, _capturing_attention)
-        private = copy.copy(self._attention.config)
-        private._attn_implementation_internal = _IMPLEMENTATION
-        self._attention._tokensel_capture = self._capture
-        self._attention.config = private
+        for module, capture in zip(self._attention, self._captures, strict=True):
+            module._tokensel_capture = capture
+            module.config = copy.copy(capture.config)
+            module.config._attn_implementation_internal = _IMPLEMENTATION
 
         head, head_forward = self._head, self._head.forward
 
@@ -177,8 +186,9 @@ class Seam:
                 del module.forward
             else:
                 module.forward = before
-        self._attention.config = self._capture.config
-        del self._attention._tokensel_capture
+        for module, capture in zip(self._attention, self._captures, strict=True):
+            module.config = capture.config
+            del module._tokensel_capture
         del self.model._tokensel_seam
 
     @torch.no_grad()
@@ -189,22 +199,24 @@ class Seam:
             ValueError: they differ, i.e. the model does something to logits or scores that is not known here.
         """
         name, weight = type(self.model).__name__, self._head.weight
-        eager = _eager_function(self._attention)
+        eager = _eager_function(self._attention[0])
         if eager is None:
             raise ValueError(f"{name} has no eager_attention_forward to verify the captured attention against")
         ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
-        self._capture.eager_weights = eager
+        for capture in self._captures:
+            capture.eager_weights = eager
         try:
             with self.capture() as take:
                 hidden = self.backbone({"input_ids": ids})
                 captured = take()
-            weights, self._capture.weights = self._capture.weights, None  # (1, Hq, 8, 8)
-            self._capture.eager_weights = None
+            for capture in self._captures:
+                capture.eager_weights = None
             logits = self.model(input_ids=ids, use_cache=False).logits[0].double()  # (8, V)
         finally:
-            self._capture.eager_weights = None
+            for capture in self._captures:
+                capture.eager_weights = None
             for module in training:
                 module.training = True
         ours = self.call_head(
@@ -221,16 +233,19 @@ class Seam:
                 "supported; use the functions (tokensel.token_stats_from_logits) instead of apply_to."
             )
         prompt = torch.arange(8, device=ids.device)[None] < 4
-        mass = prompt_attention_mass(
-            captured.q, captured.k, prompt, query_mask=torch.ones_like(prompt), **captured.options
-        )
-        eager_mass = weights[..., :4].double().sum(-1).mean(1)  # (1, 8)
-        difference = (mass - eager_mass).abs().max()
-        if not difference <= 16 * max(rounding, torch.finfo(torch.float32).eps):  # eager's softmax is float32
-            raise ValueError(
-                f"attention of layer {self.layer} of {name} cannot be reproduced from its q and k: prompt mass differs "
-                f"from eager attention by {difference:.3g}. Use a method without attention or the functions."
+        for capture, attention in zip(self._captures, captured, strict=True):
+            mass = prompt_attention_mass(
+                attention.q, attention.k, prompt, query_mask=torch.ones_like(prompt), **attention.options
             )
+            weights, capture.weights = capture.weights, None  # (1, Hq, 8, 8)
+            eager_mass = weights[..., :4].double().sum(-1).mean(1)  # (1, 8)
+            difference = (mass - eager_mass).abs().max()
+            if not difference <= 16 * max(rounding, torch.finfo(torch.float32).eps):  # eager's softmax is float32
+                raise ValueError(
+                    f"attention of layer {capture.layer} of {name} cannot be reproduced from its q and k: prompt "
+                    f"mass differs from eager attention by {difference:.3g}. Use a method without attention or the "
+                    "functions."
+                )
 
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear:
@@ -249,8 +264,8 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def _attention_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, int]:
-    """The attention module of a layer. Negative numbers count the full-attention layers from the end."""
+def _attention_modules(model: PreTrainedModel, layer: int | Sequence[int]) -> dict[int, nn.Module]:
+    """Attention modules by layer index. Negative numbers count the full-attention layers from the end."""
     found = {
         m.layer_idx: m
         for m in model.base_model.modules()
@@ -263,17 +278,25 @@ def _attention_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, in
             f"the attention of {type(model).__name__} cannot be captured: no attention module with a layer_idx and a "
             "config (Falcon, Bloom and MPT do not use transformers' attention interface)"
         )
+    wanted = list(layer) if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
+    if not wanted or any(isinstance(i, bool) or not isinstance(i, int) for i in wanted):
+        raise TypeError(f"layer must be an int or a sequence of ints, such as -1 or [-1, -2]; got {layer!r}")
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * (max(found) + 1)
     full = [i for i in sorted(found) if kinds[i] == "full_attention"] or sorted(found)
-    known = full if layer < 0 else {i: i for i in found}
-    try:
-        index = known[layer]
-    except (IndexError, KeyError):
-        raise ValueError(
-            f"layer {layer} does not exist: {type(model).__name__} has attention in layers {sorted(found)}, with full "
-            f"attention in {full}; negative numbers count the latter from the end"
-        ) from None
-    return found[index], index
+    chosen: dict[int, nn.Module] = {}
+    for number in wanted:
+        known = full if number < 0 else {i: i for i in found}
+        try:
+            index = known[number]
+        except (IndexError, KeyError):
+            raise ValueError(
+                f"layer {number} does not exist: {type(model).__name__} has attention in layers {sorted(found)}, with "
+                f"full attention in {full}; negative numbers count the latter from the end"
+            ) from None
+        if index in chosen:
+            raise ValueError(f"layer {list(wanted)} names layer {index} of {type(model).__name__} twice; name it once")
+        chosen[index] = found[index]
+    return chosen
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -292,7 +315,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def apply_to(model: nn.Module, layer: int = -1) -> Seam:
+def apply_to(model: nn.Module, layer: int | Sequence[int] = -1) -> Seam:
     """Gives a causal language model an opt-in `selection=` keyword in its forward.
 
     Without the keyword the model computes what it did, bit for bit. With it (`tokensel.Selection`) the head's logits
@@ -300,12 +323,14 @@ def apply_to(model: nn.Module, layer: int = -1) -> Seam:
 
     Args:
         model: a transformers causal language model, or a PEFT model around it.
-        layer: whose attention is captured; -1 = the last layer with full attention.
+        layer: whose attention is captured; -1 = the last layer with full attention. Of several, [-1, -2], the prompt
+            mass is the mean.
     Returns:
         The seam; `tokensel.remove(model)` undoes it.
     Raises:
-        TypeError: not a transformers model. ValueError: patched already, an adapter on the head, a layer that does
-        not exist, attention that cannot be captured, logits that cannot be reproduced.
+        TypeError: not a transformers model; layer is neither an int nor a sequence of ints. ValueError: patched
+        already, an adapter on the head, a layer that does not exist or is named twice, attention that cannot be
+        captured, logits that cannot be reproduced.
     """
     base = unwrap(model)
     if hasattr(base, "_tokensel_seam"):

@@ -112,7 +112,7 @@ class Selection:
             with self.history():
                 history_hidden = seam.backbone(batch)  # (B, S, D)
 
-        # 3. current forward of the backbone; q and k of one layer are captured on the way
+        # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
         with seam.capture() as captured:
             hidden = seam.backbone(batch)  # (B, S, D)
             signals = self._signals_beside_loss(captured, input_ids, labels, response, sample, padding, positions)
@@ -145,17 +145,21 @@ class Selection:
         if "key" in self.method.needs:
             signals["key"] = token_keys(input_ids, segments, mask)
         if "mass" in self.method.needs:
-            attention = captured()
             prompt, turns = prompt_keys(labels, self.prompt, segments)
             masks = {"key_mask": mask, "segment_ids": segments, "turn_ids": turns}
             predictor = self.row == "predictor"
             queries = _left(response, False) if predictor else response
-            mass = prompt_attention_mass(
-                attention.q, attention.k, prompt, query_mask=queries, impl=self.impl, **masks, **attention.options
-            )
-            uniform = uniform_prompt_mass(prompt, window=attention.options["window"], **masks)
-            signals["mass"] = _right(mass) if predictor else mass
-            signals["uniform_mass"] = _right(uniform) if predictor else uniform
+            mass, uniform = [], []
+            for layer in captured():
+                mass.append(
+                    prompt_attention_mass(
+                        layer.q, layer.k, prompt, query_mask=queries, impl=self.impl, **masks, **layer.options
+                    )
+                )
+                uniform.append(uniform_prompt_mass(prompt, window=layer.options["window"], **masks))
+            for name, values in (("mass", mass), ("uniform_mass", uniform)):
+                mean = torch.stack(values).mean(0)  # over layers, (B, S)
+                signals[name] = _right(mean) if predictor else mean
         return signals
 
 

@@ -45,8 +45,11 @@ class SelectionArguments:
     history_store: str | None = field(
         default=None, metadata={"help": "The Parquet file that `tokensel score` wrote, for history 'recorded'."}
     )
-    layer: int = field(
-        default=-1, metadata={"help": "Layer whose attention is measured; -1 is the last one with full attention."}
+    layer: list[int] = field(
+        default_factory=lambda: [-1],
+        metadata={
+            "help": "Layers whose attention is measured (the mean of several); -1 is the last one with full attention."
+        },
     )
     row: str = field(
         default="token",
