@@ -84,8 +84,8 @@ def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
     for index in noisy + clean:
         batch = collate([rows[index]])
         noise = batch.pop("noise")[0].bool()
-        segments = {"key_mask": batch["attention_mask"].bool()}
-        batch["history_nll"] = trainer.history_store.lookup(batch["input_ids"], batch["labels"], **segments)
+        for name, store in trainer.recorded.items():
+            batch[name] = store.lookup(batch["input_ids"], batch["labels"], key_mask=batch["attention_mask"].bool())
         out = trainer.model(**batch, selection=trainer.selection(None))
         response, score = out.response[0], out.score[0]
         rank = torch.full_like(score, torch.nan)

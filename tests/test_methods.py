@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from tokensel import TokenSelector, TokenSignals, methods
 from tokensel.documents import token_keys
+from tokensel.select import TopShare
 
 # two samples side by side: 5 and 4 response tokens behind prompts
 RESPONSE = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1]).bool()
@@ -28,6 +30,13 @@ def signals(**changes):
         mass=MASS,
         uniform_mass=UNIFORM,
         key=torch.arange(12),
+        entropy=MASS + 1,
+        logp_var=MASS + 0.5,
+        base_nll=HISTORY,
+        reference_nll=MASS,
+        shuffled_nll=NLL + UNIFORM,
+        alone_nll=NLL + 0.3,
+        contrast_nll=MASS,
     )
     return TokenSignals(**fields | changes)
 
@@ -37,7 +46,10 @@ def scored(name, given=None, **parameters):
 
 
 def test_all_methods_are_there():
-    assert methods.names() == ["attention", "full", "history_excess", "random", "rel", "sstoken"]
+    assert methods.names() == sorted(
+        "full random weighted sstoken rel history_excess attention rho1 token_cleaning token_cleaning_iterative "
+        "forgetting eslm ada_eslm dft profit min_k_pp soft_weights shad_rft t_shirt critical_tokens".split()
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 0.9])
@@ -91,15 +103,18 @@ def test_history_equal_to_current_scores_zero_not_nan():
     assert keep.nonzero()[:, 0].tolist() == [2, 3, 4, 8, 9]  # earlier tokens
 
 
+SELECTING = ("full", "random", "sstoken", "rel", "history_excess", "attention", "rho1", "eslm", "min_k_pp", "t_shirt")
+
+
 def test_one_response_token_is_kept():
     response = torch.zeros(12).bool()
     response[4] = True
-    for name in methods.names():
+    for name in SELECTING:
         assert methods.get(name)(signals(response=response)).nonzero()[:, 0].tolist() == [4]
 
 
 def test_weights_are_float32_and_full_keeps_every_response():
-    for name in methods.names():
+    for name in SELECTING:
         weights = methods.get(name)(signals())
         assert weights.dtype == torch.float32 and set(weights.tolist()) <= {0.0, 1.0}
         assert not weights[~RESPONSE].any()
@@ -112,7 +127,7 @@ def test_the_number_kept_is_known_before(name, rho):
     method = methods.get(name, rho=rho)
     keep = method(signals()).bool()
     assert int(keep[SAMPLE == 0].sum()) == math.ceil(rho * 5) and int(keep[SAMPLE == 7].sum()) == math.ceil(rho * 4)
-    assert int(method.expected_kept(RESPONSE, SAMPLE)) == int(keep.sum())
+    assert int(method.count(RESPONSE, SAMPLE)) == int(keep.sum())
 
 
 def test_random_depends_on_token_seed_and_step_alone():
@@ -146,8 +161,12 @@ def test_needs_are_what_is_read():
     assert "uniform_mass" in methods.get("sstoken", debias="uniform").needs
     for name in methods.names():
         method = methods.get(name)
-        bare = {n: None for n in ("nll", "history_nll", "mass", "uniform_mass", "key") if n not in method.needs}
+        names = [f.name for f in fields(TokenSignals) if f.name not in ("response", "sample", "step", "samples_seen")]
+        bare = {n: None for n in names if n not in method.needs}
         assert torch.equal(method(signals(**bare)), method(signals()))
+        for needed in method.needs:
+            with pytest.raises(ValueError, match=f"method '{name}' needs signals.{needed}, which is None"):
+                method(signals(**{needed: None}))
 
 
 @pytest.mark.parametrize("name", ["nll", "history_nll", "mass"])
@@ -156,11 +175,22 @@ def test_a_missing_signal_is_named(name):
         methods.get("sstoken")(signals(**{name: None}))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_statistic_that_is_not_finite_is_named_with_its_place(value):
+    for name in ("nll", "history_nll", "mass"):
+        broken = {"nll": NLL, "history_nll": HISTORY, "mass": MASS}[name].clone()
+        broken[0] = value  # off the response: nothing to complain of
+        methods.get("sstoken")(signals(**{name: broken}))
+        broken[9] = value
+        with pytest.raises(ValueError, match=rf"{name}\[9\] is {value} on a response token"):
+            methods.get("sstoken")(signals(**{name: broken}))
+
+
 @pytest.mark.parametrize(
     "name, parameters, message",
     [
         ("sstokn", {}, "unknown method 'sstokn'; did you mean 'sstoken'"),
-        ("zzz", {}, "unknown method 'zzz' Known: attention"),
+        ("zzz", {}, "unknown method 'zzz'. Known: ada_eslm"),
         ("full", {"rho": 0.5}, "method 'full' has no parameter rho; it takes: none"),
         ("rel", {"gamma": 0.5}, "method 'rel' has no parameter gamma; it takes: rho"),
         ("sstoken", {"gamma": 1.1}, r"gamma must be in \[0, 1\]; got 1.1"),
@@ -193,7 +223,7 @@ def test_a_method_of_ones_own_is_known_by_its_name(monkeypatch):
 
     @methods.register
     def hardest(rho=0.5):
-        return TokenSelector("hardest", frozenset({"nll"}), lambda s: s.nll, rho)
+        return TokenSelector("hardest", {"nll"}, lambda s: s.nll, TopShare(rho))
 
     assert "hardest" in methods.names()
     assert methods.get("hardest", rho=0.25)(signals()).nonzero()[:, 0].tolist() == [3, 5, 8]

@@ -29,7 +29,7 @@ from tokensel.trainer import (
     SelectiveTrainer,
     SelectiveTrainingArguments,
     TokenSelectionMixin,
-    parse_method_args,
+    parse_mapping,
 )
 
 TOKENIZER = make_tokenizer(make_rows(80, seed=7), vocab_size=384)
@@ -398,6 +398,7 @@ def test_logged_metrics_are_those_of_the_selections(tmp_path, history, monkeypat
             "rel_mean": float(rel.mean()),
             "rel_std": float(rel.std(unbiased=False)),
             "prompt_mass": float(of("mass").mean()),
+            "constant_score_share": 0.0,
             "tokens_per_second": sum(int(inputs["attention_mask"].sum()) for inputs, _ in seen) / seconds,
         }
 
@@ -590,7 +591,7 @@ def test_callbacks_and_other_columns_work_as_in_the_base_trainer(tmp_path):
     "settings, message",
     [
         ({"method": "random", "history": "ema"}, "history must be one of none, recorded, adapter_off; got 'ema'"),
-        ({"method": "sstoken"}, "method 'sstoken' needs a history; set history to 'recorded'"),
+        ({"method": "sstoken"}, "method 'sstoken' needs a history: history 'recorded' with history_store"),
         ({"method": "history_excess"}, "method 'history_excess' needs a history"),
         ({"method": "rel", "history": "recorded"}, "history='recorded' and history_store go together"),
         ({"method": "random", "history_store": "h.parquet"}, "history='recorded' and history_store go together"),
@@ -671,21 +672,21 @@ def test_a_document_that_was_not_recorded_is_named(tmp_path):
     ],
 )
 def test_method_args_are_read(text, expected):
-    assert parse_method_args(text) == expected
+    assert parse_mapping("method_args", text, "gamma=0.5,rho=0.6") == expected
 
 
 @pytest.mark.parametrize("text", ["gamma", "gamma=", "=0.5", "gamma=0.5,", "gamma:0.5", "gamma=0.5,,rho=1"])
 def test_method_args_that_cannot_be_read_are_named(text):
     with pytest.raises(ValueError, match="method_args must look like gamma=0.5,rho=0.6; cannot read"):
-        parse_method_args(text)
+        parse_mapping("method_args", text, "gamma=0.5,rho=0.6")
 
 
 def test_a_mapping_of_method_args_is_not_the_callers(tmp_path):
     given = {"rho": 0.5}
-    parse_method_args(given)["rho"] = 1
+    parse_mapping("method_args", given, "rho=0.6")["rho"] = 1
     assert given == {"rho": 0.5}
     arguments = SelectiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True, method="random", method_args=given)
-    assert arguments.build_method().rho == 0.5
+    assert arguments.build_method().selector.rho == 0.5
 
 
 @pytest.mark.parametrize("text", ["rho=abc", "rho=null", "rho=[1]", "gamma=x", "rel_floor=x"])

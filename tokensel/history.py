@@ -9,29 +9,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokensel.documents import segments_from_positions
+from tokensel.model import Seam
 from tokensel.store import HistoryStore
 
 
-class RecordedHistory:
-    """A data collator that adds `history_nll` [B, S] from a store to what another collator makes.
+class RecordedLosses:
+    """A data collator that adds recorded losses [B, S] from stores to what another collator makes.
 
     Looking up by document hash happens on the loader's side, where token ids are still on the host.
     """
 
-    def __init__(self, collator: Callable[[list], dict], store: HistoryStore) -> None:
-        self.collator, self.store = collator, store
+    def __init__(self, collator: Callable[[list], dict], stores: dict[str, HistoryStore]) -> None:
+        """Args: stores: by the name of the signal that they hold, "history_nll" or another of `RECORDED`."""
+        self.collator, self.stores = collator, stores
 
     def __call__(self, features: list) -> dict:
         batch = self.collator(features)
         segments, mask = segments_and_mask(batch.get("attention_mask"), batch.get("position_ids"))
-        batch["history_nll"] = self.store.lookup(
-            batch["input_ids"], batch["labels"], segment_ids=segments, key_mask=mask
-        )
+        where = {"segment_ids": segments, "key_mask": mask}
+        for name, store in self.stores.items():
+            batch[name] = store.lookup(batch["input_ids"], batch["labels"], **where)
         return batch
 
 
@@ -61,11 +64,26 @@ def segments_and_mask(
     return None, mask
 
 
+class LiveHistory(Protocol):
+    """A history that runs in the step: another state of the model, or another model.
+
+    Attributes:
+        signal: name of the TokenSignals field that it answers for.
+        shares_head: whether its head is the current model's, so that one launch serves both; it then has
+            `hidden(seam, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels) -> [B, S]`, nats.
+    """
+
+    signal: str
+    shares_head: bool
+
+
 class AdapterOff:
     """The history is the base model: a pass with every adapter disabled and dropout off.
 
     Equal to PEFT's `disable_adapter()`, by the layers' own flag, without toggling `requires_grad` in each step.
     """
+
+    signal, shares_head = "history_nll", True
 
     def __init__(self, model: nn.Module) -> None:
         """Args: model: a PEFT model whose trained parameters are all in its adapters.
@@ -85,6 +103,11 @@ class AdapterOff:
                 f"history='adapter_off' needs the base model frozen, but {(outside + base)[0]} is trained; freeze it "
                 "or use history='recorded'"
             )
+
+    def hidden(self, seam: Seam, batch: dict) -> Tensor:
+        """Final hidden states under the history, [B, S, D]."""
+        with self():
+            return seam.backbone(batch)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

@@ -9,12 +9,19 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from tokensel.attention import prompt_attention_mass, uniform_prompt_mass
-from tokensel.documents import IGNORE_INDEX, PROMPTS, document_index, prompt_keys, token_keys
-from tokensel.history import AdapterOff, segments_and_mask
+from tokensel.documents import (
+    IGNORE_INDEX,
+    PROMPTS,
+    document_index,
+    positions_in_document,
+    prompt_keys,
+    token_keys,
+)
+from tokensel.history import LiveHistory, segments_and_mask
 from tokensel.loss import selected_cross_entropy
 from tokensel.methods import TokenSelector
 from tokensel.model import Seam
-from tokensel.scores import TokenSignals
+from tokensel.signals import RECORDED, TokenSignals
 from tokensel.stats import token_stats, token_stats_pair
 
 ROWS = ("token", "predictor")
@@ -28,6 +35,7 @@ class SelectionOutput(ModelOutput):
         loss: scalar, Σ weight · nll / denominator.
         weights: float32, 0 = dropped.
         response: bool, the tokens that competed.
+        sample: int64, the number of the sample that a token belongs to.
         score: float32, the method's score.
         nll: float32, current negative log-likelihood, nats; 0 off the response.
         history_nll: float32 or None, the same under the history.
@@ -37,6 +45,7 @@ class SelectionOutput(ModelOutput):
     loss: Tensor | None = None
     weights: Tensor | None = None
     response: Tensor | None = None
+    sample: Tensor | None = None
     score: Tensor | None = None
     nll: Tensor | None = None
     history_nll: Tensor | None = None
@@ -50,15 +59,21 @@ def responses(
 
     A document's first token is never one: nothing predicts it.
     """
-    segments, mask = segments_and_mask(attention_mask, position_ids)
+    segments, _ = segments_and_mask(attention_mask, position_ids)
     segments = torch.zeros_like(labels) if segments is None else segments
-    response = labels != IGNORE_INDEX
-    predicted = torch.zeros_like(response)
-    predicted[:, 1:] = segments[:, 1:] == segments[:, :-1]
+    return (labels != IGNORE_INDEX) & predictable(attention_mask, position_ids, labels), document_index(segments)
+
+
+def predictable(attention_mask: Tensor | None, position_ids: Tensor | None, like: Tensor) -> Tensor:
+    """Tokens that another token of their document stands before: [B, S] bool, the shape of `like`."""
+    segments, mask = segments_and_mask(attention_mask, position_ids)
+    found = torch.ones_like(like, dtype=torch.bool)
+    found[:, :1] = False
+    if segments is not None:
+        found[:, 1:] = segments[:, 1:] == segments[:, :-1]
     if mask is not None:
-        response = response & mask
-        predicted[:, 1:] &= mask[:, :-1]
-    return response & predicted, document_index(segments)
+        found[:, 1:] &= mask[:, 1:] & mask[:, :-1]
+    return found
 
 
 @dataclass
@@ -68,25 +83,37 @@ class Selection:
     Attributes:
         method: from `tokensel.methods.get`.
         history: a live history (`AdapterOff`), or None where `history_nll` comes with the batch or is not needed.
-        denominator: of the loss; None = the number kept in this micro-batch (the published behaviour), or one global
-            number for the optimizer step.
+        denominator: of the loss; None = what the method counts in this micro-batch, the number kept for most (the
+            published behaviour), or one global number for the optimizer step.
         row: whose query row measures the prompt mass of a token: "token", its own (the paper), or "predictor", the
             position before, which predicts it.
         prompt: which keys are prompt: "all", "first" or "context" (`tokensel.documents.prompt_keys`).
+        sink: the first tokens of each document that do not count as prompt (attention sinks stay in the denominator).
         step, samples_seen: optimizer steps and samples done, for seeded draws and `rel_warmup`.
         impl: of statistics, mass and loss.
+        score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
+            with each batch as `chosen_weights`.
     """
 
     method: TokenSelector
-    history: AdapterOff | None = None
+    history: LiveHistory | None = None
     denominator: Tensor | float | None = None
     row: str = "token"
     prompt: str = "all"
+    sink: int = 0
     step: int = 0
     samples_seen: int = 0
     impl: str = "auto"
+    score_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.method.scope == "dataset":
+            raise ValueError(
+                f"method {self.method.name!r} ranks the whole dataset: run `tokensel select --method "
+                f"{self.method.name}` and train with --method weighted on its output, or set scope='batch'"
+            )
+        if self.sink < 0:
+            raise ValueError(f"sink must not be negative (tokens); got {self.sink}")
         if self.row not in ROWS:
             raise ValueError(f"row must be one of {', '.join(ROWS)}; got {self.row!r}")
         if self.prompt not in PROMPTS:
@@ -98,19 +125,27 @@ class Selection:
             )
 
     def __call__(self, seam: Seam, **batch: Tensor) -> SelectionOutput:
-        """Runs the step inside the model's forward. batch: input_ids, labels, and what else the model takes."""
-        # 1. batch: token ids, labels, padding or packing boundaries, perhaps recorded history
-        labels, history_nll = batch.pop("labels"), batch.pop("history_nll", None)
+        """Runs the step inside the model's forward. batch: input_ids, labels, and what else the model takes; perhaps
+        recorded losses (`tokensel.signals.RECORDED`) and `token_weights`, all [B, S] and label-aligned."""
+        # 1. batch: token ids, labels, padding or packing boundaries, perhaps recorded losses and weights
+        labels, given, chosen = (batch.pop(name, None) for name in ("labels", "token_weights", "chosen_weights"))
+        losses = {name: batch.pop(name) for name in RECORDED if name in batch}
         input_ids, padding, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
         response, sample = responses(labels, padding, positions)
         labels = torch.where(response, labels, IGNORE_INDEX)  # (B, S)
-        next_labels = _left(labels, IGNORE_INDEX)  # row t predicts token t + 1
+        if given is not None:  # prompt tokens that the data gives a weight are trained, too, but do not compete
+            given = torch.where(predictable(padding, positions, input_ids), given, 0)
+        trained = response if given is None else response | (given != 0)
+        predicted = torch.where(response, labels, torch.where(trained, input_ids, IGNORE_INDEX))
+        next_labels = _left(predicted, IGNORE_INDEX)  # row t predicts token t + 1
 
         # 2. history forward, only if the history is live and the method looks at it
         history_hidden = None
-        if self.history is not None and "history_nll" in self.method.needs:
-            with self.history():
-                history_hidden = seam.backbone(batch)  # (B, S, D)
+        if self.history is not None and self.history.signal in self.method.needs:
+            if self.history.shares_head:
+                history_hidden = self.history.hidden(seam, batch)  # (B, S, D)
+            else:
+                losses[self.history.signal] = self.history.token_nll(batch, labels)  # (B, S)
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
         with seam.capture() as captured:
@@ -120,23 +155,40 @@ class Selection:
         def statistics_to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
             head = {"bias": bias, "impl": self.impl, **seam.head_options}
             # 4. token statistics of both models, without logits
+            moments = {"entropy": not self.method.needs.isdisjoint(("entropy", "logp_var"))}
             if history_hidden is None:
-                stats, past = token_stats(hidden, weight, next_labels, **head), history_nll
+                stats = token_stats(hidden, weight, next_labels, **head, **moments)
             else:
-                stats, old = token_stats_pair((hidden, weight), (history_hidden, weight), next_labels, **head)
-                past = _right(old.nll)
+                models = (hidden, weight), (history_hidden, weight)
+                stats, old = token_stats_pair(*models, next_labels, **head, **moments)
+                losses[self.history.signal] = _right(old.nll)
             # 5. scores
-            known = TokenSignals(response, sample, nll=_right(stats.nll), history_nll=past, **signals)
+            measured = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
+            measured = {name: _right(value) for name, value in measured.items() if value is not None}
+            known = TokenSignals(response, sample, weight=given, **measured, **losses, **signals)
             score = self.method.score(known)
             # 6. keep
-            weights = self.method.select(score, known).float()
+            weights = self.method.select(score, known) if chosen is None else chosen
+            if given is not None:
+                weights = torch.where(response, weights, given)
             # 7. loss on kept rows
-            loss = selected_cross_entropy(
-                hidden, weight, next_labels, _left(weights, 0), stats=stats, denominator=self.denominator, **head
-            )
-            return SelectionOutput(loss, weights, response, score, known.nll, history_nll=past, mass=known.mass)
+            loss = None
+            if not self.score_only:
+                keep = _left(weights, 0)
+                denominator = self._denominator(response, sample, given, weights)
+                loss = selected_cross_entropy(
+                    hidden, weight, next_labels, keep, stats=stats, denominator=denominator, **head
+                )
+            found = {"nll": known.nll, "history_nll": known.history_nll, "mass": known.mass}
+            return SelectionOutput(loss, weights, response, sample, score, **found)
 
         return seam.call_head(statistics_to_loss, hidden)
+
+    def _denominator(self, response: Tensor, sample: Tensor, given: Tensor | None, weights: Tensor) -> Tensor | float:
+        if self.denominator is not None:
+            return self.denominator
+        count = self.method.count(response, sample, given)
+        return weights.abs().sum() if count is None else count
 
     def _signals_beside_loss(self, captured, input_ids, labels, response, sample, padding, positions) -> dict:
         """The signals that do not come from the head: attention mass, its uniform value, token keys, progress."""
@@ -146,6 +198,8 @@ class Selection:
             signals["key"] = token_keys(input_ids, segments, mask)
         if "mass" in self.method.needs:
             prompt, turns = prompt_keys(labels, self.prompt, segments)
+            if self.sink:
+                prompt = prompt & (positions_in_document(input_ids, segments, mask) >= self.sink)
             masks = {"key_mask": mask, "segment_ids": segments, "turn_ids": turns}
             predictor = self.row == "predictor"
             queries = _left(response, False) if predictor else response

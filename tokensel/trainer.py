@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tokensel import methods
-from tokensel.history import AdapterOff, RecordedHistory
+from tokensel.history import AdapterOff, RecordedLosses
 from tokensel.methods import TokenSelector
 from tokensel.model import apply_to
-from tokensel.step import Selection, SelectionOutput, responses
+from tokensel.select import constant_samples, responses_per_sample
+from tokensel.signals import RECORDED, TokenSignals
+from tokensel.step import Selection, SelectionOutput, predictable, responses
 from tokensel.store import HistoryStore
 
 HISTORIES = ("none", "recorded", "adapter_off")
@@ -45,6 +47,13 @@ class SelectionArguments:
     history_store: str | None = field(
         default=None, metadata={"help": "The Parquet file that `tokensel score` wrote, for history 'recorded'."}
     )
+    recorded: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further recorded losses that a method needs, as a mapping in YAML or 'base=a.parquet,"
+            f"reference=b.parquet' as a flag; names: {', '.join(n.removesuffix('_nll') for n in RECORDED)}."
+        },
+    )
     layer: list[int] = field(
         default_factory=lambda: [-1],
         metadata={
@@ -64,6 +73,10 @@ class SelectionArguments:
             "'context' before the token's own answer."
         },
     )
+    sink: int = field(
+        default=0,
+        metadata={"help": "The first tokens of each document that do not count as prompt (attention sinks)."},
+    )
     loss_denominator: str = field(
         default="step",
         metadata={
@@ -79,39 +92,39 @@ class SelectionArguments:
         Raises:
             ValueError: an unknown method or parameter, or a value that is not a number, true, false, null or a word.
         """
-        parameters = parse_method_args(self.method_args)
+        parameters = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
         try:
             return methods.get(self.method, **parameters)
         except TypeError as error:
             raise ValueError(f"method_args: {error}") from error
 
 
-def parse_method_args(text: str | dict | None) -> dict:
+def parse_mapping(name: str, text: str | dict | None, example: str) -> dict:
     """'gamma=0.5,rho=0.6' (or a mapping, or JSON) -> {"gamma": 0.5, "rho": 0.6}.
 
     Raises:
-        ValueError: neither a mapping nor text of these forms.
+        ValueError: neither a mapping nor text of these forms; names the setting and shows the example.
     """
     if not text:
         return {}
     if isinstance(text, dict):
         return dict(text)
     if not isinstance(text, str):
-        raise ValueError(f"method_args must be a mapping or text such as gamma=0.5,rho=0.6; got {text!r}")
+        raise ValueError(f"{name} must be a mapping or text such as {example}; got {text!r}")
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"method_args {text!r} is not JSON: {error}") from error
+            raise ValueError(f"{name} {text!r} is not JSON: {error}") from error
     parsed = {}
     for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise ValueError(f"method_args must look like gamma=0.5,rho=0.6; cannot read {part!r}")
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise ValueError(f"{name} must look like {example}; cannot read {part!r}")
         try:
-            parsed[name.strip()] = json.loads(value)
+            parsed[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
-            parsed[name.strip()] = value.strip()
+            parsed[key.strip()] = value.strip()
     return parsed
 
 
@@ -140,11 +153,6 @@ class TokenSelectionMixin:
             raise ValueError(
                 f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"
             )
-        if "history_nll" in self.selector.needs and settings.history == "none":
-            raise ValueError(
-                f"method {settings.method!r} needs a history; set history to 'recorded' (with history_store) "
-                "or 'adapter_off'"
-            )
         if (settings.history == "recorded") != (settings.history_store is not None):
             raise ValueError("history='recorded' and history_store go together; set both or neither")
         if settings.label_smoothing_factor:
@@ -153,10 +161,21 @@ class TokenSelectionMixin:
             raise ValueError(
                 "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
             )
-        self.history_store = None
+        files = parse_mapping("recorded", settings.recorded, "base=base.parquet,reference=reference.parquet")
+        for name in files:
+            if f"{name}_nll" not in RECORDED:
+                known = ", ".join(n.removesuffix("_nll") for n in RECORDED)
+                raise ValueError(f"recorded: unknown losses {name!r}; there are {known}")
         if settings.history == "recorded":
-            self.history_store = HistoryStore.open(settings.history_store, tokenizer=self.processing_class)
+            files["history"] = settings.history_store
         self.live_history = AdapterOff(self.model) if settings.history == "adapter_off" else None
+        known = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
+        for name in sorted(self.selector.needs & RECORDED.keys() - known):
+            raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
+        self.selection(None)  # refuses settings that contradict each other before anything is loaded
+        self.recorded = {
+            f"{name}_nll": HistoryStore.open(file, tokenizer=self.processing_class) for name, file in files.items()
+        }
         apply_to(self.model, settings.layer)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
@@ -166,29 +185,74 @@ class TokenSelectionMixin:
 
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses beside each batch."""
-        if self.history_store is None:
+        if not self.recorded:
             return super().get_train_dataloader()
         collator = self.data_collator
-        self.data_collator = RecordedHistory(collator, self.history_store)
+        self.data_collator = RecordedLosses(collator, self.recorded)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, and the loss's denominator: tokens that will be kept in all of them.
+        """The micro-batches of one optimizer step, and the loss's denominator: over all of them and all ranks.
 
-        The number is known before any forward; it is summed over ranks, too.
+        For most methods that is the number of tokens that will be kept, known before any forward. A method of scope
+        "batch" scores all micro-batches first, and each takes along what was chosen of it.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if self.selector.scope == "batch":
+            batches = self._choose_across(batches)
+        for b in batches:
+            response, sample = responses(b["labels"], b.get("attention_mask"), b.get("position_ids"))
+            given = b.get("token_weights")
+            if given is not None:
+                given = torch.where(predictable(b.get("attention_mask"), b.get("position_ids"), given), given, 0)
+            if "chosen_weights" in b:
+                prompts = 0 if given is None else torch.where(response, 0, given).abs().sum()
+                total += b["chosen_weights"].abs().sum() + prompts
+            else:
+                total += self.selector.count(response, sample, given).to(device)
         if self.args.loss_denominator == "micro_batch":
             return batches, None
-        counts = [
-            self.selector.expected_kept(*responses(b["labels"], b.get("attention_mask"), b.get("position_ids")))
-            for b in batches
+        return batches, self.accelerator.gather(total).sum()
+
+    @torch.no_grad()
+    def _choose_across(self, batches: list[dict]) -> list[dict]:
+        """Ranks the tokens of all micro-batches and ranks together: one more forward of each, without gradient."""
+        model, prepared, scored = self.model_wrapped, [], []
+        training = [m for m in model.modules() if m.training]
+        model.eval()  # dropout must not choose
+        for batch in batches:
+            prepared.append(self._prepare_inputs(batch))
+            with self.compute_loss_context_manager():
+                scored.append(model(**prepared[-1], selection=replace(self.selection(None), score_only=True)))
+        for module in training:
+            module.training = True
+        sizes = [output.score.numel() for output in scored]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        mine = {
+            "score": torch.cat([o.score.flatten() for o in scored]),
+            "response": torch.cat([o.response.flatten() for o in scored]),
+            "sample": torch.cat([o.sample.flatten() + offset for o, offset in zip(scored, offsets, strict=True)]),
+            "weight": torch.cat([b["token_weights"].flatten() for b in prepared])
+            if "token_weights" in prepared[0]
+            else torch.ones(sum(sizes), device=self.args.device),
+        }
+        everybody = {}
+        for name, value in mine.items():
+            padded = self.accelerator.pad_across_processes(value[None], dim=1)  # with False and 0
+            everybody[name] = self.accelerator.gather(padded)  # (ranks, tokens)
+        ranks, width = everybody["score"].shape
+        first = width * torch.arange(ranks, device=self.args.device)[:, None]
+        signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
+        weights = self.selector.select(everybody["score"], signals)[self.accelerator.process_index]
+        parts = weights[: sum(sizes)].split(sizes)
+        return [
+            batch | {"chosen_weights": part.view_as(output.score)}
+            for batch, part, output in zip(prepared, parts, scored, strict=True)
         ]
-        kept = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.int64, device=device)
-        return batches, self.accelerator.gather(kept).sum()
 
     def selection(self, denominator: Tensor | None) -> Selection:
         """What the next micro-batch is selected by."""
@@ -200,10 +264,16 @@ class TokenSelectionMixin:
             denominator=denominator,
             row=settings.row,
             prompt=settings.prompt,
+            sink=settings.sink,
             step=self.state.global_step,
             samples_seen=self.state.global_step * samples_per_step,
             impl=settings.impl,
         )
+
+    def _set_signature_columns_if_needed(self):
+        """Data columns that the step reads are kept, although the model's forward does not name them."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [c for c in ("token_weights",) if c not in self._signature_columns]
 
     def training_step(self, *args, **kwargs):
         if self._last_log is None:
@@ -232,6 +302,8 @@ class TokenSelectionMixin:
             "kept": kept.sum(),
             "kept_nll": (output.nll * kept).sum(),
             "dropped_nll": (output.nll * dropped).sum(),
+            "samples": responses_per_sample(response, output.sample).sign().sum(),
+            "constant": constant_samples(output.score, response, output.sample),
         }
         if output.history_nll is not None:
             rel = ((output.history_nll - output.nll) * response).double()
@@ -292,6 +364,7 @@ def _ratios(s: dict[str, float]) -> dict[str, float]:
         metrics["rel_std"] = math.sqrt(max(s["rel_squared"] / n - metrics["rel_mean"] ** 2, 0))
     if "mass" in s:
         metrics["prompt_mass"] = s["mass"] / n
+    metrics["constant_score_share"] = s["constant"] / s["samples"]
     return metrics
 
 
