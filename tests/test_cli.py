@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import types
 
 import pytest
@@ -409,10 +410,12 @@ def test_the_last_complete_checkpoint_is_the_newest_by_number(tmp_path):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', ":2: "),
         ('{"prompt": "a", "completion": "b"}\n\n[1]\n', ":3: expected one JSON object a line, found list"),
         ("", " has no rows"),
-        ('{"text": "a"}\n', "row 0 has columns ['text']; accepted are"),
+        ('\n{"text": "a"}\n', ":2: its columns are ['text']; accepted are"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": null, "completion": "b"}\n', ":2: prompt must be a string"),
+        ('{"input_ids": [1, 9999], "labels": [-100, 9999]}\n', ":1: input_ids holds 9999, but the tokenizer has"),
         ('{"prompt": "a", "completion": ""}\n', "none of the 1 rows has a response token"),
     ],
-    ids=["not JSON", "a list", "empty", "columns", "no response"],
+    ids=["not JSON", "a list", "empty", "columns", "null", "token id", "no response"],
 )
 def test_bad_data_is_named(tmp_path, model_dir, capsys, no_loading, command, text, message):
     data = tmp_path / "rows.jsonl"
@@ -422,7 +425,7 @@ def test_bad_data_is_named(tmp_path, model_dir, capsys, no_loading, command, tex
     else:
         assert train(model_dir, str(data), tmp_path / "run", method="random") == 2
     error = error_of(capsys)
-    assert message in error and (str(data) in error or error.startswith(("row 0", "none of")))
+    assert message in error and (str(data) in error or error.startswith("none of"))
     assert not (tmp_path / "h.parquet").exists()
 
 
@@ -512,6 +515,45 @@ def test_lora_on_the_head_is_refused(tmp_path, model_dir, data, capsys):
     settings = {"use_peft": "true", "lora_target_modules": "q_proj,lm_head", "history": "adapter_off"}
     assert train(model_dir, data, tmp_path / "run", **settings) == 2
     assert "LoRA on lm_head" in error_of(capsys)
+
+
+@pytest.mark.parametrize("command", ["score", "train", "train, held-out"])
+def test_rows_longer_than_the_model_has_positions_are_refused(tmp_path, model_dir, data, capsys, command):
+    long = write(tmp_path / "long.jsonl", [{"prompt": "Ada buys. ", "completion": "Ada pays. " * 200}])
+    if command == "score":
+        assert score(model_dir, long, tmp_path / "h.parquet", max_length=513) == 2
+    elif command == "train":
+        assert train(model_dir, long, tmp_path / "run", method="random", max_length=513) == 2
+    else:
+        settings = {"method": "random", "max_length": 513, "eval_dataset_name": long}
+        assert train(model_dir, data, tmp_path / "run", **settings) == 2
+    expected = f"{long} has rows of up to 513 tokens, but {model_dir} has 512 positions; cut them with --max_length 512"
+    assert expected in error_of(capsys)
+    assert score(model_dir, long, tmp_path / "h.parquet", max_length=512) == 0
+
+
+@pytest.mark.parametrize("token", ["in the text", "for padding"])
+def test_a_token_without_an_embedding_is_named(tmp_path, model_dir, capsys, token):
+    other = tmp_path / "other"
+    tokenizer = make_tokenizer_with_chat()
+    known = len(tokenizer)
+    make_model(tokenizer, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=0).save_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    if token == "for padding":
+        tokenizer.pad_token = "<new>"
+    tokenizer.save_pretrained(other)
+    row = {"prompt": "Ada buys.", "completion": " Ada pays" + " <new>" * (token == "in the text")}
+    assert score(other, write(tmp_path / "rows.jsonl", [row]), tmp_path / "h.parquet") == 2
+    assert f"token {known} ('<new>') has no embedding: {other} has {known}." in error_of(capsys)
+
+
+def test_a_damaged_weights_file_is_named(tmp_path, model_dir, data, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_dir, damaged)
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert score(damaged, data, tmp_path / "h.parquet") == 2
+    assert f"{damaged} holds a damaged weights file" in error_of(capsys)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, data, capsys):

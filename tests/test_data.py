@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from tokensel.data import EncodingReport, encode_rows, load_rows
+from tokensel.data import EncodingReport, RowError, encode_rows, load_rows, place_of_row
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", "<go>", *"abcdefgh", "\n"]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -203,10 +203,23 @@ def test_truncated_and_dropped_rows_are_counted():
     encoded, report = encode_rows(rows, make_tokenizer(), 5)
     assert encoded["input_ids"][:] == [ids("<s> a b </s>"), ids("<s> a b c d"), ids("<s> a b c </s>")]
     assert encoded["labels"][:] == [labels(". . b </s>"), labels(". . b c d"), labels(". . b c </s>")]
-    assert report == EncodingReport(rows=6, truncated=1, without_response=3, tokens=14, response_tokens=8)
+    largest = max(ID[word] for word in "a b c d".split())
+    counts = {"truncated": 1, "without_response": 3, "tokens": 14, "response_tokens": 8}
+    assert report == EncodingReport(rows=6, **counts, longest=5, largest_id=largest)
     line = str(report)
     assert line.startswith("6 rows: 3 kept (1 of them cut") and "3 dropped without a response token" in line
     assert "14 tokens" in line and "8 of them response tokens" in line and "\n" not in line
+
+
+def test_the_longest_row_and_the_largest_id_are_of_all_rows():
+    rows = [
+        {"prompt": "a", "completion": "b c d"},
+        {"prompt": "h", "completion": "a"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    report = encode_rows(rows, make_tokenizer(), 8)[1]
+    assert (report.longest, report.largest_id) == (6, ID["h"])
+    assert encode_rows(rows, make_tokenizer(), 5)[1].longest == 5
 
 
 def test_counts_are_the_same_when_run_twice(tmp_path):
@@ -216,7 +229,7 @@ def test_counts_are_the_same_when_run_twice(tmp_path):
     for _ in range(2):
         rows = datasets.Dataset.from_json(str(tmp_path / "x.jsonl"), cache_dir=str(tmp_path / "cache"))
         reports.append(encode_rows(rows, make_tokenizer(), 4)[1])
-    assert reports[0] == reports[1] == EncodingReport(3, 3, 0, 12, 6)
+    assert reports[0] == reports[1] == EncodingReport(3, 3, 0, 12, 6, longest=4, largest_id=ID["c"])
 
 
 def test_rows_without_a_response_in_a_whole_first_batch():
@@ -259,6 +272,13 @@ def test_a_missing_text_names_row_and_field(row, message):
         ({"input_ids": "ab", "labels": [1]}, "row 0: input_ids must be a list of integers; got str"),
         ({"input_ids": [1], "labels": [0.5]}, "row 0: labels must be a list of integers"),
         ({"input_ids": [1, 2], "labels": [1]}, r"row 0: labels must be as long as input_ids \(2\).*got 1"),
+        (
+            {"input_ids": [1, 16], "labels": [-100, 1]},
+            "row 0: input_ids holds 16, but the tokenizer has tokens 0 to 15",
+        ),
+        ({"input_ids": [1, -100], "labels": [-100, 1]}, "row 0: input_ids holds -100, but the tokenizer has tokens 0"),
+        ({"input_ids": [1, 2], "labels": [-100, 16]}, "row 0: labels holds 16, but the tokenizer has tokens 0 to"),
+        ({"input_ids": [1, 2], "labels": [-100, -1]}, "row 0: labels holds -1, but the tokenizer has tokens 0 to"),
     ],
 )
 def test_a_field_of_another_type_names_row_and_field(row, message):
@@ -267,7 +287,7 @@ def test_a_field_of_another_type_names_row_and_field(row, message):
 
 
 def test_unknown_columns_are_named_with_the_accepted_ones():
-    with pytest.raises(ValueError, match=r"row 0 has columns \['input', 'text'\]") as error:
+    with pytest.raises(ValueError, match=r"row 0: its columns are \['input', 'text'\]; accepted are") as error:
         encode({"text": "a", "input": "b"})
     for fields in ("messages", "prompt and completion", "question and answer", "input_ids and labels"):
         assert fields in str(error.value)
@@ -347,14 +367,31 @@ def test_a_file_with_any_suffix_is_read_as_jsonl(tmp_path):
         ("plain text", "Expecting value"),
         ("[1, 2]", "expected one JSON object a line, found list"),
         ("null", "expected one JSON object a line, found NoneType"),
+        ("{}", "expected one JSON object a line, found an empty object"),
         ('{"prompt": 3}', "field 'prompt' is int here and str before"),
+        ('{"prompt": "a", "id": 123456789012345678901234567890}', "field 'id' cannot be stored: Python int too large"),
+        ('{"prompt": "\\ud800"}', "field 'prompt' cannot be stored: 'utf-8' codec can't encode"),
+        ('{"prompt": ' + 50_000 * "[", "recursion"),
     ],
+    ids=["open", "words", "list", "null", "no fields", "another type", "huge integer", "half a character", "deep"],
 )
 def test_a_bad_line_names_file_line_and_reason(tmp_path, line, reason):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a"}', "", line)
     with pytest.raises(ValueError) as error:
         load_rows(path)
     assert str(error.value).startswith(f"{path}:3: ") and reason in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_place_of_a_row_in_a_file_is_its_line(tmp_path, end):
+    path = tmp_path / "x.jsonl"
+    lines = ["", '{"prompt": "a", "completion": "b"}', "  ", '{"prompt": null, "completion": "b"}']
+    path.write_bytes(end.join(lines).encode())
+    with pytest.raises(RowError, match="row 1: prompt must be a string; got None") as error:
+        encode_rows(load_rows(path), make_tokenizer(), 8)
+    assert (error.value.row, error.value.reason) == (1, "prompt must be a string; got None")
+    assert [place_of_row(str(path), row) for row in (0, 1)] == [f"{path}:2", f"{path}:4"]
+    assert place_of_row("owner/name", 7) == "owner/name, row 7"
 
 
 def test_a_line_that_is_not_utf8_names_file_and_line(tmp_path):

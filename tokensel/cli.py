@@ -148,17 +148,47 @@ def _load_tokenizer(settings: DataArguments):
 
 
 def _load_model(settings: DataArguments):
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
 
 
 def _encode(name: str, split: str, tokenizer, max_length: int):
-    from tokensel.data import encode_rows, load_rows
+    from tokensel.data import RowError, encode_rows, load_rows, place_of_row
 
-    rows, report = encode_rows(load_rows(name, split), tokenizer, max_length)
+    try:
+        rows, report = encode_rows(load_rows(name, split), tokenizer, max_length)
+    except RowError as error:
+        raise ValueError(f"{place_of_row(name, error.row)}: {error.reason}") from error
     print(f"{name}: {report}", flush=True)
-    return rows
+    return rows, report
+
+
+def _check_fit(name: str, report, tokenizer, model) -> None:
+    """Refuses here what fails in the forward with an index error that names nothing, or, with rotary positions, not
+    at all.
+
+    Raises:
+        ValueError: rows longer than the model has positions, or a token without an embedding.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and report.longest > positions:
+        raise ValueError(
+            f"{name} has rows of up to {report.longest} tokens, but {model.name_or_path} has {positions} positions; "
+            f"cut them with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
+            "max_position_embeddings in its config.json"
+        )
+    known, needed = model.get_input_embeddings().num_embeddings, max(report.largest_id, tokenizer.pad_token_id or 0)
+    if needed >= known:
+        raise ValueError(
+            f"token {needed} ({tokenizer.convert_ids_to_tokens(needed)!r}) has no embedding: {model.name_or_path} has "
+            f"{known}. The tokenizer belongs to another model, or tokens were added without "
+            "model.resize_token_embeddings"
+        )
 
 
 def peak_memory_mib(device: str) -> float:
@@ -191,8 +221,10 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     tokenizer = _load_tokenizer(settings)
-    rows = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
-    seam = apply_to(_load_model(settings).to(device).eval())
+    rows, report = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    model = _load_model(settings)
+    _check_fit(settings.dataset_name, report, tokenizer, model)
+    seam = apply_to(model.to(device).eval())
     collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     # batches of like length waste no padding; the longest first, so that too little memory shows at once
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -263,11 +295,11 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
         )
     set_seed(arguments.seed)
     tokenizer = _load_tokenizer(settings)
-    rows = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
-    held_out = None
-    if settings.eval_dataset_name:
-        held_out = _encode(settings.eval_dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    names = [name for name in (settings.dataset_name, settings.eval_dataset_name) if name]
+    encoded = {name: _encode(name, settings.dataset_split, tokenizer, settings.max_length) for name in names}
     model = _load_model(settings)
+    for name, (_, report) in encoded.items():
+        _check_fit(name, report, tokenizer, model)
     if settings.use_peft:
         from peft import LoraConfig, get_peft_model
 
@@ -282,12 +314,13 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
         model = get_peft_model(model, lora)
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
+    held_out = encoded[settings.eval_dataset_name][0] if settings.eval_dataset_name else None
     packed = DataCollatorWithFlattening(return_tensors="pt")
     trainer = SelectiveTrainer(
         model,
         arguments,
         data_collator=packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
-        train_dataset=rows,
+        train_dataset=encoded[settings.dataset_name][0],
         eval_dataset=held_out,
         processing_class=tokenizer,
     )

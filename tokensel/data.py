@@ -7,9 +7,10 @@ what `encode_rows` returns.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,18 @@ FORMATS = {  # in the order of preference when a row fits more than one
     ("question", "answer"): "text, a newline between them",
 }
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"}
+
+# What pyarrow raises for values that it has no column for: mixed types, huge integers, halves of surrogate pairs.
+_NOT_ARROW = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+
+
+class RowError(ValueError):
+    """A row that cannot be encoded. `row` is its number, from 0."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row}: {reason}")
+        self.row = row
+        self.reason = reason
 
 
 def load_rows(name_or_path: str | os.PathLike, split: str = "train") -> datasets.Dataset:
@@ -58,22 +71,35 @@ def load_rows(name_or_path: str | os.PathLike, split: str = "train") -> datasets
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:
-    rows, lines = [], []
+    rows, names = [], []
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        for number, line in _lines_of_rows(file):
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of the JSON or of the UTF-8
+            except (ValueError, RecursionError) as error:  # of the JSON, of the UTF-8, or too many brackets
                 raise ValueError(f"{path}:{number}: {error}; expected one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected one JSON object a line, found {type(row).__name__}")
+            if not isinstance(row, dict) or not row:
+                found = "an empty object" if row == {} else type(row).__name__
+                raise ValueError(f"{path}:{number}: expected one JSON object a line, found {found}")
             rows.append(row)
-            lines.append(f"{path}:{number}")
+            names.append(f"{path}:{number}")
     if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object a line")
-    return _as_dataset(rows, lines)
+    return _as_dataset(rows, names)
+
+
+def _lines_of_rows(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of the lines that are rows: all but blank ones."""
+    return ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+
+
+def place_of_row(name_or_path: str | os.PathLike, row: int) -> str:
+    """Where a row of what `load_rows` read stands, for errors: "FILE:LINE", or "NAME, row 7" of a named dataset."""
+    if not Path(name_or_path).is_file():
+        return f"{name_or_path}, row {row}"
+    with open(name_or_path, "rb") as file:
+        number, _ = next(itertools.islice(_lines_of_rows(file), row, None))
+    return f"{name_or_path}:{number}"
 
 
 def _as_dataset(rows: list[dict], names: Sequence[str]) -> datasets.Dataset:
@@ -81,7 +107,7 @@ def _as_dataset(rows: list[dict], names: Sequence[str]) -> datasets.Dataset:
     fields = dict.fromkeys(field for row in rows for field in row)
     try:
         return datasets.Dataset.from_dict({field: [row.get(field) for row in rows] for field in fields})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except _NOT_ARROW as error:
         for field in fields:
             first = None
             for row, name in zip(rows, names, strict=True):
@@ -90,6 +116,10 @@ def _as_dataset(rows: list[dict], names: Sequence[str]) -> datasets.Dataset:
                     raise ValueError(
                         f"{name}: field {field!r} is {kind} here and {first} before; a field has one type"
                     ) from error
+                try:
+                    pa.array([row.get(field)])
+                except _NOT_ARROW as reason:
+                    raise ValueError(f"{name}: field {field!r} cannot be stored: {reason}") from error
         raise ValueError(f"{names[0]} and later rows: a field has more than one type ({error})") from error
 
 
@@ -102,6 +132,8 @@ class EncodingReport:
         truncated: rows cut at the length limit that still have a response token.
         without_response: rows dropped: an empty response, or a prompt that fills the limit.
         tokens, response_tokens: of the rows kept, after cutting.
+        longest: tokens of the longest of them.
+        largest_id: of their token ids.
     """
 
     rows: int
@@ -109,6 +141,8 @@ class EncodingReport:
     without_response: int
     tokens: int
     response_tokens: int
+    longest: int
+    largest_id: int
 
     def __str__(self) -> str:
         kept = self.rows - self.without_response
@@ -142,8 +176,9 @@ def encode_rows(
     Returns:
         (Dataset with `input_ids` and `labels`, lists of int64 of one length a row; `EncodingReport`).
     Raises:
-        ValueError: no rows, no row with a response token, unknown columns, a field of the wrong type (names
-            row and field, rows counted from 0), or a chat template whose turns cannot be told apart.
+        ValueError: no rows, or no row with a response token. RowError, which is one, with the row's number: unknown
+            columns, a field of the wrong type, a token id that the tokenizer does not have, or a chat template whose
+            turns cannot be told apart.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a response token); got {max_length}")
@@ -159,7 +194,7 @@ def encode_rows(
     if missing:
         raise ValueError(f"keep_columns names {missing}, but the columns are {rows.column_names}")
 
-    count = dict.fromkeys(("truncated", "without_response", "tokens", "response_tokens"), 0)
+    count = dict.fromkeys(("truncated", "without_response", "tokens", "response_tokens", "longest", "largest_id"), 0)
 
     def encode(batch: dict, indices: list[int]) -> dict:
         encoded = {column: [] for column in features}
@@ -175,6 +210,8 @@ def encode_rows(
             count["tokens"] += len(labels)
             count["response_tokens"] += responses
             values = {"input_ids": ids[:max_length], "labels": labels}
+            count["longest"] = max(count["longest"], len(labels))
+            count["largest_id"] = max(count["largest_id"], *values["input_ids"])
             for column in features:
                 encoded[column].append(values[column] if column in values else row[column])
         return encoded
@@ -209,31 +246,35 @@ def _encode(row: dict, index: int, tokenizer) -> tuple[list[int], list[int]]:
             if columns.issuperset(fields):
                 values = [row[field] for field in fields]
                 if fields == ("input_ids", "labels"):
-                    return _check_ids(index, *values)
+                    return _check_ids(index, *values, len(tokenizer))
                 if fields == ("messages",):
                     return _encode_chat(index, *values, tokenizer)
                 for field, value in zip(fields, values, strict=True):
                     if not isinstance(value, str):
-                        raise ValueError(f"row {index}: {field} must be a string; got {_describe(value)}")
+                        raise RowError(index, f"{field} must be a string; got {_describe(value)}")
                 prompt, completion = values
                 return _encode_text(prompt + "\n" * (fields[0] == "question"), completion, tokenizer)
     accepted = "; ".join(f"{' and '.join(fields)} ({what})" for fields, what in FORMATS.items())
-    raise ValueError(f"row {index} has columns {sorted(row)}; accepted are {accepted}")
+    raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
 
 
 def _describe(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _check_ids(index: int, input_ids: object, labels: object) -> tuple[list[int], list[int]]:
+def _check_ids(index: int, input_ids: object, labels: object, vocabulary: int) -> tuple[list[int], list[int]]:
     for name, value in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
-            raise ValueError(f"row {index}: {name} must be a list of integers; got {_describe(value)}")
+            raise RowError(index, f"{name} must be a list of integers; got {_describe(value)}")
     if len(input_ids) != len(labels):
-        raise ValueError(
-            f"row {index}: labels must be as long as input_ids ({len(input_ids)}), -100 on the prompt; got "
-            f"{len(labels)}"
+        raise RowError(
+            index,
+            f"labels must be as long as input_ids ({len(input_ids)}), -100 on the prompt; got {len(labels)}",
         )
+    for name, tokens in (("input_ids", input_ids), ("labels", [label for label in labels if label != IGNORE_INDEX])):
+        outside = [token for token in tokens if not 0 <= token < vocabulary]
+        if outside:
+            raise RowError(index, f"{name} holds {outside[0]}, but the tokenizer has tokens 0 to {vocabulary - 1}")
     return input_ids, labels
 
 
@@ -257,12 +298,12 @@ def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], li
     from jinja2 import TemplateError
 
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"row {index}: messages must be a list of {{role, content}}; got {_describe(messages)}")
+        raise RowError(index, f"messages must be a list of {{role, content}}; got {_describe(messages)}")
     for i, message in enumerate(messages):
         for field in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(field), str):
                 found = message.get(field) if isinstance(message, dict) else message
-                raise ValueError(f"row {index}: messages[{i}].{field} must be a string; got {_describe(found)}")
+                raise RowError(index, f"messages[{i}].{field} must be a string; got {_describe(found)}")
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template")
     if not tokenizer.is_fast:
@@ -274,7 +315,7 @@ def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], li
         try:
             return tokenizer.apply_chat_template(turns[:count], tokenize=False, **options)
         except TemplateError as error:
-            raise ValueError(f"row {index}: the chat template refuses messages[:{count}]: {error}") from error
+            raise RowError(index, f"the chat template refuses messages[:{count}]: {error}") from error
 
     text = render(len(turns))
     spans = []  # of characters, each an assistant's part
@@ -283,10 +324,11 @@ def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], li
             before = render(i, add_generation_prompt=True) if i else ""
             after = render(i + 1)
             if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError(
-                    f"row {index}: the chat template renders messages[:{i + 1}] differently inside the whole "
+                raise RowError(
+                    index,
+                    f"the chat template renders messages[:{i + 1}] differently inside the whole "
                     "conversation, so the assistant's part cannot be told apart. Use a template that only "
-                    "appends, or split the conversation into rows that end with each answer"
+                    "appends, or split the conversation into rows that end with each answer",
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
