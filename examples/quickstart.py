@@ -20,58 +20,16 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
 from tokensel import cli, planted, report
 from tokensel.data import encode_rows, load_rows
+from tokensel.planted import NoiseCollator, PlantedNoiseTrainer, held_out_nll
 from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
 
 METHODS = ("full", "random", "sstoken", "history_excess")
 SHOWN = 5  # noisy rows on the page, and a clean one
 
 
-class WithNoise:
-    """Pads the `noise` column, the known positions of planted tokens, beside what another collator makes."""
-
-    def __init__(self, collator) -> None:
-        self.collator = collator
-
-    def __call__(self, features: list[dict]) -> dict:
-        noise = [torch.tensor(f["noise"]) for f in features]
-        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
-        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
-        return batch
-
-
-class PlantedNoiseTrainer(SelectiveTrainer):
-    """Counts how much of the planted noise was kept over the whole training."""
-
-    planted = noise_kept = 0
-
-    def compute_loss(self, model, inputs, **kwargs):
-        self._noise = inputs.pop("noise").bool()
-        return super().compute_loss(model, inputs, **kwargs)
-
-    def record_selection(self, inputs, output) -> None:
-        super().record_selection(inputs, output)
-        noise = self._noise & output.response
-        self.planted += int(noise.sum())
-        self.noise_kept += int((noise & (output.weights > 0)).sum())
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@torch.no_grad()
-def held_out_nll(trainer: SelectiveTrainer, rows) -> float:
-    """Mean negative log-likelihood of the response tokens of clean rows, nats."""
-    collate = DataCollatorForSeq2Seq(trainer.processing_class, return_tensors="pt")
-    seam, total, count = trainer.model._tokensel_seam, 0.0, 0
-    trainer.model.eval()
-    for first in range(0, len(rows), 32):
-        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))])
-        labels = batch.pop("labels")
-        nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels)
-        total, count = total + float(nll.sum()), count + int((labels[:, 1:] != -100).sum())
-    return total / count
 
 
 @torch.no_grad()
@@ -208,7 +166,7 @@ def main() -> None:
         trainer = PlantedNoiseTrainer(
             AutoModelForCausalLM.from_pretrained(out / "base"),
             arguments,
-            data_collator=WithNoise(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")),
+            data_collator=NoiseCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")),
             train_dataset=noisy,
             processing_class=tokenizer,
         )

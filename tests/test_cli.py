@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokensel
-from tokensel import cli
+from tokensel import cli, methods
 from tokensel.cli import last_complete_checkpoint, main
 from tokensel.planted import make_model, make_rows, make_tokenizer
 from tokensel.store import HistoryStore
@@ -626,3 +626,15 @@ def test_argv_is_read_from_the_command_line_by_default(monkeypatch, capsys):
     monkeypatch.setattr(cli, "sys", types.SimpleNamespace(argv=["tokensel", "--version"]))
     assert main() == 0
     assert capsys.readouterr().out.startswith("tokensel ")
+
+
+def test_methods_are_listed_and_explained(capsys):
+    assert main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    for name in methods.names():
+        assert re.search(rf"^{name} .*{methods.get(name).scope}", listed, re.MULTILINE)
+    assert main(["methods", "eslm"]) == 0
+    explained = capsys.readouterr().out
+    assert "ceil((1 - alpha) · n)" in explained and "parameters: alpha=0.1, by=nll" in explained
+    assert main(["methods", "nmae"]) == 2 and main(["methods", "rel", "rho1"]) == 2
+    assert "unknown method 'nmae'" in capsys.readouterr().err

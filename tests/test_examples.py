@@ -149,3 +149,10 @@ def test_the_quickstart_leaves_a_model_and_a_history_that_load(quickstart):
     assert AutoModelForCausalLM.from_pretrained(out / "base").config.vocab_size > 3
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     assert 40 < len(HistoryStore.open(out / "history.parquet", tokenizer=tokenizer)) <= 48
+
+
+def test_a_method_of_ones_own_is_used_by_its_name():
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / "own_method.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "kept: [[0.0, 0.0, 1.0, 0.0, 1.0]]\n", done.stderr

@@ -162,12 +162,27 @@ TIGHT = 1e-12
         {"method": "sstoken", "history": "recorded", "packing": True},
         {"method": "random", "packing": True},
         {"method": "full"},
+        {"method": "rho1", "recorded": "reference={history}"},
+        {"method": "history_excess", "history": "recorded", "method_args": "scope=batch,rho=0.3", "packing": True},
+        {"method": "soft_weights", "history": "recorded"},
     ],
-    ids=["sstoken", "sstoken-warmup", "random", "sstoken-packed", "random-packed", "full"],
+    ids=[
+        "sstoken",
+        "sstoken-warmup",
+        "random",
+        "sstoken-packed",
+        "random-packed",
+        "full",
+        "rho1",
+        "batch-packed",
+        "dft",
+    ],
 )
 def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, history, settings):
     if settings.get("history") == "recorded":
         settings = settings | {"history_store": history}
+    if "recorded" in settings:
+        settings = settings | {"recorded": settings["recorded"].format(history=history)}
     runs = [
         run(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings)
         for size in (8, 4, 1)

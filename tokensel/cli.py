@@ -18,6 +18,7 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel score CONFIG.yaml [--flag value ...]   record each response token's loss under a model, once
   tokensel train CONFIG.yaml [--flag value ...]   fine-tune on the tokens that a method keeps
   tokensel score --help | train --help            every setting, in YAML and as a flag
+  tokensel methods [NAME]                         list the methods, or explain one and its parameters
   tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
   tokensel --version
 
@@ -368,6 +369,26 @@ def kernels(arch: str, json_file: str | None) -> list[dict]:
     return found
 
 
+def list_methods(argv: list[str]) -> None:
+    """Prints a table of all methods, or one method's formula and parameters."""
+    import inspect
+
+    from tokensel import methods
+    from tokensel.report import format_table
+
+    if not argv:
+        columns = ("method", "scope", "needs", "score and rule")
+        print(format_table([{c: row[c] for c in columns} for row in methods.describe()], left=columns))
+        print("\n`tokensel methods NAME` explains one; set them with --method NAME --method_args rho=0.6")
+        return
+    if len(argv) > 1:
+        raise ValueError(f"`tokensel methods` takes one name at most; got {' '.join(argv)}")
+    methods.get(argv[0])  # refuses an unknown name
+    (row,) = (row for row in methods.describe() if row["method"] == argv[0])
+    print(f"{argv[0]}: {inspect.getdoc(methods.builder(argv[0]))}\n")
+    print(f"parameters: {row['parameters']}\nscope: {row['scope']}\nneeds: {row['needs']}")
+
+
 def _parse_kernels(argv: list[str]) -> tuple[str, str | None]:
     from argparse import ArgumentParser
 
@@ -397,10 +418,14 @@ def main(argv: list[str] | None = None) -> int:
 
             required = ("model_name_or_path", "dataset_name", "output_dir")
             train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train", required))
+        elif command == "methods":
+            list_methods(rest)
         elif command == "kernels":
             kernels(*_parse_kernels(rest))
         else:
-            raise ValueError(f"unknown command {command!r}; there are score, train and kernels (tokensel --help)")
+            raise ValueError(
+                f"unknown command {command!r}; there are score, train, methods and kernels (tokensel --help)"
+            )
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):
             raise

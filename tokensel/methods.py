@@ -129,23 +129,33 @@ def names() -> list[str]:
     return sorted(_METHODS)
 
 
+def builder(name: str) -> Callable[..., TokenSelector]:
+    """The function that builds a method: its signature and docstring explain it.
+
+    Raises:
+        ValueError: an unknown name; says the nearest known one.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")
+    return _METHODS[name]
+
+
 def get(name: str, **parameters: object) -> TokenSelector:
     """Builds a method by name.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), or a parameter that the method does not have.
     """
-    if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")
-    known = list(inspect.signature(_METHODS[name]).parameters)
+    build = builder(name)
+    known = list(inspect.signature(build).parameters)
     for unknown in sorted(set(parameters) - set(known)):
         near = difflib.get_close_matches(unknown, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         takes = ", ".join(known) if known else "none"
         raise ValueError(f"method {name!r} has no parameter {unknown}{hint}; it takes: {takes}")
-    return _METHODS[name](**parameters)
+    return build(**parameters)
 
 
 def describe() -> list[dict[str, str]]:
@@ -448,7 +458,8 @@ def shad_rft(temperature: float = 1.0) -> TokenSelector:
     """
     check_positive("temperature", temperature)
     needs = {"nll", "base_nll", "shuffled_nll"}
-    return TokenSelector("shad_rft", needs, lambda s: scores.reasoning_weights(s, temperature), AsScored())
+    scorer = lambda s: scores.reasoning_weights(s, temperature)  # noqa: E731
+    return TokenSelector("shad_rft", needs, scorer, AsScored(scope="micro_batch"))
 
 
 @register
@@ -474,4 +485,4 @@ def critical_tokens() -> TokenSelector:
     return TokenSelector("critical_tokens", {"contrast_nll"}, scores.contrast_weights, AsScored(per_sample=True))
 
 
-__all__ = ["TokenSelector", "TokenSignals", "describe", "get", "names", "register"]
+__all__ = ["TokenSelector", "TokenSignals", "builder", "describe", "get", "names", "register"]

@@ -1,4 +1,5 @@
-"""Instruction data whose noise is known token by token, a tokenizer for it and a small model: all made here, seeded.
+"""Instruction data whose noise is known token by token, a tokenizer, a small model and a trainer that counts what it
+kept of the noise: all made here, seeded.
 
 Where noise was planted, how much of it a method keeps can be counted instead of guessed.
 """
@@ -9,7 +10,9 @@ import random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokensel.trainer import SelectiveTrainer
 
 NOISE_KINDS = ("none", "boilerplate", "random", "mixed")
 RANDOM_SHARE = 0.3  # of the response tokens of a row with random noise
@@ -173,3 +176,47 @@ def plant_noise(
             }
         )
     return planted
+
+
+class NoiseCollator:
+    """Pads the `noise` column, the known positions of planted tokens, beside what another collator makes."""
+
+    def __init__(self, collator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[dict]) -> dict:
+        noise = [torch.tensor(f["noise"]) for f in features]
+        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
+        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        return batch
+
+
+class PlantedNoiseTrainer(SelectiveTrainer):
+    """Counts over the whole training: planted tokens, those of them that were kept, and all that were dropped."""
+
+    planted = noise_kept = dropped = 0
+
+    def compute_loss(self, model, inputs, **kwargs):
+        self._noise = inputs.pop("noise").bool()
+        return super().compute_loss(model, inputs, **kwargs)
+
+    def record_selection(self, inputs, output) -> None:
+        super().record_selection(inputs, output)
+        noise = self._noise & output.response
+        self.planted += int(noise.sum())
+        self.noise_kept += int((noise & (output.weights > 0)).sum())
+        self.dropped += int((output.response & (output.weights <= 0)).sum())
+
+
+@torch.no_grad()
+def held_out_nll(trainer: SelectiveTrainer, rows) -> float:
+    """Mean negative log-likelihood of the response tokens of clean rows, nats."""
+    collate = DataCollatorForSeq2Seq(trainer.processing_class, return_tensors="pt")
+    seam, total, count = trainer.model._tokensel_seam, 0.0, 0
+    trainer.model.eval()
+    for first in range(0, len(rows), 32):
+        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))])
+        labels = batch.pop("labels")
+        nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels)
+        total, count = total + float(nll.sum()), count + int((labels[:, 1:] != -100).sum())
+    return total / count

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 TOKEN_FIELDS = ("tokens", "response", "kept", "score", "nll", "history_nll", "rel", "mass", "rank", "noise")
 
 
-def format_table(rows: list[dict]) -> str:
-    """Rows of the same keys as aligned text: the first column to the left, the others to the right.
+def format_table(rows: list[dict], left: Sequence[str] = ()) -> str:
+    """Rows of the same keys as aligned text: the first column and those in `left` to the left, numbers to the right.
 
     Raises:
         ValueError: no rows, or rows with different keys.
@@ -20,10 +21,13 @@ def format_table(rows: list[dict]) -> str:
     cells = [columns, *[[str(row[c]) for c in columns] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if column == columns[0] or column in left else cell.rjust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
+        ).rstrip()
         for line in cells
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _columns(rows: list[dict]) -> list[str]:

@@ -223,11 +223,13 @@ class TokenSelectionMixin:
         """Ranks the tokens of all micro-batches and ranks together: one more forward of each, without gradient."""
         model, prepared, scored = self.model_wrapped, [], []
         training = [m for m in model.modules() if m.training]
+        self._set_signature_columns_if_needed()
         model.eval()  # dropout must not choose
         for batch in batches:
             prepared.append(self._prepare_inputs(batch))
+            inputs = {k: v for k, v in prepared[-1].items() if k in self._signature_columns or k in RECORDED}
             with self.compute_loss_context_manager():
-                scored.append(model(**prepared[-1], selection=replace(self.selection(None), score_only=True)))
+                scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
         for module in training:
             module.training = True
         sizes = [output.score.numel() for output in scored]
