@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import DataCollatorForSeq2Seq
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ["full", "random", "sstoken", "history_excess"]
@@ -156,3 +158,46 @@ def test_a_method_of_ones_own_is_used_by_its_name():
     command = [sys.executable, str(EXAMPLES / "own_method.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "kept: [[0.0, 0.0, 1.0, 0.0, 1.0]]\n", done.stderr
+
+
+def python_blocks_of_the_readme():
+    return re.findall(
+        r"^```python\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+
+
+@pytest.fixture
+def small_lora():
+    """A tiny model with LoRA adapters, its tokenizer and encoded rows."""
+    from tiny import lora
+
+    from tokensel.data import encode_rows
+    from tokensel.planted import make_model, make_rows, make_tokenizer
+
+    rows = make_rows(8, seed=3)
+    tokenizer = make_tokenizer(rows, vocab_size=300)
+    model = lora(make_model(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, seed=3))
+    return model, tokenizer, encode_rows(rows, tokenizer, 64)[0]
+
+
+def test_the_loop_in_the_readme_trains(small_lora):
+    model, tokenizer, rows = small_lora
+    loop = next(block for block in python_blocks_of_the_readme() if "for batch in loader" in block)
+    code, replaced = re.subn(r"^model = \.\.\..*\n", "", loop, flags=re.M)
+    assert replaced == 1
+    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    names = {"model": model, "loader": [collate(list(rows))], "optimizer": torch.optim.SGD(trained, lr=0.1)}
+    exec(code, names)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+
+
+def test_the_trainer_in_the_readme_trains(small_lora, tmp_path, monkeypatch):
+    model, tokenizer, rows = small_lora
+    code = next(block for block in python_blocks_of_the_readme() if "SelectiveTrainer(" in block)
+    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
+    monkeypatch.chdir(tmp_path)
+    names = {"peft_model": model, "rows": rows, "collator": collate, "tokenizer": tokenizer}
+    exec(code, names)
+    assert names["args"].method == "sstoken" and list((tmp_path / "run").iterdir())
