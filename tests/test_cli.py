@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from tokensel import cli, methods
 from tokensel.cli import last_complete_checkpoint, main
 from tokensel.planted import make_model, make_rows, make_tokenizer
 from tokensel.store import HistoryStore
+from tokensel.trainer import SelectionArguments
 
 ROWS = make_rows(12, seed=5)
 LIMIT = 64
@@ -613,6 +615,15 @@ def test_help_of_a_command_lists_its_settings(command, names, capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: tokensel {command}" in text and all(f"--{name} " in text for name in names)
+    needed = {"score": "--output", "train": "--output_dir"}[command]
+    assert f"Needs --model_name_or_path, --dataset_name and {needed}." in " ".join(text.split())
+
+
+def test_the_settings_of_the_selection_stand_last_as_the_help_says(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    listed = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
+    assert listed[listed.index("method") :] == [field.name for field in dataclasses.fields(SelectionArguments)]
 
 
 def test_a_traceback_on_request(monkeypatch, capsys):

@@ -84,6 +84,15 @@ class RunArguments(DataArguments):
     )
 
 
+ABOUT = {  # above the lists of settings, which are long
+    "tokensel score": "Records the loss of every response token under a model, once: the history of `tokensel train "
+    "--history recorded`. Needs --model_name_or_path, --dataset_name and --output.",
+    "tokensel train": "Fine-tunes on the response tokens that a method keeps. Needs --model_name_or_path, "
+    "--dataset_name and --output_dir. The settings of the selection (--method to --impl) stand last; the many before "
+    "them are transformers.TrainingArguments. `tokensel --help` shows a first run.",
+}
+
+
 def _parse(dataclass_types: list[type], argv: list[str], program: str, required: tuple[str, ...]) -> list:
     """Settings from an optional YAML file in front and flags behind it; flags win.
 
@@ -96,7 +105,7 @@ def _parse(dataclass_types: list[type], argv: list[str], program: str, required:
     def refuse(message: str) -> None:
         raise ValueError(f"{message} (`{program} --help` lists all settings)")
 
-    parser = HfArgumentParser(dataclass_types, prog=program)
+    parser = HfArgumentParser(dataclass_types, prog=program, description=ABOUT[program])
     parser.error = refuse  # one line, as any other error, instead of a page of usage
     if argv and not argv[0].startswith("-"):
         several = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
