@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import datasets
 import pytest
@@ -194,39 +190,6 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, history, settings):
     for split in runs[1:]:
         assert losses(split) == pytest.approx(losses(runs[0]), rel=1e-6, abs=0)  # the log rounds
         assert largest_difference(whole, weights(split)) < TIGHT
-
-
-RANK = """
-import pathlib, sys
-import torch
-from test_trainer import losses, run, weights
-
-out, history = sys.argv[1:]
-trainer = run(
-    pathlib.Path(out), method="sstoken", history="recorded", history_store=history,
-    per_device_train_batch_size=2, gradient_accumulation_steps=2, ddp_backend="gloo",
-)
-assert trainer.accelerator.num_processes == 2
-totals = trainer.selection_totals()
-if trainer.is_world_process_zero():
-    torch.save({"weights": weights(trainer), "losses": losses(trainer), "totals": totals}, f"{out}/result.pt")
-"""
-
-
-def test_two_processes_train_as_one(tmp_path, history):
-    (tmp_path / "rank.py").write_text(RANK)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(trainer_module.__file__).parents[1])]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rank.py"]
-    subprocess.run([*launch, str(tmp_path), history], env=environment, cwd=tmp_path, check=True)
-    found = torch.load(tmp_path / "result.pt")
-    alone = run(tmp_path, method="sstoken", history="recorded", history_store=history, per_device_train_batch_size=8)
-    assert found["losses"] == pytest.approx(losses(alone), rel=1e-6)
-    assert largest_difference(found["weights"], weights(alone)) < TIGHT
-    expected = {name: value for name, value in alone.selection_totals().items() if name != "tokens_per_second"}
-    assert {name: found["totals"][name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_padded_and_packed_batches_train_alike(tmp_path, history):

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from tokensel import methods
 from tokensel.history import AdapterOff, RecordedLosses
 from tokensel.methods import TokenSelector
 from tokensel.model import apply_to
+from tokensel.parallel import check_ranks_agree
 from tokensel.select import constant_samples, responses_per_sample
 from tokensel.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput, predictable, responses
@@ -86,6 +88,14 @@ class SelectionArguments:
     )
     impl: str = field(default="auto", metadata={"help": "Implementation: auto, chunked, fused or reference."})
 
+    def selection_settings(self) -> dict[str, object]:
+        """The settings above, which all ranks have to share; of files only which ones there are, not where."""
+        settings = {f.name: getattr(self, f.name) for f in fields(SelectionArguments)}
+        settings["method_args"] = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
+        settings["history_store"] = "none" if self.history_store is None else "a file"
+        settings["recorded"] = sorted(parse_mapping("recorded", self.recorded, "base=base.parquet"))
+        return settings
+
     def build_method(self) -> TokenSelector:
         """The method that `method` and `method_args` name.
 
@@ -146,6 +156,7 @@ class TokenSelectionMixin:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         settings = self.args
+        check_ranks_agree(settings.selection_settings())  # first of all: a rank that raises alone leaves others waiting
         self.selector = settings.build_method()
         if settings.history not in HISTORIES:
             raise ValueError(f"history must be one of {', '.join(HISTORIES)}; got {settings.history!r}")
@@ -176,6 +187,8 @@ class TokenSelectionMixin:
         self.recorded = {
             f"{name}_nll": HistoryStore.open(file, tokenizer=self.processing_class) for name, file in files.items()
         }
+        if self.accelerator.num_processes > 1:
+            check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in self.recorded.items()})
         apply_to(self.model, settings.layer)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
@@ -185,14 +198,17 @@ class TokenSelectionMixin:
 
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses beside each batch."""
-        if not self.recorded:
-            return super().get_train_dataloader()
         collator = self.data_collator
-        self.data_collator = RecordedLosses(collator, self.recorded)
+        if self.recorded:
+            self.data_collator = RecordedLosses(collator, self.recorded)
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
+        if has_length(loader):  # or ranks with one batch more would wait for the others forever
+            fix = "set dataloader_drop_last, or even_batches in accelerator_config"
+            check_ranks_agree({"the number of batches": len(loader)}, fix)
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and the loss's denominator: over all of them and all ranks.
@@ -232,28 +248,23 @@ class TokenSelectionMixin:
                 scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
         for module in training:
             module.training = True
-        sizes = [output.score.numel() for output in scored]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        mine = {
-            "score": torch.cat([o.score.flatten() for o in scored]),
-            "response": torch.cat([o.response.flatten() for o in scored]),
-            "sample": torch.cat([o.sample.flatten() + offset for o, offset in zip(scored, offsets, strict=True)]),
-            "weight": torch.cat([b["token_weights"].flatten() for b in prepared])
-            if "token_weights" in prepared[0]
-            else torch.ones(sum(sizes), device=self.args.device),
-        }
+        # in the order in which one process would see them (micro-batch, rank, row), so that ties end alike
+        width = torch.tensor([max(o.score.numel() for o in scored)], device=self.args.device)
+        width = int(self.accelerator.gather(width).max())
         everybody = {}
-        for name, value in mine.items():
-            padded = self.accelerator.pad_across_processes(value[None], dim=1)  # with False and 0
-            everybody[name] = self.accelerator.gather(padded)  # (ranks, tokens)
-        ranks, width = everybody["score"].shape
-        first = width * torch.arange(ranks, device=self.args.device)[:, None]
+        for name in ("score", "response", "sample", "weight"):
+            parts = []
+            for batch, output in zip(prepared, scored, strict=True):
+                part = batch.get("token_weights", torch.ones_like(output.score)) if name == "weight" else output[name]
+                parts.append(nn.functional.pad(part.flatten(), (0, width - part.numel())))  # with False and 0
+            everybody[name] = self.accelerator.gather(torch.stack(parts)[None]).transpose(0, 1)  # (batch, rank, token)
+        batches, ranks, _ = everybody["score"].shape
+        first = width * torch.arange(batches * ranks, device=self.args.device).view(batches, ranks, 1)
         signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
-        weights = self.selector.select(everybody["score"], signals)[self.accelerator.process_index]
-        parts = weights[: sum(sizes)].split(sizes)
+        weights = self.selector.select(everybody["score"], signals)[:, self.accelerator.process_index]
         return [
-            batch | {"chosen_weights": part.view_as(output.score)}
-            for batch, part, output in zip(prepared, parts, scored, strict=True)
+            batch | {"chosen_weights": row[: output.score.numel()].view_as(output.score)}
+            for batch, row, output in zip(prepared, weights, scored, strict=True)
         ]
 
     def selection(self, denominator: Tensor | None) -> Selection:

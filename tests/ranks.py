@@ -1,0 +1,246 @@
+"""What the processes of test_distributed.py run: the same three optimizer steps, however the model is spread.
+
+    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/ranks.py JOB DIRECTORY
+
+Models are float64 and optimizers SGD, so that equal updates are equal to rounding, far below real changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import causal_lm, padded, samples
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tokensel
+from tokensel.step import responses
+from tokensel.store import HistoryWriter
+from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+
+STEPS, RANKS, LEARNING_RATE = 3, 2, 0.5
+SSTOKEN = ("sstoken", {"gamma": 0.5, "rho": 0.6})
+
+
+def global_batches():
+    """Three batches of eight rows: a usual one, one whose second half has no response, and an uneven last one."""
+    torch.manual_seed(5)
+    lengths = torch.randint(2, 14, (STEPS, 8, 2)).tolist()
+    usual, silent, last = (padded(samples(rows)) for rows in lengths)
+    silent["labels"][4:] = -100
+    last = {name: value[:6] for name, value in last.items()}  # rank 1 has two rows where rank 0 has four
+    batches = [usual, silent, last]
+    for batch in batches:  # recorded under some other model
+        batch["history_nll"] = torch.rand(batch["labels"].shape, dtype=torch.float64) * 6
+    return batches
+
+
+def share(batch, rank, ranks):
+    """The rows of one rank: four to each while there are any."""
+    return batch if ranks == 1 else {name: value[4 * rank : 4 * rank + 4] for name, value in batch.items()}
+
+
+def build(tied=False, checkpointing=False):
+    model = causal_lm(tie_word_embeddings=tied)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    tokensel.apply_to(model)
+    return model.train()
+
+
+def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0):
+    """Optimizer steps with the loss's denominator over all ranks. -> (global losses, this rank's weights of tokens)"""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    method = tokensel.methods.get(SSTOKEN[0], **SSTOKEN[1])
+    losses, selections = [], []
+    for step, batch in enumerate(batches, first_step):
+        mine = share(batch, rank, ranks)
+        kept = method.count(*responses(mine["labels"], mine["attention_mask"])).double()
+        if ranks > 1:
+            dist.all_reduce(kept)
+        output = model(**mine, selection=tokensel.Selection(method, denominator=kept, step=step))
+        (output.loss * ranks).backward()  # gradients are averaged over ranks, the denominator is global
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = output.loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(loss)
+        losses.append(float(loss))
+        selections.append(output.weights)
+    return losses, selections
+
+
+def full_weights(model):
+    """Whole tensors by name, on every rank."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def fsdp(model, unit):
+    """Layers are units of their own, and so is `unit`: none but the root, [norm, head], or the head alone."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if unit == "norm_head":
+        fully_shard([model.model.norm, model.lm_head])
+    elif unit == "head":
+        fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+# name: (how the model is built, how it is spread)
+SPREADS = {
+    "ddp": ({}, DistributedDataParallel),
+    "ddp-tied": ({"tied": True}, DistributedDataParallel),
+    "ddp-checkpointing": ({"checkpointing": True}, DistributedDataParallel),
+    "fsdp2-root": ({}, lambda model: fsdp(model, "root")),
+    "fsdp2-norm-head": ({}, lambda model: fsdp(model, "norm_head")),
+    "fsdp2-head": ({}, lambda model: fsdp(model, "head")),
+    "fsdp2-root-tied": ({"tied": True}, lambda model: fsdp(model, "root")),
+    "fsdp2-head-checkpointing": ({"checkpointing": True}, lambda model: fsdp(model, "head")),
+}
+
+
+def spread(directory):
+    """Every way of spreading the model; each rank leaves its selections, rank 0 the losses and weights."""
+    found = {}
+    for name, (options, wrap) in SPREADS.items():
+        model = wrap(build(**options))
+        losses, selections = train(model, global_batches(), rank=dist.get_rank(), ranks=RANKS)
+        found[name] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    torch.save(found, directory / f"spread-{dist.get_rank()}.pt")
+
+
+# The same through transformers.Trainer and Accelerate
+
+
+def trainer_rows():
+    """(ids, labels) of 31 samples, so that the last batch of eight is uneven; some have no response."""
+    torch.manual_seed(6)
+    rows = samples(torch.randint(2, 14, (31, 2)).tolist())
+    for _, labels in rows[::7]:
+        labels[:] = -100
+    return [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+
+
+def record(path, seed, ties):
+    """A store of losses of no model at all; with `ties` only 0, 1 or 2."""
+    generator = torch.Generator().manual_seed(seed)
+    with HistoryWriter(path) as writer:
+        for row in trainer_rows():
+            nll = torch.rand(row["labels"].shape, generator=generator) * 3
+            writer.add(row["input_ids"][None], row["labels"][None], (nll.floor() if ties else nll)[None])
+    return str(path)
+
+
+def recorded_settings(directory):
+    """Trainer settings by scenario; makes the stores that they name unless there are any."""
+    files = {name: directory / f"{name}.parquet" for name in ("history", "base", "reference")}
+    for seed, (name, path) in enumerate(files.items()):
+        if not path.exists():
+            record(path, seed, ties=name != "history")
+    both = f"base={files['base']},reference={files['reference']}"
+    return {
+        "sample": {"history": "recorded", "history_store": str(files["history"])},
+        "batch": {"method": "token_cleaning", "method_args": "rho=0.5,scope=batch", "recorded": both},
+    }
+
+
+class Recording(SelectiveTrainer):
+    """Keeps the weights of each row's tokens by step and token ids."""
+
+    def record_selection(self, inputs, output):
+        super().record_selection(inputs, output)
+        kept = self.__dict__.setdefault("kept", {})
+        for ids, mask, weights in zip(
+            inputs["input_ids"], inputs["attention_mask"].bool(), output.weights, strict=True
+        ):
+            kept[(self.state.global_step, *ids[mask].tolist())] = weights[mask].tolist()
+
+
+def run_trainer(directory, **settings):
+    """Trains for an epoch; rows of a step are not filled up with others, so that processes see the same ones."""
+    fixed = {
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "accelerator_config": {"even_batches": False},
+        "remove_unused_columns": False,
+    }
+    arguments = SelectiveTrainingArguments(output_dir=str(directory / "out"), **fixed | settings)
+    collate = lambda rows: padded([(row["input_ids"], row["labels"]) for row in rows])  # noqa: E731
+    model = causal_lm(attention="sdpa")  # eager attention is float32, which would show between batches of other widths
+    trainer = Recording(model, arguments, data_collator=collate, train_dataset=trainer_rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    totals = trainer.selection_totals()
+    totals.pop("tokens_per_second")
+    return {"losses": losses, "kept": trainer.kept, "weights": full_weights(trainer.model), "totals": totals}
+
+
+def trainers(directory):
+    found = {}
+    for name, settings in recorded_settings(directory).items():
+        accumulation = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        found[name] = run_trainer(directory, ddp_backend="gloo", **accumulation, **settings)
+    torch.save(found, directory / f"trainers-{dist.get_rank()}.pt")
+
+
+# What goes wrong
+
+
+def refusals(directory):
+    """The errors of trainers whose ranks do not fit together; every rank has to raise, or the others would hang."""
+    rank = dist.get_rank()
+    sample = recorded_settings(directory)["sample"]
+    other = directory / f"other-{rank}.parquet"
+    record(other, seed=rank, ties=False)
+    random = {"method": "random", "method_args": "rho=0.5", "per_device_train_batch_size": 4, "max_steps": 1}
+    cases = {
+        "rho": random | {"method_args": f"rho=0.{5 + rank}"},
+        "method": random | {"method": ("random", "min_k_pp")[rank]},
+        "history": ({"method": "min_k_pp"}, sample | {"method": "min_k_pp"})[rank],
+        "losses": sample | {"history_store": str(other)},
+        "batches": random | {"per_device_train_batch_size": 5, "max_steps": -1},
+        "none": random,
+    }
+    found = {}
+    for name, settings in cases.items():
+        try:
+            run_trainer(directory, ddp_backend="gloo", **settings)
+        except ValueError as error:
+            found[name] = str(error)
+    torch.save(found, directory / f"refusals-{rank}.pt")
+
+
+def death(directory):
+    """Rank 1 dies between two steps, while rank 0 waits for its part of the next: the last job of all."""
+    model = DistributedDataParallel(build())
+    batch = global_batches()[0]
+    train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
+    if dist.get_rank() == 1:
+        (directory / "death").touch()
+        raise RuntimeError("rank 1 is no more")
+    train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
+
+
+JOBS = {job.__name__: job for job in (spread, trainers, refusals, death)}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for job in sys.argv[1].split(","):
+        JOBS[job](Path(sys.argv[2]))
+    dist.destroy_process_group()
