@@ -22,6 +22,7 @@ from tokensel import cli, planted, report
 from tokensel.data import encode_rows, load_rows
 from tokensel.planted import NoiseCollator, PlantedNoiseTrainer, held_out_nll
 from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+from tokensel.watch import selected_samples
 
 METHODS = ("full", "random", "sstoken", "history_excess")
 SHOWN = 5  # noisy rows on the page, and a clean one
@@ -32,46 +33,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@torch.no_grad()
-def shown_samples(trainer: PlantedNoiseTrainer, rows, tokenizer) -> list[dict]:
-    """What the page shows of some rows: every token with its signals, its score and whether it is kept now."""
-    collate = trainer.data_collator
-    samples = []
+def shown_rows(rows) -> list[dict]:
+    """Some noisy rows, and a clean one."""
     noisy = [i for i in range(len(rows)) if any(rows[i]["noise"])][:SHOWN]
     clean = [i for i in range(len(rows)) if not any(rows[i]["noise"])][:1]
-    for index in noisy + clean:
-        batch = collate([rows[index]])
-        noise = batch.pop("noise")[0].bool()
-        for name, store in trainer.recorded.items():
-            batch[name] = store.lookup(batch["input_ids"], batch["labels"], key_mask=batch["attention_mask"].bool())
-        out = trainer.model(**batch, selection=trainer.selection(None))
-        response, score = out.response[0], out.score[0]
-        rank = torch.full_like(score, torch.nan)
-        order = score.masked_fill(~response, -torch.inf).argsort(descending=True, stable=True)[: response.sum()]
-        rank[order] = torch.arange(1, len(order) + 1, dtype=rank.dtype)
-
-        def column(values: torch.Tensor | None, response=response) -> list:
-            return [
-                None if values is None or not r else float(v)
-                for v, r in zip(response if values is None else values, response.tolist(), strict=True)
-            ]
-
-        samples.append(
-            {
-                "title": f"row {index}: {int(response.sum())} response tokens, {int((noise & response).sum())} planted",
-                "tokens": [tokenizer.decode([i]) for i in batch["input_ids"][0].tolist()],
-                "response": response.tolist(),
-                "kept": (out.weights[0] > 0).tolist(),
-                "score": column(score),
-                "nll": column(out.nll[0]),
-                "history_nll": column(out.history_nll[0]),
-                "rel": column(out.history_nll[0] - out.nll[0]),
-                "mass": column(None if out.mass is None else out.mass[0]),
-                "rank": [None if r != r else int(r) for r in rank.tolist()],
-                "noise": (noise & response).tolist(),
-            }
-        )
-    return samples
+    return [rows[i] for i in noisy + clean]
 
 
 def verdict(table: list[dict]) -> list[str]:
@@ -184,7 +150,7 @@ def main() -> None:
         )
         history = [entry for entry in trainer.state.log_history if "rel_mean" in entry]
         curves = {key: [[e["step"], e[key]] for e in history] for key in ("rel_mean", "rel_std", "kept_share")}
-        runs.append({"name": name, "samples": shown_samples(trainer, noisy, tokenizer), "curves": curves})
+        runs.append({"name": name, "samples": selected_samples(trainer, shown_rows(noisy)), "curves": curves})
 
     print("\n[5/5] what came out", flush=True)
     notes = [

@@ -203,9 +203,9 @@ def test_hostile_text_in_title_table_and_notes_stays_text(tmp_path):
 
 def test_script_puts_tokens_on_the_page_as_text_only(tmp_path):
     _, text = write(tmp_path, [make_run()])
-    # the one innerHTML is the curve, made of numbers; names go in through textContent
+    # the one innerHTML is a chart, made of numbers and fixed words; names go in through textContent
     assert text.count("innerHTML") == 1 and "document.write" not in text and "eval(" not in text
-    assert '$("curve").innerHTML = out' in text
+    assert "$(id).innerHTML = out" in text
 
 
 def test_the_table_and_the_notes_are_shown(tmp_path):

@@ -19,6 +19,7 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel train CONFIG.yaml [--flag value ...]   fine-tune on the tokens that a method keeps
   tokensel score --help | train --help            every setting, in YAML and as a flag
   tokensel methods [NAME]                         list the methods, or explain one and its parameters
+  tokensel report RUN [RUN ...]                   draw which tokens a run kept, and why, as a page
   tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
   tokensel --version
 
@@ -398,6 +399,23 @@ def list_methods(argv: list[str]) -> None:
     print(f"parameters: {row['parameters']}\nscope: {row['scope']}\nneeds: {row['needs']}")
 
 
+def report(argv: list[str]) -> Path:
+    """Draws runs that were trained with --record_samples as one self-contained page -> its path."""
+    from argparse import ArgumentParser
+
+    from tokensel.report import write_selection_page
+    from tokensel.watch import load_run
+
+    parser = ArgumentParser(prog="tokensel report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a training")
+    parser.add_argument("--output", type=Path, help="HTML file to write; default: selection.html in the first run")
+    given = parser.parse_args(argv)
+    page = given.output or given.runs[0] / "selection.html"
+    write_selection_page(page, [load_run(run) for run in given.runs], title="Which tokens were kept, and why")
+    print(f"{page}: {len(given.runs)} runs")
+    return page
+
+
 def _parse_kernels(argv: list[str]) -> tuple[str, str | None]:
     from argparse import ArgumentParser
 
@@ -429,11 +447,13 @@ def main(argv: list[str] | None = None) -> int:
             train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train", required))
         elif command == "methods":
             list_methods(rest)
+        elif command == "report":
+            report(rest)
         elif command == "kernels":
             kernels(*_parse_kernels(rest))
         else:
             raise ValueError(
-                f"unknown command {command!r}; there are score, train, methods and kernels (tokensel --help)"
+                f"unknown command {command!r}; there are score, train, methods, report and kernels (tokensel --help)"
             )
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, 
 
 from tokensel.trainer import SelectiveTrainer
 
-NOISE_KINDS = ("none", "boilerplate", "random", "mixed")
+NOISE_KINDS = ("none", "boilerplate", "random", "mixed", "swapped")
 RANDOM_SHARE = 0.3  # of the response tokens of a row with random noise
 
 _NAMES = "Ada Ben Chloe Dario Elif Farah Goran Hana Ivo Jun Kofi Lena Mara Nils Oya Pia Ravi Sora Tom Uma".split()
@@ -136,7 +136,8 @@ def plant_noise(
     Args:
         rows: as `make_rows` makes them.
         kind: "boilerplate" puts one of three fixed sentences between two sentences of the response, "random" replaces
-            30 % of the response tokens by uniformly drawn ones (never special), "mixed" does both, "none" neither.
+            30 % of the response tokens by uniformly drawn ones (never special), "mixed" does both, "swapped" gives the
+            row another row's whole response, "none" does nothing.
         share: of the rows that get each kind, in [0, 1].
         seed: of every draw.
     Returns:
@@ -150,14 +151,17 @@ def plant_noise(
         raise ValueError(f"share must be in [0, 1]; got {share}")
     rng = random.Random(seed)
     planted = []
-    for row in rows:
+    for number, row in enumerate(rows):
         prompt = tokenizer(row["prompt"])["input_ids"]
         pieces = [(row["completion"], 0)]
         if kind in ("boilerplate", "mixed") and rng.random() < share:
             sentences = row["completion"].split(". ")
-            cut = len(". ".join(sentences[: rng.randint(1, len(sentences) - 1)])) + 1
+            cut = len(". ".join(sentences[: rng.randint(1, max(1, len(sentences) - 1))])) + 1
             sentence = " " + rng.choice(_BOILERPLATE)
             pieces = [(row["completion"][:cut], 0), (sentence, 1), (row["completion"][cut:], 0)]
+        if kind == "swapped" and rng.random() < share:
+            other = (number + rng.randrange(1, len(rows))) % len(rows)
+            pieces = [(rows[other]["completion"], 1)]
         response, noise = [], []
         for text, is_noise in pieces:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -179,15 +183,17 @@ def plant_noise(
 
 
 class NoiseCollator:
-    """Pads the `noise` column, the known positions of planted tokens, beside what another collator makes."""
+    """Pads the columns `noise` (known positions of planted tokens) and `token_weights` beside what another collator
+    makes."""
 
     def __init__(self, collator) -> None:
         self.collator = collator
 
     def __call__(self, features: list[dict]) -> dict:
-        noise = [torch.tensor(f["noise"]) for f in features]
-        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
-        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        own = [name for name in ("noise", "token_weights") if name in features[0]]
+        batch = self.collator([{k: v for k, v in f.items() if k not in own} for f in features])
+        for name in own:
+            batch[name] = torch.nn.utils.rnn.pad_sequence([torch.tensor(f[name]) for f in features], batch_first=True)
         return batch
 
 
@@ -215,7 +221,7 @@ def held_out_nll(trainer: SelectiveTrainer, rows) -> float:
     seam, total, count = trainer.model._tokensel_seam, 0.0, 0
     trainer.model.eval()
     for first in range(0, len(rows), 32):
-        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))])
+        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))]).to(trainer.args.device)
         labels = batch.pop("labels")
         nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels)
         total, count = total + float(nll.sum()), count + int((labels[:, 1:] != -100).sum())

@@ -75,7 +75,8 @@ def write_selection_page(
 
     Args:
         runs: dicts of "name", "samples" and "curves". A sample has a "title" and the lists of TOKEN_FIELDS, an entry
-            a token; numbers may be None. A curve is a list of [step, value].
+            a token; numbers may be None. A curve is a list of [x, value]: "rel_mean" with "rel_std" and
+            "signal_agreement" by step, "kept_by_position" by tenth, "churn" by epoch; what is missing is not drawn.
         title: of the page.
         table: rows of the same keys, shown under the samples, with `notes` below.
     Raises:
@@ -165,9 +166,16 @@ move to it with the Tab key, to see why; the arrow keys change the method (up, d
 <div id="text" aria-live="off"></div>
 <div class="legend"><span>score: low<i class="scale"></i>high</span><span class="drop">dropped</span>
 <span class="noise">planted noise</span><span>grey: prompt, not learnt</span><span id="count"></span></div>
-<h2>Improvement over the history (REL) while training</h2>
+<section><h2 id="rel-title">Improvement over the history (REL) while training</h2>
 <p class="note">REL = history NLL - current NLL, nats: mean over response tokens, with a band of one standard deviation.</p>
-<div id="curve"></div>
+<div id="rel"></div></section>
+<section><h2 id="position-title">Where in the response tokens are kept</h2>
+<p class="note">Share kept in each tenth of the responses. A level line has no position bias.</p><div id="position"></div></section>
+<section><h2 id="agreement-title">Do the two signals agree?</h2>
+<p class="note">Correlation of REL and prompt mass over response tokens: near 0, they know different things.</p>
+<div id="agreement"></div></section>
+<section><h2 id="churn-title">How much the selection changes</h2>
+<p class="note">Share of a sample's tokens whose fate changed since it was last recorded.</p><div id="churn"></div></section>
 {{table}}
 </main><div id="panel" role="status"></div>
 <script type="application/json" id="data">{{data}}</script>
@@ -214,7 +222,7 @@ function draw() {
   const noiseKept = s.noise.filter((n, i) => n && s.kept[i]).length;
   $("count").textContent = `kept ${kept} of ${scores.length}` + (noisy ? `; planted noise kept ${noiseKept} of ${noisy}` : "");
   $("panel").textContent = "Point at a token.";
-  curve();
+  charts.forEach(curve);
 }
 for (const kind of ["mouseover", "focusin"])
   $("text").addEventListener(kind, e => { if (e.target.dataset.i !== undefined) explain(runs[run].samples[sample], +e.target.dataset.i); });
@@ -227,25 +235,31 @@ addEventListener("keydown", e => {
   draw();
 });
 const colours = ["#2f7de1", "#e07b22", "#35a06b", "#a461c9", "#c94f6d", "#7a8594"];
-function curve() {
-  const W = 900, H = 260, L = 55, R = 150, T = 15, B = 35, all = [];
-  runs.forEach(r => (r.curves.rel_mean || []).forEach(([x, y], i) => all.push([x, y, r.curves.rel_std[i][1]])));
-  if (!all.length) { $("curve").textContent = "No REL was logged."; return; }
-  const x1 = Math.max(...all.map(p => p[0])), y0 = Math.min(0, ...all.map(p => p[1] - p[2])), y1 = Math.max(0, ...all.map(p => p[1] + p[2]));
-  const X = x => L + (W - L - R) * x / x1, Y = y => T + (H - T - B) * (y1 - y) / (y1 - y0 || 1);
-  let out = `<svg viewBox="0 0 ${W} ${H}" role="img" aria-label="REL over the optimizer steps">`;
+// what is drawn: element, curve, curve of its spread or null, what x is
+const charts = [["rel", "rel_mean", "rel_std", "optimizer step"], ["position", "kept_by_position", null, "tenth of the response"],
+  ["agreement", "signal_agreement", null, "optimizer step"], ["churn", "churn", null, "epoch"]];
+function curve([id, key, spread, axis]) {
+  const W = 900, H = 220, L = 55, R = 170, T = 15, B = 35, of = r => r.curves[key] || [], half = (r, i) => spread ? r.curves[spread][i][1] : 0;
+  const all = runs.flatMap(r => of(r).map(([x, y], i) => [x, y, half(r, i)]));
+  $(id).parentElement.hidden = !all.length;
+  if (!all.length) return;
+  const x0 = Math.min(...all.map(p => p[0])), x1 = Math.max(...all.map(p => p[0]));
+  const y0 = Math.min(0, ...all.map(p => p[1] - p[2])), y1 = Math.max(0, ...all.map(p => p[1] + p[2]));
+  const X = x => L + (W - L - R) * (x - x0) / (x1 - x0 || 1), Y = y => T + (H - T - B) * (y1 - y) / (y1 - y0 || 1);
+  let out = `<svg viewBox="0 0 ${W} ${H}" role="img" aria-labelledby="${id}-title">`;
   for (let i = 0; i <= 4; i++) { const y = y0 + (y1 - y0) * i / 4;
     out += `<line x1="${L}" x2="${W - R}" y1="${Y(y)}" y2="${Y(y)}" stroke="var(--line)"/><text x="${L - 8}" y="${Y(y) + 4}" text-anchor="end">${y.toFixed(2)}</text>`; }
-  out += `<text x="${(L + W - R) / 2}" y="${H - 6}" text-anchor="middle">optimizer step</text><text x="${L}" y="${H - 18}" text-anchor="middle">0</text><text x="${W - R}" y="${H - 18}" text-anchor="middle">${x1}</text>`;
+  out += `<text x="${(L + W - R) / 2}" y="${H - 6}" text-anchor="middle">${axis}</text><text x="${L}" y="${H - 18}" text-anchor="middle">${x0}</text><text x="${W - R}" y="${H - 18}" text-anchor="middle">${x1}</text>`;
   runs.forEach((r, k) => {
-    const mean = r.curves.rel_mean || [], std = r.curves.rel_std || []; if (!mean.length) return;
+    const mean = of(r); if (!mean.length) return;
     const c = colours[k % colours.length], on = k === run;
-    if (on) out += `<polygon fill="${c}" opacity=".14" points="${mean.map(([x, y], i) => X(x) + "," + Y(y + std[i][1])).join(" ")} ${mean.map(([x, y], i) => X(x) + "," + Y(y - std[i][1])).reverse().join(" ")}"/>`;
-    out += `<polyline fill="none" stroke="${c}" stroke-width="${on ? 2.6 : 1.2}" points="${mean.map(([x, y]) => X(x) + "," + Y(y)).join(" ")}"/>`;
+    if (on && spread) out += `<polygon fill="${c}" opacity=".14" points="${mean.map(([x, y], i) => X(x) + "," + Y(y + half(r, i))).join(" ")} ${mean.map(([x, y], i) => X(x) + "," + Y(y - half(r, i))).reverse().join(" ")}"/>`;
+    out += mean.length > 1 ? `<polyline fill="none" stroke="${c}" stroke-width="${on ? 2.6 : 1.2}" points="${mean.map(([x, y]) => X(x) + "," + Y(y)).join(" ")}"/>`
+      : `<circle cx="${X(mean[0][0])}" cy="${Y(mean[0][1])}" r="4" fill="${c}"/>`;
     out += `<rect x="${W - R + 12}" y="${T + 8 + k * 20}" width="12" height="4" fill="${c}"/><text data-k="${k}" x="${W - R + 30}" y="${T + 14 + k * 20}"></text>`;
   });
-  $("curve").innerHTML = out + "</svg>";
-  $("curve").querySelectorAll("[data-k]").forEach(e => e.textContent = runs[+e.dataset.k].name);
+  $(id).innerHTML = out + "</svg>";
+  $(id).querySelectorAll("[data-k]").forEach(e => e.textContent = runs[+e.dataset.k].name);
 }
 draw();
 </script></body></html>

@@ -25,6 +25,7 @@ from tokensel.select import constant_samples, responses_per_sample
 from tokensel.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput, predictable, responses
 from tokensel.store import HistoryStore
+from tokensel.watch import SampleRecorder
 
 HISTORIES = ("none", "recorded", "adapter_off")
 DENOMINATORS = ("step", "micro_batch")
@@ -85,6 +86,10 @@ class SelectionArguments:
             "help": "'step': one number of kept tokens for the optimizer step, over accumulation and ranks. "
             "'micro_batch': mean over each micro-batch, then mean of means, as published."
         },
+    )
+    record_samples: int = field(
+        default=0,
+        metadata={"help": "Record what becomes of this many training rows at each epoch's end, for `tokensel report`."},
     )
     impl: str = field(default="auto", metadata={"help": "Implementation: auto, chunked, fused or reference."})
 
@@ -195,6 +200,8 @@ class TokenSelectionMixin:
         self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
         self._selection_totals: dict[str, float] = {}  # of entries already logged
         self._last_log: float | None = None  # None before the first step, so that set-up is not counted
+        if settings.record_samples:
+            self.add_callback(SampleRecorder(self, settings.record_samples))
 
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses beside each batch."""
