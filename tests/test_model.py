@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from architectures import tiny_model
 from tiny import FAMILIES, VOCABULARY, causal_lm, lora, padded, samples
 
 import tokensel
@@ -170,7 +171,7 @@ def test_layers_are_ints_named_once():
         apply_to(causal_lm(), [-1, 2])
     with pytest.raises(ValueError, match="layer 7 does not exist"):
         apply_to(causal_lm(), [0, 7])
-    for wrong in ([], "last", [0.5], True, None):
+    for wrong in ([], "last", [0.5], True):
         with pytest.raises(TypeError, match="layer must be an int or a sequence of ints"):
             apply_to(causal_lm(), wrong)
 
@@ -185,16 +186,40 @@ def test_an_adapter_on_the_head_is_refused(how):
         apply_to(model)
 
 
-@pytest.mark.parametrize("family, sizes", [("Falcon", {}), ("Bloom", {"n_layer": 2, "n_head": 4})])
-def test_models_without_the_attention_interface_are_refused(family, sizes):
-    config = getattr(transformers, f"{family}Config")(
-        **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
-    )
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
-    with pytest.raises(ValueError, match="cannot be captured|no call through transformers' attention interface|has no"):
+def test_an_encoder_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        apply_to(transformers.T5ForConditionalGeneration(config))
+
+
+def test_a_layer_whose_attention_is_not_known_is_named():
+    model = tiny_model("llama4_text")
+    with pytest.raises(ValueError, match=r"layer 0 .*it is of type chunked_attention.* in layers \[1\]"):
+        apply_to(model, 0)
+
+
+def test_a_window_that_the_attention_does_not_tell_is_refused():
+    model = tiny_model("phimoe")
+    model.config.sliding_window = 32  # of 64 positions: longer than the self-test's rows
+    with pytest.raises(ValueError, match="config.sliding_window is 32, but PhimoeAttention does not say"):
         apply_to(model)
-    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+
+
+class DoubledRouterLoss(transformers.MixtralForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        if out.aux_loss is not None:
+            out.aux_loss = 2 * out.aux_loss
+        return out
+
+
+def test_a_router_loss_that_is_not_known_is_refused():
+    model = tiny_model("mixtral")
+    model.__class__ = DoubledRouterLoss
+    with pytest.raises(ValueError, match="the router loss of DoubledRouterLoss is not known here; set config.output_r"):
+        apply_to(model)
+    model.config.output_router_logits = False
+    apply_to(model)
 
 
 class DoubledLogits(transformers.LlamaForCausalLM):

@@ -582,8 +582,8 @@ def test_callbacks_and_other_columns_work_as_in_the_base_trainer(tmp_path):
         ({"method": "sstokn"}, "unknown method 'sstokn'; did you mean 'sstoken'"),
         ({"method": "random", "method_args": "gamma=1"}, "method 'random' has no parameter gamma; it takes: rho, seed"),
         ({"method": "random", "method_args": "rho=1.5"}, r"rho must be in \(0, 1\].*got 1.5"),
-        ({"method": "random", "layer": 7}, "layer 7 does not exist"),
-        ({"method": "random", "layer": [-1, 7]}, "layer 7 does not exist"),
+        ({"method": "attention", "layer": 7}, "layer 7 does not exist"),
+        ({"method": "attention", "layer": [-1, 7]}, "layer 7 does not exist"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_at_construction(tmp_path, settings, message):

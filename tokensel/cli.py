@@ -235,7 +235,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     rows, report = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
     model = _load_model(settings)
     _check_fit(settings.dataset_name, report, tokenizer, model)
-    seam = apply_to(model.to(device).eval())
+    seam = apply_to(model.to(device).eval(), layer=None)
     collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     # batches of like length waste no padding; the longest first, so that too little memory shows at once
     lengths = [len(ids) for ids in rows["input_ids"]]

@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tokensel.attention import prompt_attention_mass
-from tokensel.reference import visible_keys
 from tokensel.stats import token_stats
 
 # The private name under which one attention module finds the capturing function. The model's own config keeps its
 # name: masks are made from it, and a model-wide name without a mask entry would silently ignore padding.
 _IMPLEMENTATION = "tokensel_capture"
+
+# What config.layer_types calls attention to all earlier keys, and to a window of them. "hybrid" layers have a
+# recurrent part beside their attention.
+_FULL = ("full_attention", "attention", "hybrid")
+_WINDOWED = ("sliding_attention", "hybrid_sliding")
+_WITHOUT = "use a method that does not measure attention, with apply_to(model, layer=None)"
 
 
 @dataclass
@@ -39,10 +45,11 @@ class _Capture:
 
     layer: int
     config: object  # the module's own config, which the base implementation must see
+    window: int | None  # by config.layer_types; some families have it in their mask and not in the call (Qwen2-MoE)
     armed: bool = False
     captured: Captured | None = None
-    eager_weights: Callable | None = None  # only during the self-test
-    weights: Tensor | None = field(default=None, repr=False)
+    probe: Tensor | None = None  # [B, S] bool, only during the self-test: keys whose mass is wanted of the base itself
+    probed: Tensor | None = None  # [B, S] float64
 
 
 def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
@@ -52,27 +59,61 @@ def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
         options = {
             "scale": kwargs.get("scaling"),
             "softcap": kwargs.get("softcap"),
-            "window": kwargs.get("sliding_window"),
+            "window": kwargs.get("sliding_window", capture.window),
             "sinks": kwargs.get("s_aux"),
         }
         capture.captured = Captured(query.detach(), key.detach(), options)
-    if capture.eager_weights is not None:
-        seen = torch.ones(1, query.shape[2], dtype=torch.bool, device=query.device)
-        hidden = ~visible_keys(seen, None, kwargs.get("sliding_window"))[:, None]  # (1, 1, S, S)
-        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, torch.finfo(query.dtype).min)
-        capture.weights = capture.eager_weights(module, query, key, value, mask, **kwargs)[1]
     # FlashAttention's wrapper reads the implementation's name off the module, and would take ours for a Hub kernel
     ours, module.config = module.config, capture.config
     try:
-        name = capture.config._attn_implementation
-        base = _eager_function(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        base = _base_attention(module)
+        if capture.probe is not None:
+            _refuse_unknown(module, kwargs)
+            # with a value of 1 for some keys and 0 for the others, the output is the mass on the former
+            indicator = capture.probe[:, None, :, None].to(value.dtype).expand(value.shape).contiguous()
+            out = base(module, query, key, indicator, attention_mask, **kwargs)[0]  # (B, S, Hq, d)
+            capture.probed = out.double().mean((2, 3))
         return base(module, query, key, value, attention_mask, **kwargs)
     finally:
         module.config = ours
 
 
-def _eager_function(module: nn.Module) -> Callable | None:
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+def _base_attention(module: nn.Module) -> Callable:
+    """The attention function that a module would call if it were not captured."""
+    name = module.config._attn_implementation
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    try:
+        return sys.modules[type(module).__module__].eager_attention_forward
+    except AttributeError:
+        raise ValueError(
+            f"{type(module).__name__} has no eager_attention_forward to capture; load the model with "
+            "attn_implementation='sdpa'"
+        ) from None
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
+    """Raises for what would show on longer rows than the self-test's alone."""
+    unknown = [n for n, value in kwargs.items() if isinstance(value, Tensor) and n not in ("s_aux", "position_ids")]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which prompt_attention_mass does "
+            f"not know; {_WITHOUT}"
+        )
+    config, layer = module.config, module.layer_idx
+    window = getattr(config, "sliding_window", None)
+    if "sliding_window" in kwargs or _layer_type(config, layer) is not None or window is None:
+        return
+    if window < getattr(config, "max_position_embeddings", 0):
+        raise ValueError(
+            f"config.sliding_window is {window}, but {type(module).__name__} does not say whether it has it; set it to "
+            "None or to config.max_position_embeddings if rows are no longer than the window"
+        )
+
+
+def _layer_type(config, layer: int) -> str | None:
+    types = getattr(config, "layer_types", None) or []
+    return types[layer] if layer < len(types) else None
 
 
 class Seam:
@@ -80,28 +121,39 @@ class Seam:
 
     Attributes:
         model: the unwrapped causal language model.
-        head_options: softcap and logit_scale of the model's head, as `token_stats` takes them.
+        head_options: softcap and logit_scale of the model's head, as `token_stats` takes them; found by the self-test.
         layers: indices of the layers whose attention is captured.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: int | Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, layer: int | Sequence[int] | None) -> None:
         self.model = model
         self._head = _plain_head(model)
-        modules = _attention_modules(model, layer)
+        self._base = _base_model(model)
+        modules = {} if layer is None else _attention_modules(model, self._base, layer)
         self.layers = tuple(modules)
         self._attention = list(modules.values())
-        self._captures = [_Capture(index, module.config) for index, module in modules.items()]
-        config = model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)
-        self.head_options = {
-            "softcap": getattr(config, "final_logit_softcapping", None),
-            "logit_scale": 1 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0,
-        }
+        self._captures = []
+        for index, module in modules.items():
+            windowed = _layer_type(module.config, index) in _WINDOWED
+            self._captures.append(_Capture(index, module.config, module.config.sliding_window if windowed else None))
+        self._router_loss = _router_loss(model)
+        self.head_options: dict = {}
 
     def backbone(self, inputs: dict) -> Tensor:
         """Forward of the model without its head -> final hidden states [B, S, D]."""
+        return self.backbone_and_router_loss(inputs)[0]
+
+    def backbone_and_router_loss(self, inputs: dict) -> tuple[Tensor, Tensor | None]:
+        """(final hidden states [B, S, D], what the model adds to its own loss to balance its experts, or None).
+
+        The latter is scalar, and there where `config.output_router_logits` is on.
+        """
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT passes Nones along
-        return self.model.base_model(**given | {"use_cache": False, "return_dict": True}).last_hidden_state
+        given |= {"use_cache": False, "return_dict": True}
+        if self._router_loss is None:
+            return self._base(**given).last_hidden_state, None
+        out = self._base(**given, output_router_logits=True)
+        return out.last_hidden_state, self._router_loss(out.router_logits, given.get("attention_mask"))
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Callable[[], list[Captured]]]:
@@ -118,13 +170,14 @@ class Seam:
                 capture.armed, capture.captured = False, None
 
     def _take(self) -> list[Captured]:
+        if not self._captures:
+            raise ValueError("the method measures attention, but apply_to was told to capture none (layer=None)")
         taken = []
         for capture in self._captures:
             if capture.captured is None:
                 raise ValueError(
                     f"layer {capture.layer} of {type(self.model).__name__} made no call through transformers' "
-                    "attention interface, so its attention cannot be captured; choose another layer or a method "
-                    "without attention"
+                    f"attention interface, so its attention cannot be captured; {_WITHOUT}"
                 )
             taken.append(capture.captured)
             capture.captured = None
@@ -193,59 +246,140 @@ class Seam:
 
     @torch.no_grad()
     def self_test(self) -> None:
-        """Compares statistics and attention mass with the model's own logits and eager attention on eight tokens.
+        """Compares statistics and attention mass with the model's own, on seven tokens and one of padding.
+
+        The padding has the model make its mask. Finds `head_options`.
 
         Raises:
             ValueError: they differ, i.e. the model does something to logits or scores that is not known here.
         """
-        name, weight = type(self.model).__name__, self._head.weight
-        eager = _eager_function(self._attention[0])
-        if eager is None:
-            raise ValueError(f"{name} has no eager_attention_forward to verify the captured attention against")
-        ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+        weight = self._head.weight
+        position = torch.arange(8, device=weight.device)[None]
+        ids, valid, prompt = position % weight.shape[0], (position < 7).long(), position % 3 == 0  # (1, 8)
+        inputs = {"input_ids": ids, "attention_mask": valid}
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         for capture in self._captures:
-            capture.eager_weights = eager
+            capture.probe = prompt
         try:
             with self.capture() as take:
-                hidden = self.backbone({"input_ids": ids})
-                captured = take()
+                hidden, router_loss = self.backbone_and_router_loss(inputs)
+                captured = take() if self._captures else []
             for capture in self._captures:
-                capture.eager_weights = None
-            logits = self.model(input_ids=ids, use_cache=False).logits[0].double()  # (8, V)
+                capture.probe = None
+            own = self.model(**inputs, use_cache=False, return_dict=True)
         finally:
             for capture in self._captures:
-                capture.eager_weights = None
+                capture.probe = None
             for module in training:
                 module.training = True
-        ours = self.call_head(
-            lambda h, w, b: token_stats(h[0], w, ids[0], bias=b, impl="chunked", **self.head_options), hidden
+        self._find_head_options(hidden, ids, valid, own.logits)
+        self._compare_router_loss(router_loss, getattr(own, "aux_loss", None))
+        self._compare_mass(captured, prompt, valid.bool())
+
+    def _find_head_options(self, hidden: Tensor, ids: Tensor, valid: Tensor, logits: Tensor) -> None:
+        """Of what the config may mean, takes what reproduces the model's own logits [1, 8, V]."""
+        logits = logits.double()
+        expected = logits.logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0]  # (1, 8)
+        allowed = (
+            4 * torch.finfo(self._head.weight.dtype).eps * logits.abs().max() + 64 * torch.finfo(torch.float32).eps
         )
-        expected = logits.logsumexp(-1) - logits.gather(-1, ids[0][:, None])[:, 0]
-        rounding = torch.finfo(weight.dtype).eps
-        allowed = 4 * rounding * logits.abs().max() + 64 * torch.finfo(torch.float32).eps
-        difference = (ours.nll - expected).abs().max()
-        if not difference <= allowed:
+        name, width = type(self.model).__name__, self._head.weight.shape[1]
+        if hidden.shape[-1] != width:
             raise ValueError(
-                f"{name}'s own logits differ from head(hidden) with {self.head_options}: negative log-likelihoods by "
-                f"{difference:.3g} nats (allowed {allowed:.3g}). The model changes its logits in a way that is not "
-                "supported; use the functions (tokensel.token_stats_from_logits) instead of apply_to."
+                f"{name}'s hidden states are {hidden.shape[-1]} wide, its head {width}: it transforms them in between, "
+                "which is not supported"
             )
-        prompt = torch.arange(8, device=ids.device)[None] < 4
+        differences = []
+        for options in _head_options(self.model):
+            stats = self.call_head(
+                lambda h, w, b, options=options: token_stats(h, w, ids, bias=b, impl="chunked", **options), hidden
+            )
+            differences.append((stats.nll - expected)[valid.bool()].abs().max())
+            if differences[-1] <= allowed:
+                self.head_options = options
+                return
+        raise ValueError(
+            f"{name}'s own logits differ from head(hidden), tried with "
+            f"{' and '.join(map(str, _head_options(self.model)))}: negative log-likelihoods by at least "
+            f"{min(differences):.3g} nats (allowed {allowed:.3g}). The model changes its logits in a way that is not "
+            "supported; use the functions (tokensel.token_stats_from_logits) instead of apply_to."
+        )
+
+    def _compare_router_loss(self, ours: Tensor | None, own: Tensor | None) -> None:
+        """What the model adds to its loss for its experts; `own` is not yet weighted."""
+        if ours is None and own is None:
+            return
+        if ours is None or own is None or not (ours - self._router_loss.weight * own).abs() <= 0.01 * ours.abs():
+            raise ValueError(
+                f"the router loss of {type(self.model).__name__} is not known here; set "
+                "config.output_router_logits=False to train without it"
+            )
+
+    def _compare_mass(self, captured: list[Captured], prompt: Tensor, valid: Tensor) -> None:
+        """Mass of the captured q and k against what the model's own attention function puts on the prompt, [1, 8]."""
         for capture, attention in zip(self._captures, captured, strict=True):
-            mass = prompt_attention_mass(
-                attention.q, attention.k, prompt, query_mask=torch.ones_like(prompt), **attention.options
-            )
-            weights, capture.weights = capture.weights, None  # (1, Hq, 8, 8)
-            eager_mass = weights[..., :4].double().sum(-1).mean(1)  # (1, 8)
-            difference = (mass - eager_mass).abs().max()
-            if not difference <= 16 * max(rounding, torch.finfo(torch.float32).eps):  # eager's softmax is float32
+            if capture.probed.shape != prompt.shape:
                 raise ValueError(
-                    f"attention of layer {capture.layer} of {name} cannot be reproduced from its q and k: prompt "
-                    f"mass differs from eager attention by {difference:.3g}. Use a method without attention or the "
-                    "functions."
+                    f"layer {capture.layer} of {type(self.model).__name__} gives attention of shape "
+                    f"{list(capture.probed.shape)} for {list(prompt.shape)} tokens; choose another layer"
                 )
+            mass = prompt_attention_mass(
+                attention.q, attention.k, prompt, query_mask=valid, key_mask=valid, impl="chunked", **attention.options
+            )
+            difference = (mass - capture.probed)[valid].abs().max()
+            capture.probed = None
+            # the softmax is float32 at best
+            if not difference <= 16 * max(torch.finfo(t).eps for t in (attention.q.dtype, torch.float32)):
+                raise ValueError(
+                    f"attention of layer {capture.layer} of {type(self.model).__name__} cannot be reproduced from its "
+                    f"q and k: prompt mass differs from the model's by {difference:.3g}. It may not be causal, or have "
+                    f"a bias; {_WITHOUT}"
+                )
+
+
+class _RouterLoss:
+    """What a mixture of experts adds to its loss, by the function of its own module."""
+
+    def __init__(self, model: PreTrainedModel, function: Callable) -> None:
+        def setting(*names: str):
+            places = (model, model.config.get_text_config())
+            return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+
+        self._function = function
+        self._experts, self._chosen = setting("num_experts"), setting("num_experts_per_tok")
+        self.weight = setting("router_aux_loss_coef", "aux_loss_coef")
+
+    def __call__(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        return self.weight * self._function(router_logits, self._experts, self._chosen, attention_mask)
+
+
+def _router_loss(model: PreTrainedModel) -> _RouterLoss | None:
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        return None
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+    functions = [m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")]
+    return _RouterLoss(model, functions[0]) if functions else None
+
+
+def _head_options(model: PreTrainedModel) -> list[dict]:
+    """What the config may say of softcap and scale of the logits, likeliest first.
+
+    Families use one name for a factor and for a divisor (`logits_scaling`), or have a name and do not use it. The
+    self-test tells which it is.
+    """
+    config = model.config.get_text_config()
+    names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
+    scales = [getattr(config, n, None) for n in names]
+    scales = [x for x in scales if isinstance(x, (int, float)) and x not in (0, 1)]
+    width = getattr(config, "dim_model_base", None)  # muP, MiniCPM
+    scales += [config.hidden_size / width] if width else []
+    caps = [getattr(config, n, None) for n in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
+    caps = [x for x in caps if x]
+    return [
+        {"softcap": cap, "logit_scale": scale}
+        for cap, scale in itertools.product([*caps, None], [y for x in scales for y in (x, 1 / x)] + [1.0])
+    ]
 
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear:
@@ -264,37 +398,67 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def _attention_modules(model: PreTrainedModel, layer: int | Sequence[int]) -> dict[int, nn.Module]:
+def _base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; token selection takes decoders alone")
+    if model.base_model is not model:
+        return model.base_model
+    # the attribute that base_model looks for may not exist (Llama 4)
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inner) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has no model without its head inside; patch its language model, a causal language "
+            "model of its own"
+        )
+    return inner[0]
+
+
+def _attention_modules(
+    model: PreTrainedModel, base: PreTrainedModel, layer: int | Sequence[int]
+) -> dict[int, nn.Module]:
     """Attention modules by layer index. Negative numbers count the full-attention layers from the end."""
-    found = {
-        m.layer_idx: m
-        for m in model.base_model.modules()
-        if getattr(m, "layer_idx", None) is not None
-        and hasattr(m, "config")
-        and "attention" in type(m).__name__.lower()
-    }
+    name = type(model).__name__
+    found: dict[int, nn.Module] = {}
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # without a vision tower
+    for m in decoder.modules():
+        index = getattr(m, "layer_idx", None)
+        named = "attention" in type(m).__name__.lower() or hasattr(m, "scaling")  # LongcatFlashMLA
+        if index is not None and hasattr(m, "config") and named:
+            if index in found:
+                raise ValueError(
+                    f"the attention of {name} cannot be captured: {type(found[index]).__name__} and {type(m).__name__} "
+                    f"are both of layer {index}, as where there is cross-attention; {_WITHOUT}"
+                )
+            found[index] = m
     if not found:
         raise ValueError(
-            f"the attention of {type(model).__name__} cannot be captured: no attention module with a layer_idx and a "
-            "config (Falcon, Bloom and MPT do not use transformers' attention interface)"
+            f"the attention of {name} cannot be captured: it has no attention module with a layer_idx and a config, so "
+            f"it does not use transformers' attention interface; {_WITHOUT}"
         )
     wanted = list(layer) if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
     if not wanted or any(isinstance(i, bool) or not isinstance(i, int) for i in wanted):
         raise TypeError(f"layer must be an int or a sequence of ints, such as -1 or [-1, -2]; got {layer!r}")
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * (max(found) + 1)
-    full = [i for i in sorted(found) if kinds[i] == "full_attention"] or sorted(found)
+    kinds = {i: _layer_type(found[i].config, i) or _FULL[0] for i in sorted(found)}
+    known = [i for i in kinds if kinds[i] in _FULL + _WINDOWED]
+    full = [i for i in known if kinds[i] in _FULL] or known
+    if not known:
+        raise ValueError(
+            f"the attention of {name} cannot be captured: its layers are {', '.join(sorted(set(kinds.values())))}, but "
+            f"prompt mass is known of {', '.join(_FULL + _WINDOWED)}; {_WITHOUT}"
+        )
     chosen: dict[int, nn.Module] = {}
     for number in wanted:
-        known = full if number < 0 else {i: i for i in found}
         try:
-            index = known[number]
+            index = full[number] if number < 0 else {i: i for i in known}[number]
         except (IndexError, KeyError):
+            kind = f" (it is of type {kinds[number]})" if number in kinds else ""
             raise ValueError(
-                f"layer {number} does not exist: {type(model).__name__} has attention in layers {sorted(found)}, with "
-                f"full attention in {full}; negative numbers count the latter from the end"
+                f"layer {number} does not exist{kind}: {name} has attention in layers {known}, with full attention in "
+                f"{full}; negative numbers count the latter from the end"
             ) from None
         if index in chosen:
-            raise ValueError(f"layer {list(wanted)} names layer {index} of {type(model).__name__} twice; name it once")
+            raise ValueError(f"layer {list(wanted)} names layer {index} of {name} twice; name it once")
         chosen[index] = found[index]
     return chosen
 
@@ -315,7 +479,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def apply_to(model: nn.Module, layer: int | Sequence[int] = -1) -> Seam:
+def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
     """Gives a causal language model an opt-in `selection=` keyword in its forward.
 
     Without the keyword the model computes what it did, bit for bit. With it (`tokensel.Selection`) the head's logits
@@ -324,7 +488,8 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] = -1) -> Seam:
     Args:
         model: a transformers causal language model, or a PEFT model around it.
         layer: whose attention is captured; -1 = the last layer with full attention. Of several, [-1, -2], the prompt
-            mass is the mean.
+            mass is the mean. None = capture nothing, for methods that do not measure attention: then models that do
+            not use transformers' attention interface are supported, too.
     Returns:
         The seam; `tokensel.remove(model)` undoes it.
     Raises:

@@ -32,7 +32,8 @@ class SelectionOutput(ModelOutput):
     """What a forward with `selection=` returns. [B, S] tensors are label-aligned; all but `loss` are detached.
 
     Attributes:
-        loss: scalar, Σ weight · nll / denominator.
+        loss: scalar, Σ weight · nll / denominator; plus, where the model's config has output_router_logits on, what
+            the model adds to its own loss to balance its experts.
         weights: float32, 0 = dropped.
         response: bool, the tokens that competed.
         sample: int64, the number of the sample that a token belongs to.
@@ -149,7 +150,7 @@ class Selection:
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
         with seam.capture() as captured:
-            hidden = seam.backbone(batch)  # (B, S, D)
+            hidden, router_loss = seam.backbone_and_router_loss(batch)  # (B, S, D)
             signals = self._signals_beside_loss(captured, input_ids, labels, response, sample, padding, positions)
 
         def statistics_to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
@@ -179,6 +180,8 @@ class Selection:
                 loss = selected_cross_entropy(
                     hidden, weight, next_labels, keep, stats=stats, denominator=denominator, **head
                 )
+                if router_loss is not None:
+                    loss = loss + router_loss
             found = {"nll": known.nll, "history_nll": known.history_nll, "mass": known.mass}
             return SelectionOutput(loss, weights, response, sample, score, **found)
 

@@ -60,7 +60,8 @@ class SelectionArguments:
     layer: list[int] = field(
         default_factory=lambda: [-1],
         metadata={
-            "help": "Layers whose attention is measured (the mean of several); -1 is the last one with full attention."
+            "help": "Layers whose attention is measured, by methods that do (the mean of several); -1 is the last one "
+            "with full attention."
         },
     )
     row: str = field(
@@ -194,7 +195,7 @@ class TokenSelectionMixin:
         }
         if self.accelerator.num_processes > 1:
             check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in self.recorded.items()})
-        apply_to(self.model, settings.layer)
+        apply_to(self.model, settings.layer if "mass" in self.selector.needs else None)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
