@@ -33,11 +33,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def shown_rows(rows) -> list[dict]:
-    """Some noisy rows, and a clean one."""
+def shown_rows(rows) -> dict[int, dict]:
+    """Some noisy rows, and a clean one, by their number."""
     noisy = [i for i in range(len(rows)) if any(rows[i]["noise"])][:SHOWN]
     clean = [i for i in range(len(rows)) if not any(rows[i]["noise"])][:1]
-    return [rows[i] for i in noisy + clean]
+    return {i: rows[i] for i in noisy + clean}
 
 
 def verdict(table: list[dict]) -> list[str]:

@@ -198,8 +198,8 @@ def test_rows_are_not_changed():
 
 
 def test_an_unknown_kind_and_a_share_outside_0_to_1_are_errors():
-    with pytest.raises(ValueError, match="kind must be one of none, boilerplate, random, mixed; got 'swapped'"):
-        plant("swapped")
+    with pytest.raises(ValueError, match="kind must be one of none, boilerplate, random, mixed, swapped; got 'typos'"):
+        plant("typos")
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"share must be in \[0, 1\]; got {share}"):
             plant("random", share)

@@ -32,12 +32,12 @@ def test_watched_rows_are_recorded_before_training_and_at_each_epochs_end(run):
     folder, trainer = run
     records = lines(folder)
     assert [(r["epoch"], r["step"]) for r in records] == [(0, 0), (1, 4), (2, 8)]
-    assert records[-1]["samples"] == selected_samples(trainer, [ROWS[i] for i in range(3)])
+    assert records[-1]["samples"] == selected_samples(trainer, {i: ROWS[i] for i in range(3)})
 
 
 def test_a_sample_tells_what_the_step_computed(run):
     _, trainer = run
-    (sample,) = selected_samples(trainer, [ROWS[1]])
+    (sample,) = selected_samples(trainer, {1: ROWS[1]})
     ids, labels = ROWS[1]["input_ids"], ROWS[1]["labels"]
     assert sample["tokens"] == [TOKENIZER.decode([i]) for i in ids]
     assert sample["response"] == [label != -100 for label in labels]

@@ -21,11 +21,12 @@ _COLUMNS = ("nll", "history_nll", "mass")
 
 
 @torch.no_grad()
-def selected_samples(trainer: Trainer, features: list[dict]) -> list[dict]:
+def selected_samples(trainer: Trainer, rows: dict[int, dict]) -> list[dict]:
     """What the method of a TokenSelectionMixin trainer makes of rows now, each on its own, dropout off.
 
     Args:
-        features: rows as the training set has them; `noise` (0 or 1 a token), if there, is passed on.
+        rows: by their number, which the title says, as the training set has them; `noise` (0 or 1 a token), if
+            there, is passed on.
     Returns:
         For each row the lists of `tokensel.report.TOKEN_FIELDS`, an entry a token, and a title.
     """
@@ -33,7 +34,7 @@ def selected_samples(trainer: Trainer, features: list[dict]) -> list[dict]:
     training = [m for m in trainer.model.modules() if m.training]
     trainer.model.eval()
     samples = []
-    for number, row in enumerate(features):
+    for number, row in rows.items():
         batch = collate([row])
         noise = batch.pop("noise")[0].bool() if "noise" in batch else torch.zeros_like(batch["labels"][0]).bool()
         batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -78,7 +79,7 @@ class SampleRecorder(TrainerCallback):
         """Args: rows: how many; a streamed training set is read from its start for them."""
         self.trainer = trainer
         first = list(itertools.islice(trainer.train_dataset, rows))
-        self.features = [{name: row[name] for name in _READ if name in row} for row in first]
+        self.rows = {i: {name: row[name] for name in _READ if name in row} for i, row in enumerate(first)}
         self.file = Path(trainer.args.output_dir) / SELECTION_FILE
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -94,7 +95,7 @@ class SampleRecorder(TrainerCallback):
             self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        samples = selected_samples(self.trainer, self.features)
+        samples = selected_samples(self.trainer, self.rows)
         if state.is_world_process_zero:
             line = {"epoch": state.epoch or 0, "step": state.global_step, "samples": samples}
             with open(self.file, "a", encoding="utf-8") as file:
