@@ -150,6 +150,7 @@ def test_columns_and_metadata_of_the_file(tmp_path):
     assert len(store) == len(LENGTHS)
     assert store.metadata == {
         "format_version": 1,
+        "content": "nll",
         "tokenizer": tokenizer_fingerprint(make_tokenizer()),
         "model": "m",
         "max_length": 9,
@@ -169,7 +170,7 @@ def test_a_document_given_twice_is_stored_once(tmp_path):
 def test_row_groups_are_streamed_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
     path = write(tmp_path / "h.parquet", make_documents())
-    assert pq.ParquetFile(path).num_row_groups == 2
+    assert pq.ParquetFile(path).num_row_groups == 3
     ids, labels, nll, mask = padded(make_documents())
     assert torch.equal(HistoryStore.open(path).lookup(ids, labels, key_mask=mask), expected(labels, nll))
 

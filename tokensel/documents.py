@@ -91,7 +91,12 @@ def token_keys(input_ids: Tensor, segment_ids: Tensor | None = None, key_mask: T
     Seeded random selection draws from it, so that the draw does not depend on batch order, padding or packing.
     """
     position = positions_in_document(input_ids, segment_ids, key_mask)
-    return _mix(document_keys(input_ids, segment_ids, key_mask) + (position + 1) * _GOLDEN)
+    return keys_at(document_keys(input_ids, segment_ids, key_mask), position)
+
+
+def keys_at(document_key: Tensor, position: Tensor) -> Tensor:
+    """`token_keys` from the key of each token's document and its position there, int64 of one shape."""
+    return _mix(document_key + (position + 1) * _GOLDEN)
 
 
 def uniform_from_keys(keys: Tensor, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recorded history: the NLL of every response token, in one Parquet file, under a hash of its document.
+"""Recorded history: the NLL (or weight) of every response token, in one Parquet file, under a hash of its document.
 
 Rows are found by what the document *is* (its token ids), never by where it stood, so shuffling, sharding,
 packing, padding and filtering between scoring and training cannot misalign them.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +23,35 @@ from torch import Tensor
 
 from tokensel.checks import check_same_device, check_shape, check_tensor
 from tokensel.documents import IGNORE_INDEX, document_index, document_keys, positions_in_document
+from tokensel.journal import FULL_DISK, naming_a_full_disk
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"tokensel"
 ROW_GROUP_TOKENS = 1 << 20  # 4 MiB of NLL held in memory between two writes
 
-SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.int64(), nullable=False),
-        pa.field("length", pa.int32(), nullable=False),
-        pa.field("nll", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
-    ]
-)
+# What a store holds, and the command that makes such a one.
+CONTENTS = {
+    "nll": "losses of a model: `tokensel score`",
+    "alone_nll": "losses of responses without their prompts: `tokensel score --without_prompt true`",
+    "contrast_nll": "losses under the contrast of two models: `tokensel score --contrast_model_name_or_path NEGATIVE`",
+    "weight": "weights: `tokensel select`",
+}
+
+
+def _schema(content: str) -> pa.Schema:
+    column = "weight" if content == "weight" else "nll"
+    return pa.schema(
+        [
+            pa.field("key", pa.int64(), nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            pa.field(column, pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+        ]
+    )
+
+
+def content_of(signal: str) -> str:
+    """The content that the store of a recorded signal must have ("base_nll" -> "nll", "alone_nll" -> "alone_nll")."""
+    return signal if signal in CONTENTS else "nll"
 
 
 class HistoryMissError(LookupError):
@@ -92,6 +109,11 @@ class HistoryWriter:
         path: the Parquet file to make; missing directories are made.
         tokenizer: recorded as a fingerprint, which `HistoryStore.open` compares.
         model, max_length, dataset: what the NLL was computed with; recorded, and named in errors.
+        content: what is written, one of CONTENTS; a reader that expects something else refuses the store.
+        if_disk_is_full: what the error about a full disk says of the run's results.
+
+    Attributes:
+        metadata: dict; what else it gets before the block ends is recorded, too.
 
     Raises:
         IsADirectoryError: `path` is a directory.
@@ -107,10 +129,15 @@ class HistoryWriter:
         model: str = "",
         max_length: int | None = None,
         dataset: str = "",
+        content: str = "nll",
+        if_disk_is_full: str = "nothing of this run was kept. Free some space or name another path",
     ):
         self.path = Path(path)
+        self._schema = _schema(content)
+        self._if_disk_is_full = if_disk_is_full
         self.metadata = {
             "format_version": FORMAT_VERSION,
+            "content": content,
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             "model": str(model),
             "max_length": max_length,
@@ -122,7 +149,7 @@ class HistoryWriter:
         self._file = self._parquet = None
         self._seen: set[int] = set()
         self._keys: list[int] = []
-        self._nll: list[numpy.ndarray] = []
+        self._values: list[numpy.ndarray] = []
         self._waiting_tokens = 0
 
     def __enter__(self) -> HistoryWriter:
@@ -134,7 +161,7 @@ class HistoryWriter:
                 self._file = open(self._temporary, "wb")
                 # Random floats do not compress, and a checksum turns bit rot into an error at reading.
                 self._parquet = pq.ParquetWriter(
-                    self._file, SCHEMA, compression="none", use_dictionary=False, write_page_checksum=True
+                    self._file, self._schema, compression="none", use_dictionary=False, write_page_checksum=True
                 )
         except BaseException:
             self._discard()
@@ -178,9 +205,13 @@ class HistoryWriter:
         for key, length, end in zip(found.keys.tolist(), found.lengths.tolist(), ends, strict=True):
             if key not in self._seen:
                 self._seen.add(key)
-                self._keys.append(key)
-                self._nll.append(values[end - length : end].copy())  # a view would keep the whole batch alive
-                self._waiting_tokens += length
+                self.append(key, values[end - length : end].copy())  # a view would keep the whole batch alive
+
+    def append(self, key: int, values: numpy.ndarray) -> None:
+        """Stores one document that is not in the store yet: its hash, and float32 values (length,), NaN = none."""
+        self._keys.append(key)
+        self._values.append(values)
+        self._waiting_tokens += len(values)
         if self._waiting_tokens >= ROW_GROUP_TOKENS:
             self._write_row_group()
 
@@ -208,16 +239,16 @@ class HistoryWriter:
             os.replace(self._temporary, self.path)
 
     def _write_row_group(self) -> None:
-        lengths = numpy.array([len(values) for values in self._nll], dtype=numpy.int32)
+        lengths = numpy.array([len(values) for values in self._values], dtype=numpy.int32)
         offsets = numpy.concatenate([[0], lengths.cumsum(dtype=numpy.int32)]).astype(numpy.int32)
-        lists = pa.ListArray.from_arrays(offsets, numpy.concatenate(self._nll), type=SCHEMA.field("nll").type)
-        table = pa.table([pa.array(self._keys, pa.int64()), lengths, lists], schema=SCHEMA)
+        lists = pa.ListArray.from_arrays(offsets, numpy.concatenate(self._values), type=self._schema.field(2).type)
+        table = pa.table([pa.array(self._keys, pa.int64()), lengths, lists], schema=self._schema)
         with self._naming_a_full_disk():
             self._parquet.write_table(table)
             self._file.flush()  # so that a full disk is met here and not hours later
         self.metadata["documents"] += len(self._keys)
         self.metadata["tokens"] += self._waiting_tokens
-        self._keys, self._nll, self._waiting_tokens = [], [], 0
+        self._keys, self._values, self._waiting_tokens = [], [], 0
 
     def _discard(self) -> None:
         """Closes and removes the temporary file. After a good end there is none."""
@@ -227,31 +258,105 @@ class HistoryWriter:
             if self._file is not None:
                 self._file.close()  # flushes, so it can meet the full disk once more
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL_DISK:
                 raise
         finally:
             self._temporary.unlink(missing_ok=True)
             self._parquet = self._file = None
 
+    def _naming_a_full_disk(self) -> AbstractContextManager:
+        return naming_a_full_disk(self.path, "the history store", self._if_disk_is_full)
+
+
+class StoreReader:
+    """A history store read row group by row group; a context manager. Arguments and errors of `HistoryStore.open`.
+
+    Attributes:
+        metadata: as of HistoryStore.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, content: str = "nll", tokenizer=None):
+        self.path, self.content = Path(path), content
+        if not self.path.is_file():
+            made = CONTENTS[content].rpartition(": ")[2]
+            raise FileNotFoundError(errno.ENOENT, f"no history store; make it with {made}", str(path))
+        self._file = open(self.path, "rb")
+        try:
+            with self._naming_damage():
+                self._parquet = pq.ParquetFile(self._file, page_checksum_verification=True)
+            header = (self._parquet.metadata.metadata or {}).get(METADATA_KEY)
+            if header is None:
+                raise ValueError(f"{path} is Parquet but not a history store; make one with `tokensel score`")
+            self.metadata = {"content": "nll"} | json.loads(header)  # the first stores did not say
+            self._check_metadata(tokenizer)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> StoreReader:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._file.close()
+
     @contextmanager
-    def _naming_a_full_disk(self) -> Iterator[None]:
+    def _naming_damage(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            message = (
-                f"{os.strerror(error.errno)} while writing the history store; nothing of this run was kept. "
-                "Free some space or name another path"
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{self.path} is not a readable Parquet file ({error}); make it anew with `tokensel score`"
+            ) from error
+
+    def _check_metadata(self, tokenizer) -> None:
+        made, path = self.metadata, self.path
+        if made["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has history format {made['format_version']}, this version of tokensel reads "
+                f"{FORMAT_VERSION}; make it anew with `tokensel score`"
             )
-            raise OSError(error.errno, message, str(self.path)) from error
+        if made["content"] != self.content:
+            raise ValueError(f"{path} holds {CONTENTS[made['content']]}; here belong {CONTENTS[self.content]}")
+        if tokenizer is not None and made["tokenizer"] is not None:
+            fingerprint = tokenizer_fingerprint(tokenizer)
+            if fingerprint != made["tokenizer"]:
+                raise ValueError(
+                    f"{path} was made with another tokenizer (fingerprint {made['tokenizer'][:12]}…, "
+                    f"this one {fingerprint[:12]}…; model {made['model']!r}); score again with "
+                    "`tokensel score` and the tokenizer you train with"
+                )
+
+    def digest(self) -> str:
+        """sha256 (hex) of the file's footer, which holds the settings, and place, size and extremes of each part."""
+        self._file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(self._file.read(4), "little")
+        self._file.seek(-8 - size, os.SEEK_END)
+        return hashlib.sha256(self._file.read(size)).hexdigest()
+
+    def row_groups(self, skip: int = 0) -> Iterator[tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]]:
+        """(keys (n,) int64, lengths (n,) int32, values (Σ lengths,) float32) of each row group.
+
+        Args:
+            skip: documents to leave out; whole row groups of them are not read.
+        """
+        for i in range(self._parquet.num_row_groups):
+            rows = self._parquet.metadata.row_group(i).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            with self._naming_damage():
+                table = self._parquet.read_row_group(i)
+            keys, lengths, lists = (table[name].combine_chunks() for name in table.column_names)
+            keys, lengths, values = keys.to_numpy(), lengths.to_numpy(), lists.flatten().to_numpy()
+            yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
+            skip = 0
 
 
 class HistoryStore:
     """A history store in memory: per-token NLL looked up by document. Made by `HistoryStore.open`.
 
     Attributes:
-        metadata: dict with format_version, tokenizer (fingerprint or None), model, max_length, dataset,
+        metadata: dict with format_version, content, tokenizer (fingerprint or None), model, max_length, dataset,
             documents, tokens, tokensel_version.
     """
 
@@ -260,62 +365,30 @@ class HistoryStore:
         starts = lengths.cumsum(0) - lengths
         self._keys, order = keys.sort()  # (n,) int64
         self._lengths, self._starts = lengths[order], starts[order]  # (n,) int64
-        self._nll = nll  # (tokens,) float32, NaN where the token was not a response
+        self._nll = nll  # (or weights) (tokens,) float32, NaN where the token was not a response
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, tokenizer=None) -> HistoryStore:
+    def open(cls, path: str | os.PathLike, *, tokenizer=None, content: str = "nll") -> HistoryStore:
         """Reads a store written by `HistoryWriter`.
 
         Args:
             path: the Parquet file.
             tokenizer: the tokenizer of the training run; compared with the one the store was made with, if
                 that one was recorded.
+            content: what it must hold, one of CONTENTS.
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a history store, damaged, of a newer format, or made with another tokenizer.
+            ValueError: not a history store, damaged, of a newer format, holding something else, or made with
+                another tokenizer.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "no history store; make it with `tokensel score`", str(path))
-        with open(path, "rb") as file:
-            try:
-                parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                header = (parquet.metadata.metadata or {}).get(METADATA_KEY)
-                if header is not None:
-                    metadata = json.loads(header)
-                    cls._check_metadata(path, metadata, tokenizer)
-                    groups = [parquet.read_row_group(i) for i in range(parquet.num_row_groups)]
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{path} is not a readable Parquet file ({error}); make it anew with `tokensel score`"
-                ) from error
-        if header is None:
-            raise ValueError(f"{path} is Parquet but not a history store; make one with `tokensel score`")
-        table = pa.concat_tables(groups)
-        keys = torch.from_numpy(table["key"].to_numpy().copy())
-        lengths = torch.from_numpy(table["length"].to_numpy().astype(numpy.int64))
-        nll = numpy.empty(metadata["tokens"], dtype=numpy.float32)
-        flat = [chunk.flatten().to_numpy() for chunk in table["nll"].chunks]
-        if len(keys) != metadata["documents"] or sum(map(len, flat)) != len(nll) or int(lengths.sum()) != len(nll):
+        with StoreReader(path, content=content, tokenizer=tokenizer) as reader:
+            groups = list(reader.row_groups())
+        keys, lengths, values = (numpy.concatenate(part) for part in zip(*groups, strict=True))
+        metadata = reader.metadata
+        if len(keys) != metadata["documents"] or len(values) != metadata["tokens"] or lengths.sum() != len(values):
             raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
-        numpy.concatenate(flat, out=nll)
-        return cls(path, metadata, keys, lengths, torch.from_numpy(nll))
-
-    @staticmethod
-    def _check_metadata(path: Path, metadata: dict, tokenizer) -> None:
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has history format {metadata['format_version']}, this version of tokensel reads "
-                f"{FORMAT_VERSION}; make it anew with `tokensel score`"
-            )
-        if tokenizer is not None and metadata["tokenizer"] is not None:
-            fingerprint = tokenizer_fingerprint(tokenizer)
-            if fingerprint != metadata["tokenizer"]:
-                raise ValueError(
-                    f"{path} was made with another tokenizer (fingerprint {metadata['tokenizer'][:12]}…, "
-                    f"this one {fingerprint[:12]}…; model {metadata['model']!r}); score again with "
-                    "`tokensel score` and the tokenizer you train with"
-                )
+        keys, lengths = torch.from_numpy(keys), torch.from_numpy(lengths.astype(numpy.int64))
+        return cls(Path(path), metadata, keys, lengths, torch.from_numpy(values))
 
     def fingerprint(self) -> str:
         """sha256 (hex) of documents and losses: equal for equal stores, wherever their files are."""
