@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -336,7 +337,8 @@ def test_an_unknown_flag_is_named(capsys, no_loading):
 
 def test_an_unknown_command_is_named(capsys):
     assert main(["tran"]) == 2
-    assert error_of(capsys) == "unknown command 'tran'; there are score, train and kernels (tokensel --help)"
+    known = "score, select, train, methods, report and kernels"
+    assert error_of(capsys) == f"unknown command 'tran'; there are {known} (tokensel --help)"
 
 
 @pytest.mark.parametrize(
@@ -580,10 +582,24 @@ def test_a_batch_size_of_zero_is_named(tmp_path, model_dir, data, capsys):
     assert "batch_size" in error_of(capsys)
 
 
-def test_an_error_while_scoring_leaves_no_store(tmp_path, model_dir, data, capsys, monkeypatch):
-    monkeypatch.setattr("tokensel.store.HistoryWriter.add", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
-    assert score(model_dir, data, tmp_path / "h.parquet") == 2
-    assert "full" in error_of(capsys) and sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+def test_a_full_disk_while_scoring_leaves_no_store_and_says_how_to_go_on(
+    tmp_path, model_dir, data, capsys, monkeypatch
+):
+    output = tmp_path / "h.parquet"
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+        assert score(model_dir, data, output) == 2
+    error = error_of(capsys)
+    assert "No space left on device while writing the history store; what was done is kept in" in error
+    assert "run the same command again to go on" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.parquet.partial", "rows.jsonl"]
+    assert score(model_dir, data, output) == 0
+    assert f"{output}.partial: 12 documents are done" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.parquet", "rows.jsonl"]
 
 
 # What the commands say
@@ -606,6 +622,7 @@ def test_help_teaches(argv, capsys):
     "command, names",
     [
         ("score", ["model_name_or_path", "dataset_name", "output", "batch_size", "max_length", "device", "impl"]),
+        ("select", ["method", "method_args", "recorded", "output"]),
         ("train", ["method", "method_args", "history_store", "lora_r", "packing", "loss_denominator", "learning_rate"]),
     ],
 )
@@ -615,8 +632,9 @@ def test_help_of_a_command_lists_its_settings(command, names, capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: tokensel {command}" in text and all(f"--{name} " in text for name in names)
-    needed = {"score": "--output", "train": "--output_dir"}[command]
-    assert f"Needs --model_name_or_path, --dataset_name and {needed}." in " ".join(text.split())
+    first = "--method, --recorded" if command == "select" else "--model_name_or_path, --dataset_name"
+    last = "--output_dir" if command == "train" else "--output"
+    assert f"Needs {first} and {last}." in " ".join(text.split())
 
 
 def test_the_settings_of_the_selection_stand_last_as_the_help_says(capsys):

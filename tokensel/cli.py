@@ -1,4 +1,4 @@
-"""The commands: `tokensel score` records a history, `tokensel train` fine-tunes with token selection."""
+"""The commands: `score` records losses, `select` ranks a whole dataset by them, `train` fine-tunes with selection."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tokensel.checks import check_positive
 DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection for LLM fine-tuning
 
   tokensel score CONFIG.yaml [--flag value ...]   record each response token's loss under a model, once
+  tokensel select CONFIG.yaml [--flag value ...]  rank all tokens of a dataset by recorded losses, without a model
   tokensel train CONFIG.yaml [--flag value ...]   fine-tune on the tokens that a method keeps
-  tokensel score --help | train --help            every setting, in YAML and as a flag
+  tokensel score --help | select --help | ...     every setting, in YAML and as a flag
   tokensel methods [NAME]                         list the methods, or explain one and its parameters
   tokensel report RUN [RUN ...]                   draw which tokens a run kept, and why, as a page
   tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
@@ -31,6 +32,16 @@ A first run on your own data, a JSONL file of {{"prompt": ..., "completion": ...
       --method sstoken --method_args gamma=0.5,rho=0.6 --history recorded --history_store history.parquet \\
       --output_dir run
 
+`score` and `select` go on where they were killed when the same command is run again: what is done stays in
+OUTPUT.partial until the output is complete. To select over the whole dataset, once, before training:
+
+  tokensel score --model_name_or_path BASE --dataset_name data.jsonl --output base.parquet
+  tokensel score --model_name_or_path REFERENCE --dataset_name data.jsonl --output reference.parquet
+  tokensel select --method token_cleaning --method_args rho=0.6 \\
+      --recorded base=base.parquet,reference=reference.parquet --output selected.parquet
+  tokensel train --model_name_or_path BASE --dataset_name data.jsonl --method weighted \\
+      --weights_store selected.parquet --output_dir run
+
 With LoRA no recording is needed: --history adapter_off takes the model without its adapters as the history.
 Settings may stand in a YAML file; flags win over it. Compare with --method random at the same rho before you
 believe in a gain.
@@ -39,7 +50,7 @@ believe in a gain.
 
 @dataclass
 class DataArguments:
-    """The model and the text, common to both commands."""
+    """The model and the text, common to score and train."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
@@ -66,6 +77,27 @@ class ScoreArguments(DataArguments):
     impl: str = field(
         default="auto", metadata={"help": "Implementation of the statistics: auto, chunked, fused or reference."}
     )
+    without_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the response tokens alone, behind the tokenizer's BOS (EOS where it has none), for t_shirt."
+        },
+    )
+
+
+@dataclass
+class SelectArguments:
+    """Settings of `tokensel select`."""
+
+    method: str | None = field(default=None, metadata={"help": "A method that ranks by recorded losses, or random."})
+    method_args: str | None = field(default=None, metadata={"help": "Its parameters, as of `tokensel train`."})
+    recorded: str | None = field(
+        default=None,
+        metadata={"help": "Stores that `tokensel score` made of one dataset: base=a.parquet,reference=b.parquet."},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Parquet file of weights to write, for weights_store; must not exist yet."}
+    )
 
 
 @dataclass
@@ -87,7 +119,11 @@ class RunArguments(DataArguments):
 
 ABOUT = {  # above the lists of settings, which are long
     "tokensel score": "Records the loss of every response token under a model, once: the history of `tokensel train "
-    "--history recorded`. Needs --model_name_or_path, --dataset_name and --output.",
+    "--history recorded`. Needs --model_name_or_path, --dataset_name and --output. Run again, it goes on where it was "
+    "killed.",
+    "tokensel select": "Ranks all tokens of a dataset by recorded losses, without a model, and writes weights for "
+    "`tokensel train --weights_store`. Needs --method, --recorded and --output. Run again, it goes on where it was "
+    "killed.",
     "tokensel train": "Fine-tunes on the response tokens that a method keeps. Needs --model_name_or_path, "
     "--dataset_name and --output_dir. The settings of the selection (--method to --impl) stand last; the many before "
     "them are transformers.TrainingArguments. `tokensel --help` shows a first run.",
@@ -211,21 +247,30 @@ def peak_memory_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _check_new(output: str) -> None:
+    if Path(output).exists():
+        raise ValueError(f"output {output} exists; move it away or choose another name")
+
+
+def _tell_resumed(journal) -> None:
+    if len(journal.keys):
+        print(f"going on with {journal.directory}: {len(journal.keys):,} documents are done", flush=True)
+
+
 def score(settings: ScoreArguments) -> dict[str, float]:
     """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL."""
     import time
 
     import torch
-    from tqdm.auto import tqdm
     from transformers import DataCollatorForSeq2Seq
 
+    from tokensel import offline
+    from tokensel.journal import Journal
     from tokensel.model import apply_to
-    from tokensel.step import responses
-    from tokensel.store import HistoryWriter
+    from tokensel.store import HistoryWriter, tokenizer_fingerprint
 
     check_positive("batch_size", settings.batch_size)
-    if Path(settings.output).exists():
-        raise ValueError(f"output {settings.output} exists; move it away or choose another name")
+    _check_new(settings.output)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -233,46 +278,105 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     tokenizer = _load_tokenizer(settings)
     rows, report = _encode(settings.dataset_name, settings.dataset_split, tokenizer, settings.max_length)
+    rows = rows.select_columns(["input_ids", "labels"])
     model = _load_model(settings)
     _check_fit(settings.dataset_name, report, tokenizer, model)
-    seam = apply_to(model.to(device).eval(), layer=None)
-    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
-    # batches of like length waste no padding; the longest first, so that too little memory shows at once
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    writer = HistoryWriter(
-        settings.output,
-        tokenizer=tokenizer,
-        model=settings.model_name_or_path,
-        max_length=settings.max_length,
-        dataset=settings.dataset_name,
+    identity = offline.identify(rows)
+    belongs_to = {
+        "command": "score",
+        "model_name_or_path": settings.model_name_or_path,
+        "weights": offline.weights_fingerprint(model),
+        "dtype": str(model.dtype),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dataset": identity.digest,
+        "max_length": settings.max_length,
+        "without_prompt": settings.without_prompt,
+    }
+    first_token = None
+    if settings.without_prompt:
+        first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    losses = offline.losses_under(
+        apply_to(model.to(device).eval(), layer=None),
+        DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
+        device,
+        settings.impl,
+        first_token,
     )
-    total, count, started = 0.0, 0, time.perf_counter()
-    with writer, torch.no_grad(), tqdm(total=sum(lengths), unit="token", unit_scale=True, desc="score") as bar:
-        for first in range(0, len(order), settings.batch_size):
-            batch = collate([rows[i] for i in order[first : first + settings.batch_size]]).to(device)
-            response, _ = responses(batch["labels"], batch["attention_mask"])
-            labels = torch.where(response, batch["labels"], -100)
-            nll = seam.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels, impl=settings.impl)
-            writer.add(
-                batch["input_ids"].cpu(),
-                batch["labels"].cpu(),
-                nll.cpu(),
-                key_mask=batch["attention_mask"].bool().cpu(),
-            )
-            total, count = total + float(nll.double().sum()), count + int(response.sum())
-            bar.update(int(batch["attention_mask"].sum()))
-    seconds = time.perf_counter() - started
+    with Journal(settings.output, belongs_to) as journal:
+        _tell_resumed(journal)
+        started = time.perf_counter()
+        tokens = offline.record_losses(journal, rows, identity, losses, settings.batch_size)
+        seconds = time.perf_counter() - started
+        writer = HistoryWriter(
+            settings.output,
+            tokenizer=tokenizer,
+            model=settings.model_name_or_path,
+            max_length=settings.max_length,
+            dataset=settings.dataset_name,
+            content="alone_nll" if settings.without_prompt else "nll",
+            if_disk_is_full=journal.advice,
+        )
+        order = identity.keys[identity.documents()]
+        count, total = offline.publish(journal, writer, order)
     summary = {
         "rows": len(rows),
+        "documents": len(order),
         "response_tokens": count,
         "mean_nll": total / max(count, 1),
-        "tokens_per_second": sum(lengths) / seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_memory_mib": peak_memory_mib(device),
     }
+    same = f" ({len(rows) - len(order)} of them repeated)" if len(order) < len(rows) else ""
     print(
-        f"{settings.output}: {len(rows)} rows, {count} response tokens, mean NLL {summary['mean_nll']:.4f} nats, "
+        f"{settings.output}: {len(rows)} rows{same}, {count} response tokens, mean NLL {summary['mean_nll']:.4f} nats, "
         f"{summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+    )
+    return summary
+
+
+def select(settings: SelectArguments) -> dict[str, float]:
+    """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
+    from tokensel import offline
+    from tokensel.journal import Journal
+    from tokensel.store import HistoryWriter
+    from tokensel.trainer import SelectionArguments, parse_recorded
+
+    _check_new(settings.output)
+    method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
+    files = {f"{name}_nll": file for name, file in parse_recorded(settings.recorded).items()}
+    offline.check_offline(method, files)
+    with offline.RecordedDataset(files) as data:
+        belongs_to = {
+            "command": "select",
+            "method": settings.method,
+            "method_args": settings.method_args,
+            "recorded": files,
+            "stores": data.digest,
+        }
+        with Journal(settings.output, belongs_to) as journal:
+            _tell_resumed(journal)
+            offline.select_tokens(method, data, journal)
+            made = data.metadata
+            writer = HistoryWriter(
+                settings.output,
+                max_length=made["max_length"],
+                dataset=made["dataset"],
+                content="weight",
+                if_disk_is_full=journal.advice,
+            )
+            writer.metadata |= {name: belongs_to[name] for name in ("method", "method_args", "recorded")}
+            writer.metadata["tokenizer"] = made["tokenizer"]
+            count, kept = offline.publish(journal, writer)
+    summary = {
+        "documents": made["documents"],
+        "response_tokens": count,
+        "kept": int(kept),
+        "kept_share": kept / count,
+        "peak_memory_mib": peak_memory_mib("cpu"),
+    }
+    print(
+        f"{settings.output}: {made['documents']} documents, kept {int(kept)} of {count} response tokens "
+        f"({summary['kept_share']:.2%}), peak memory {summary['peak_memory_mib']:.0f} MiB"
     )
     return summary
 
@@ -440,6 +544,8 @@ def main(argv: list[str] | None = None) -> int:
         if command == "score":
             required = ("model_name_or_path", "dataset_name", "output")
             score(*_parse([ScoreArguments], rest, "tokensel score", required))
+        elif command == "select":
+            select(*_parse([SelectArguments], rest, "tokensel select", ("method", "recorded", "output")))
         elif command == "train":
             from tokensel.trainer import SelectiveTrainingArguments
 
@@ -453,7 +559,8 @@ def main(argv: list[str] | None = None) -> int:
             kernels(*_parse_kernels(rest))
         else:
             raise ValueError(
-                f"unknown command {command!r}; there are score, train, methods, report and kernels (tokensel --help)"
+                f"unknown command {command!r}; there are score, select, train, methods, report and kernels "
+                "(tokensel --help)"
             )
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokensel.documents import segments_from_positions
+from tokensel.documents import IGNORE_INDEX, segments_from_positions
 from tokensel.model import Seam
 from tokensel.store import HistoryStore
 
@@ -35,6 +35,23 @@ class RecordedLosses:
         where = {"segment_ids": segments, "key_mask": mask}
         for name, store in self.stores.items():
             batch[name] = store.lookup(batch["input_ids"], batch["labels"], **where)
+        return batch
+
+
+class RecordedWeights:
+    """A data collator that brings the weights of a store into `token_weights` [B, S], as factors on response tokens."""
+
+    def __init__(self, collator: Callable[[list], dict], store: HistoryStore) -> None:
+        self.collator, self.store = collator, store
+
+    def __call__(self, features: list) -> dict:
+        batch = self.collator(features)
+        segments, mask = segments_and_mask(batch.get("attention_mask"), batch.get("position_ids"))
+        weights = self.store.lookup(batch["input_ids"], batch["labels"], segment_ids=segments, key_mask=mask)
+        given = batch.get("token_weights")
+        if given is not None:  # a weight on a prompt token trains it, whatever was selected of the response
+            weights = torch.where(batch["labels"] == IGNORE_INDEX, given, given * weights)
+        batch["token_weights"] = weights
         return batch
 
 

@@ -332,7 +332,7 @@ def token_cleaning(rho: float = 0.6, scope: str = "dataset") -> TokenSelector:
     Both are recorded. With scope "dataset" `tokensel select` keeps floor(rho · n) of the dataset's n response tokens,
     as the published code does; other scopes keep the ceiling.
     """
-    selector = TopShare(rho, scope)
+    selector = TopShare(rho, scope, floor=scope == "dataset")
     return TokenSelector(
         "token_cleaning", {"base_nll", "reference_nll"}, lambda s: s.base_nll - s.reference_nll, selector
     )

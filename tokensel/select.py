@@ -32,10 +32,10 @@ def exact_share(rho: float, name: str = "rho") -> Fraction:
     return Fraction(str(rho)).limit_denominator(1_000_000)
 
 
-def kept_count(responses: Tensor, rho: float) -> Tensor:
-    """ceil(rho · n) in integers. responses: int64 counts n of any shape."""
+def kept_count(responses: Tensor, rho: float, floor: bool = False) -> Tensor:
+    """ceil(rho · n), or floor, in integers. responses: int64 counts n of any shape."""
     share = exact_share(rho)
-    return (responses * share.numerator + share.denominator - 1) // share.denominator
+    return (responses * share.numerator + (0 if floor else share.denominator - 1)) // share.denominator
 
 
 def responses_per_sample(response: Tensor, sample: Tensor) -> Tensor:
@@ -116,6 +116,7 @@ class TopShare:
         rho: share kept, in (0, 1].
         scope: "sample", "micro_batch", "batch" (all micro-batches of all ranks in an optimizer step; the trainer
             scores them first) or "dataset" (offline, by `tokensel select`).
+        floor: keep floor(rho · n) instead.
         rho_min, rho_max: given, samples of a micro-batch share its budget by the spread of their scores, each within
             these bounds (scope "sample" only).
     """
@@ -124,6 +125,7 @@ class TopShare:
     scope: str = "sample"
     rho_min: float | None = None
     rho_max: float | None = None
+    floor: bool = False
 
     def __post_init__(self) -> None:
         exact_share(self.rho)
@@ -142,12 +144,18 @@ class TopShare:
         if self.rho_min is not None:
             quota = spread_quota(score, signals.response, signals.sample, self.rho, self.rho_min, self.rho_max)
             return top_quota(score, signals.response, signals.sample, quota)
-        return top_share(score, signals.response, self._group(signals.sample), self.rho)
+        group = self._group(signals.sample)
+        quota = self.quota(responses_per_sample(signals.response, group))
+        return top_quota(score, signals.response, group, quota)
 
     def count(self, response: Tensor, sample: Tensor) -> Tensor:
         if self.rho_min is not None:
             return kept_count(response.sum(), self.rho)
-        return kept_count(responses_per_sample(response, self._group(sample)), self.rho).sum()
+        return self.quota(responses_per_sample(response, self._group(sample))).sum()
+
+    def quota(self, n: Tensor) -> Tensor:
+        """How many of n tokens are kept; int64 of any shape."""
+        return kept_count(n, self.rho, self.floor)
 
     def _group(self, sample: Tensor) -> Tensor:
         return sample if self.scope == "sample" else torch.zeros_like(sample)
@@ -247,6 +255,10 @@ class TopSamples:
         value = lowest.scatter_reduce(0, sample, torch.where(response, score.flatten(), -torch.inf), "amax")
         keep = top_share(value, real, torch.zeros_like(sample), self.rho)  # (N,)
         return (response & keep[sample]).view_as(signals.response)
+
+    def quota(self, m: Tensor) -> Tensor:
+        """How many of m samples are kept; int64 of any shape."""
+        return kept_count(m, self.rho)
 
     def count(self, response: Tensor, sample: Tensor) -> None:
         """Which samples are kept, and so how many tokens, is not known before they are scored."""

@@ -17,14 +17,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokensel import methods
-from tokensel.history import AdapterOff, RecordedLosses
+from tokensel.history import AdapterOff, RecordedLosses, RecordedWeights
 from tokensel.methods import TokenSelector
 from tokensel.model import apply_to
 from tokensel.parallel import check_ranks_agree
 from tokensel.select import constant_samples, responses_per_sample
 from tokensel.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput, predictable, responses
-from tokensel.store import HistoryStore
+from tokensel.store import HistoryStore, content_of
 from tokensel.watch import SampleRecorder
 
 HISTORIES = ("none", "recorded", "adapter_off")
@@ -55,6 +55,13 @@ class SelectionArguments:
         metadata={
             "help": "Further recorded losses that a method needs, as a mapping in YAML or 'base=a.parquet,"
             f"reference=b.parquet' as a flag; names: {', '.join(n.removesuffix('_nll') for n in RECORDED)}."
+        },
+    )
+    weights_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "The Parquet file of weights that `tokensel select` wrote: what it dropped is not trained. With "
+            "method 'weighted' all that it kept is; another method selects among that."
         },
     )
     layer: list[int] = field(
@@ -144,6 +151,20 @@ def parse_mapping(name: str, text: str | dict | None, example: str) -> dict:
     return parsed
 
 
+def parse_recorded(text: str | dict | None) -> dict[str, str]:
+    """The setting `recorded` -> {"base": FILE, ...}.
+
+    Raises:
+        ValueError: not of that form, or losses that no method knows.
+    """
+    files = parse_mapping("recorded", text, "base=base.parquet,reference=reference.parquet")
+    for name in files:
+        if f"{name}_nll" not in RECORDED:
+            known = ", ".join(n.removesuffix("_nll") for n in RECORDED)
+            raise ValueError(f"recorded: unknown losses {name!r}; there are {known}")
+    return files
+
+
 @dataclass
 class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
     """transformers.TrainingArguments and SelectionArguments in one."""
@@ -178,11 +199,7 @@ class TokenSelectionMixin:
             raise ValueError(
                 "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
             )
-        files = parse_mapping("recorded", settings.recorded, "base=base.parquet,reference=reference.parquet")
-        for name in files:
-            if f"{name}_nll" not in RECORDED:
-                known = ", ".join(n.removesuffix("_nll") for n in RECORDED)
-                raise ValueError(f"recorded: unknown losses {name!r}; there are {known}")
+        files = parse_recorded(settings.recorded)
         if settings.history == "recorded":
             files["history"] = settings.history_store
         self.live_history = AdapterOff(self.model) if settings.history == "adapter_off" else None
@@ -191,10 +208,17 @@ class TokenSelectionMixin:
             raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
         self.selection(None)  # refuses settings that contradict each other before anything is loaded
         self.recorded = {
-            f"{name}_nll": HistoryStore.open(file, tokenizer=self.processing_class) for name, file in files.items()
+            signal: HistoryStore.open(file, tokenizer=self.processing_class, content=content_of(signal))
+            for signal, file in ((f"{name}_nll", file) for name, file in files.items())
         }
+        self.given_weights = None
+        if settings.weights_store is not None:
+            self.given_weights = HistoryStore.open(
+                settings.weights_store, tokenizer=self.processing_class, content="weight"
+            )
         if self.accelerator.num_processes > 1:
-            check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in self.recorded.items()})
+            stores = self.recorded | ({"weights": self.given_weights} if self.given_weights is not None else {})
+            check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in stores.items()})
         apply_to(self.model, settings.layer if "mass" in self.selector.needs else None)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
@@ -205,10 +229,12 @@ class TokenSelectionMixin:
             self.add_callback(SampleRecorder(self, settings.record_samples))
 
     def get_train_dataloader(self):
-        """The base trainer's, with recorded losses beside each batch."""
+        """The base trainer's, with recorded losses and weights beside each batch."""
         collator = self.data_collator
         if self.recorded:
-            self.data_collator = RecordedLosses(collator, self.recorded)
+            self.data_collator = RecordedLosses(self.data_collator, self.recorded)
+        if self.given_weights is not None:
+            self.data_collator = RecordedWeights(self.data_collator, self.given_weights)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -359,7 +385,8 @@ class TokenSelectionMixin:
         return _ratios(self._selection_totals) | {"responses": self._selection_totals.get("responses", 0)}
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        """Mean loss over all response tokens without logits, where only the loss is asked for."""
+        """Mean loss over all response tokens, as if they had no weights; without logits where only it is asked for."""
+        inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         inputs = self._prepare_inputs(inputs)
