@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from architectures import tiny_model
-from tiny import FAMILIES, VOCABULARY, causal_lm, lora, padded, samples
+from tiny import FAMILIES, VOCABULARY, causal_lm, lora, packed, padded, samples
 
 import tokensel
 from tokensel import AdapterOff, prompt_attention_mass
@@ -220,6 +220,33 @@ def test_a_router_loss_that_is_not_known_is_refused():
         apply_to(model)
     model.config.output_router_logits = False
     apply_to(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_whose_masks_follow_position_ids_may_pack(family):
+    assert apply_to(causal_lm(family)).keeps_documents_apart
+
+
+@pytest.mark.parametrize("family, sizes", [("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}), ("GptOss", {})])
+def test_packing_is_refused_where_packed_documents_see_each_other(family, sizes):
+    common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
+            vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0, **common, **heads | sizes
+        )
+    )
+    rows = samples()
+    seam = apply_to(model.eval())
+    selection = tokensel.Selection(tokensel.methods.get("attention"))
+    assert model(**padded(rows), selection=selection).loss.isfinite()
+    if seam.keeps_documents_apart:  # a transformers that has mended it
+        first = len(rows[0][0])
+        nll, alone = (model(**packed(r), selection=selection).nll for r in (rows[:2], rows[1:2]))
+        torch.testing.assert_close(nll[:, first + 1 :], alone[:, 1:])
+        return
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM lets packed documents see each other"):
+        model(**packed(rows), selection=selection)
 
 
 class DoubledLogits(transformers.LlamaForCausalLM):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,7 @@ class Seam:
         model: the unwrapped causal language model.
         head_options: softcap and logit_scale of the model's head, as `token_stats` takes them; found by the self-test.
         layers: indices of the layers whose attention is captured.
+        keeps_documents_apart: whether the model's masks follow position_ids that restart (packing).
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | Sequence[int] | None) -> None:
@@ -133,6 +135,7 @@ class Seam:
         self.layers = tuple(modules)
         self._attention = list(modules.values())
         self._captures = []
+        self.keeps_documents_apart = False  # until the self-test has seen it
         for index, module in modules.items():
             windowed = _layer_type(module.config, index) in _WINDOWED
             self._captures.append(_Capture(index, module.config, module.config.sliding_window if windowed else None))
@@ -147,8 +150,16 @@ class Seam:
         """(final hidden states [B, S, D], what the model adds to its own loss to balance its experts, or None).
 
         The latter is scalar, and there where `config.output_router_logits` is on.
+
+        Raises:
+            ValueError: packing, in a model that lets packed documents see each other.
         """
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT passes Nones along
+        if "position_ids" in given and "attention_mask" not in given and not self.keeps_documents_apart:
+            raise ValueError(
+                f"{type(self.model).__name__} lets packed documents see each other: its attention mask does not follow "
+                "position_ids. Pad the rows instead (packing false, and an attention_mask)"
+            )
         given |= {"use_cache": False, "return_dict": True}
         if self._router_loss is None:
             return self._base(**given).last_hidden_state, None
@@ -268,6 +279,7 @@ class Seam:
             for capture in self._captures:
                 capture.probe = None
             own = self.model(**inputs, use_cache=False, return_dict=True)
+            self.keeps_documents_apart = self._documents_stay_apart(ids)
         finally:
             for capture in self._captures:
                 capture.probe = None
@@ -276,6 +288,18 @@ class Seam:
         self._find_head_options(hidden, ids, valid, own.logits)
         self._compare_router_loss(router_loss, getattr(own, "aux_loss", None))
         self._compare_mass(captured, prompt, valid.bool())
+
+    def _documents_stay_apart(self, ids: Tensor) -> bool:
+        """Whether the second of two packed documents, ids[:, 4:], is the same whatever the first one is."""
+        if "position_ids" not in inspect.signature(self._base.forward).parameters:
+            return False
+        positions = torch.arange(4, device=ids.device).repeat(2)[None]
+        one, other = (
+            self._base(input_ids=packed, position_ids=positions, use_cache=False, return_dict=True).last_hidden_state
+            for packed in (ids, torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1))
+        )
+        # masked keys weigh exactly 0, but other rows may change how a mixture of experts rounds
+        return bool((one - other)[:, 4:].abs().max() <= 4 * torch.finfo(one.dtype).eps * one.abs().max())
 
     def _find_head_options(self, hidden: Tensor, ids: Tensor, valid: Tensor, logits: Tensor) -> None:
         """Of what the config may mean, takes what reproduces the model's own logits [1, 8, V]."""
