@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import causal_lm, padded, samples
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
@@ -74,13 +76,15 @@ def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0):
     return losses, selections
 
 
+def whole(tensor):
+    """A copy of a tensor that may be spread over ranks."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def full_weights(model):
-    """Whole tensors by name, on every rank."""
+    """Whole parameters by name, on every rank."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in module.named_parameters()
-    }
+    return {name: whole(p) for name, p in module.named_parameters()}
 
 
 def fsdp(model, unit):
@@ -199,6 +203,62 @@ def trainers(directory):
     torch.save(found, directory / f"trainers-{dist.get_rank()}.pt")
 
 
+# A head whose vocabulary is spread over the ranks
+
+VOCABULARY_CASES = [
+    ("float64", "chunked"),
+    ("float32", "chunked"),
+    ("bfloat16", "chunked"),
+    ("float32", "fused"),
+    ("bfloat16", "fused"),
+]
+
+
+def head_inputs(dtype):
+    """hidden (N, D) of two models, weight (V, D), bias (V,), labels (N,): V is odd, some rows are ignored."""
+    generator = torch.Generator().manual_seed(8)
+    N, D, V = 60, 24, 333
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, before, weight, bias = draw(N, D), draw(N, D), draw(V, D) * 0.6, draw(V)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::7] = -100
+    labels[1:3] = torch.tensor([0, V - 1])  # the outermost rows of the shards
+    labels[3:5] = torch.tensor([V // 2, V // 2 + 1])  # and the inner ones
+    return *(t.to(dtype) for t in (hidden, before, weight, bias)), labels
+
+
+HEAD_OPTIONS = {"softcap": 6.0, "logit_scale": 0.7}
+
+
+def head_step(dtype, impl, mesh=None):
+    """Statistics of both models, a selection by them, and the loss's gradients, all whole tensors."""
+    hidden, before, weight, bias, labels = head_inputs(getattr(torch, dtype))
+    local = hidden.requires_grad_()
+    if mesh is not None:
+        hidden, before = (DTensor.from_local(t, mesh, [Replicate()]) for t in (hidden, before))
+        weight, bias = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, bias))
+    leaves = local, weight.requires_grad_(), bias.requires_grad_()
+    options = {"bias": bias, "impl": impl, **HEAD_OPTIONS}
+    models = (hidden, weight), (before, weight)
+    now, then = tokensel.token_stats_pair(*models, labels, entropy=True, **options)
+    method = tokensel.methods.get("rel", rho=0.6)
+    signals = tokensel.TokenSignals(labels != -100, torch.arange(60) // 20, nll=now.nll, history_nll=then.nll)
+    keep = method(signals)
+    weights = keep * torch.linspace(-1, 2, len(keep), dtype=torch.float64)  # not all alike, and some negative
+    loss = tokensel.selected_cross_entropy(hidden, weight, labels, weights, stats=now, denominator=10.0, **options)
+    alone = tokensel.selected_cross_entropy(hidden, weight, labels, weights, denominator=10.0, **options)
+    gradients = torch.autograd.grad(3 * loss, leaves)
+    return {"keep": keep, "loss": loss.detach(), "without stats": alone.detach(), "stats": vars(now)} | {
+        name: whole(gradient) for name, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True)
+    }
+
+
+def vocabulary(directory):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    found = {f"{dtype}-{impl}": head_step(dtype, impl, mesh) for dtype, impl in VOCABULARY_CASES}
+    torch.save(found, directory / f"vocabulary-{dist.get_rank()}.pt")
+
+
 # What goes wrong
 
 
@@ -237,7 +297,7 @@ def death(directory):
     train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
 
 
-JOBS = {job.__name__: job for job in (spread, trainers, refusals, death)}
+JOBS = {job.__name__: job for job in (spread, trainers, vocabulary, refusals, death)}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

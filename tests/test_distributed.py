@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokensel
 
@@ -19,7 +23,7 @@ import tokensel
 TIGHT = 1e-13
 
 
-JOBS = ("spread", "trainers", "refusals", "death")
+JOBS = ("spread", "trainers", "vocabulary", "refusals", "death")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,92 @@ def test_two_ranks_of_a_trainer_train_as_one_process(found, launched, name):
         assert largest_difference(rank["weights"], alone["weights"]) < TIGHT
     assert first["kept"].keys().isdisjoint(second["kept"])
     assert first["kept"] | second["kept"] == alone["kept"]
+
+
+# A head whose vocabulary is spread over the ranks
+
+
+def logits(hidden, weight, bias, softcap, logit_scale):
+    return softcap * torch.tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+
+
+def eager_gradients(dtype, coefficient):
+    """Gradients of Σ coefficient · nll by autograd through logits of that dtype."""
+    hidden, _, weight, bias, labels = ranks.head_inputs(dtype)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    z = logits(*leaves, **ranks.HEAD_OPTIONS)
+    nll = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    gradients = torch.autograd.grad((coefficient.to(z.dtype) * nll).sum(), leaves)
+    return dict(zip(("hidden", "weight", "bias"), gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype, impl", ranks.VOCABULARY_CASES)
+def test_a_head_spread_over_two_ranks_selects_as_on_one(found, dtype, impl):
+    first, second = (rank["vocabulary"][f"{dtype}-{impl}"] for rank in found)
+    alone = ranks.head_step(dtype, impl)
+    assert torch.equal(first["keep"], alone["keep"]) and 0 < int(alone["keep"].sum()) < 60
+    for name, value in first["stats"].items():
+        assert torch.equal(value, second["stats"][name])  # every rank knows the same
+        torch.testing.assert_close(value, alone["stats"][name])
+    assert torch.equal(first["loss"], second["loss"])
+    torch.testing.assert_close(first["loss"], alone["loss"])
+    assert torch.equal(first["loss"], first["without stats"])
+
+
+@pytest.mark.parametrize("dtype, impl", ranks.VOCABULARY_CASES)
+def test_the_gradients_of_a_spread_head_are_within_twice_the_error_of_eager_ones(found, dtype, impl):
+    kept = found[0]["vocabulary"][f"{dtype}-{impl}"]["keep"]
+    coefficient = 3 * kept * torch.linspace(-1, 2, len(kept), dtype=torch.float64) / 10
+    reference = eager_gradients(torch.float64, coefficient)
+    eager = eager_gradients(getattr(torch, dtype), coefficient)
+    for rank in found:
+        for name, expected in reference.items():
+            error = (rank["vocabulary"][f"{dtype}-{impl}"][name].double() - expected).abs().max()
+            # float64 is the reference itself, to rounding
+            budget = 2 * (eager[name].double() - expected).abs().max() if dtype != "float64" else 1e-14
+            assert 0 < float(expected.abs().max()) and error <= budget, (name, float(error), float(budget))
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_one_rank_holds_the_whole_vocabulary(mesh):
+    spread, plain = ranks.head_step("float32", "chunked", mesh), ranks.head_step("float32", "chunked")
+    for name, value in plain.items():
+        if name != "stats":
+            assert torch.equal(spread[name], value), name
+
+
+@pytest.mark.parametrize(
+    "hidden, weight, bias, impl, message",
+    [
+        (None, Shard(0), None, "auto", "hidden is a Tensor but weight is a DTensor"),
+        (Replicate(), None, None, "auto", "hidden is a DTensor but weight is a Tensor"),
+        (Replicate(), Shard(1), None, "auto", "weight must be sharded over dimension 0"),
+        (Replicate(), Replicate(), None, "auto", "weight must be sharded over dimension 0"),
+        (Shard(0), Shard(0), None, "auto", "hidden must be replicated over the mesh of weight"),
+        (Replicate(), Shard(0), Replicate(), "auto", "bias must be sharded as weight is"),
+        (Replicate(), Shard(0), Shard(0), "reference", "impl='reference' holds whole logits"),
+    ],
+)
+def test_a_head_that_is_spread_otherwise_is_refused(mesh, hidden, weight, bias, impl, message):
+    tensors = [torch.randn(4, 8), torch.randn(10, 8), torch.randn(10)]
+    h, w, b = (
+        tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
+        for tensor, placement in zip(tensors, (hidden, weight, bias), strict=True)
+    )
+    labels, options = torch.tensor([1, 2, 3, 4]), {"bias": None if bias is None else b, "impl": impl}
+    for call in (
+        lambda: tokensel.token_stats(h, w, labels, **options),
+        lambda: tokensel.selected_cross_entropy(h, w, labels, labels > 1, **options),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            call()
 
 
 # What goes wrong

@@ -12,15 +12,18 @@ IMPLS = ("auto", "chunked", "reference", "fused")
 AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
 
 
-def resolve_impl(impl: str, like: Tensor) -> str:
+def resolve_impl(impl: str, like: Tensor, shard: object = None) -> str:
     """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
 
     Raises:
-        ValueError: an unknown name, or `fused` with a dtype that it does not take. ImportError: `fused` without
+        ValueError: an unknown name, `fused` with a dtype that it does not take, or `reference` with a part of a head
+            (`shard` is not None), since it holds whole logits. ImportError: `fused` without
             Triton. What a device lacks, the kernels' tile table says (`tokensel_kernels.tiles`).
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "reference" and shard is not None:
+        raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
     if impl == "auto":
         half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
         return "fused" if half and HAS_TRITON else "chunked"

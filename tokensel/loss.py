@@ -20,6 +20,7 @@ from tokensel.checks import (
     check_tensor,
     resolve_impl,
 )
+from tokensel.parallel import local_head
 from tokensel.products import add_product, exact_products, on_gpu, product
 from tokensel.stats import GPU_COLUMNS, SMALLEST_EXPONENT, TokenStats, logits_block, token_stats, vocabulary_blocks
 
@@ -179,7 +180,9 @@ def selected_cross_entropy(
     """Σ keep · nll / denominator, differentiable in `hidden`, `weight` and `bias`.
 
     Args:
-        hidden: [..., D]; weight: [V, D]; labels: [...] int64; bias: [V]; softcap, logit_scale: as in `token_stats`.
+        hidden: [..., D]; weight: [V, D]; labels: [...] int64; bias: [V]; softcap, logit_scale: as in `token_stats`,
+            which also says how a head that is sharded over ranks is given: it gets the gradient of its own rows, and
+            `hidden` the sum over ranks.
         keep: [...] bool, or real weights (also negative; constants for the gradient). Ignored rows never count.
         stats: TokenStats of the same hidden, weight and labels. Given, the forward does no matrix product.
         denominator: number or scalar tensor; None means Σ |keep|, the number kept for a boolean mask.
@@ -190,9 +193,11 @@ def selected_cross_entropy(
     Raises:
         TypeError, ValueError: the argument, what was expected and what was found.
     """
+    whole = (hidden, weight, bias)
+    hidden, weight, bias, shard = local_head(*whole)
     check_head(hidden, weight, bias)
-    impl = resolve_impl(impl, hidden)
-    check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
+    impl = resolve_impl(impl, hidden, shard)
+    check_labels(labels, hidden.shape[:-1], whole[1].shape[0], ignore_index)
     check_positive("softcap", softcap)
     check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
     check_same_device(hidden=hidden, labels=labels, keep=keep)
@@ -201,10 +206,9 @@ def selected_cross_entropy(
     if stats is None:
         if impl != "reference":
             stats = token_stats(
-                hidden,
-                weight,
+                *whole[:2],
                 labels,
-                bias=bias,
+                bias=whole[2],
                 softcap=softcap,
                 logit_scale=logit_scale,
                 ignore_index=ignore_index,
@@ -229,5 +233,6 @@ def selected_cross_entropy(
             rows = coefficient != 0
             logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
             return reference.selected_loss(logits, y[rows], coefficient[rows])
+        y = y if shard is None else shard.labels(y, ignore_index)
         known = (y, coefficient, stats.lse.reshape(-1), stats.nll.reshape(-1))
         return _SelectedCrossEntropy.apply(x, weight, bias, *known, softcap, float(logit_scale), impl)

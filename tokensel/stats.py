@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokensel import reference
 from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_tensor, resolve_impl
+from tokensel.parallel import VocabShard, local_head
 from tokensel.products import exact_products, on_gpu, product
 
 
@@ -181,7 +182,9 @@ def token_stats(
 
     Args:
         hidden: [..., D] final hidden states, any strides; row i predicts `labels[i]`.
-        weight: [V, D] language-model head, of hidden's dtype (float16, bfloat16, float32 or float64).
+        weight: [V, D] language-model head, of hidden's dtype (float16, bfloat16, float32 or float64). A DTensor with
+            Shard(0) is a head whose vocabulary is spread over ranks; `hidden` is then a replicated DTensor, and each
+            rank gets the statistics over the whole vocabulary.
         labels: [...] int64; rows that equal `ignore_index` are not read.
         bias: [V].
         entropy: also `entropy`, `logp_var` and `top1`.
@@ -209,14 +212,20 @@ def _models_stats(
     workspace_mib: float,
 ) -> list[TokenStats]:
     """The statistics of each (hidden, weight) on the same labels."""
+    local = []
     for hidden, weight in models:
-        check_head(hidden, weight, bias)
-        check_labels(labels, hidden.shape[:-1], weight.shape[0], ignore_index)
-        check_same_device(hidden=hidden, labels=labels)
-    impl = resolve_impl(impl, models[0][0])
+        x, w, b, shard = local_head(hidden, weight, bias)
+        check_head(x, w, b)
+        check_labels(labels, x.shape[:-1], weight.shape[0], ignore_index)
+        check_same_device(hidden=x, labels=labels)
+        local.append((x, w))
+    models, bias = local, b
+    impl = resolve_impl(impl, models[0][0], shard)
     check_positive("softcap", softcap)
     check_positive("workspace_mib", workspace_mib)
     y = labels.reshape(-1)  # (N,)
+    if shard is not None:
+        y, ignore_index = shard.labels(y, ignore_index), shard.IGNORED
     hidden, weight = [h.reshape(-1, h.shape[-1]) for h, _ in models], [w for _, w in models]  # (N, D), (V, D)
     # torch.compile sees one operator; eager code needs none, and can be looked into
     compute = torch.ops.tokensel.models_stats if torch.compiler.is_compiling() else _compute_stats
@@ -225,7 +234,16 @@ def _models_stats(
         fields = compute(hidden, weight, y, bias, softcap, *options)
     per_model = len(fields) // len(models)
     found = [TokenStats(*fields[i : i + per_model]) for i in range(0, len(fields), per_model)]
+    if shard is not None:
+        found = [_merge_ranks(stats, shard) for stats in found]
     return [_reshape(stats, labels.shape) for stats in found]
+
+
+def _merge_ranks(stats: TokenStats, shard: VocabShard) -> TokenStats:
+    """The statistics over the whole vocabulary; the same bits on all ranks, which join the parts in one order."""
+    known = {name: field for name, field in vars(stats).items() if field is not None}
+    everybody = shard.gather(torch.stack(list(known.values())))  # (fields, N) of each rank
+    return TokenStats.merge([TokenStats(**dict(zip(known, fields, strict=True))) for fields in everybody])
 
 
 def _compute_stats(
