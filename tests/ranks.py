@@ -153,6 +153,9 @@ def recorded_settings(directory):
     return {
         "sample": {"history": "recorded", "history_store": str(files["history"])},
         "batch": {"method": "token_cleaning", "method_args": "rho=0.5,scope=batch", "recorded": both},
+        "last_seen": {"history": "last_seen", "num_train_epochs": 3},  # rows change ranks between epochs
+        "average": {"history": "ema", "history_decay": 0.5},
+        "threshold": {"method": "ada_eslm", "method_args": "alpha=0.3,speed=2.0"},
     }
 
 
@@ -192,7 +195,8 @@ def run_trainer(directory, **settings):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     totals = trainer.selection_totals()
     totals.pop("tokens_per_second")
-    return {"losses": losses, "kept": trainer.kept, "weights": full_weights(trainer.model), "totals": totals}
+    found = {"losses": losses, "kept": trainer.kept, "weights": full_weights(trainer.model), "totals": totals}
+    return found | {"state": trainer._selection_state()}
 
 
 def trainers(directory):

@@ -75,17 +75,22 @@ def test_two_ranks_train_as_one_process(found, name):
     assert not found[1]["spread"][name]["selections"][1].any()  # that rank had no response token
 
 
-@pytest.mark.parametrize("name", ["sample", "batch"])
+@pytest.mark.parametrize("name", ["sample", "batch", "last_seen", "average", "threshold"])
 def test_two_ranks_of_a_trainer_train_as_one_process(found, launched, name):
     directory = launched[0]
     first, second = (rank["trainers"][name] for rank in found)
     settings = ranks.recorded_settings(directory)[name]
-    alone = ranks.run_trainer(directory, per_device_train_batch_size=8, **settings)
+    batches = {"per_device_train_batch_size": 8}
+    if name == "threshold":  # which is one of each micro-batch
+        batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    alone = ranks.run_trainer(directory, **batches, **settings)
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # the log rounds
-    assert len(alone["losses"]) == 4
+    assert len(alone["losses"]) == 4 * settings.get("num_train_epochs", 1)
     for rank in (first, second):
         assert rank["totals"] == pytest.approx(alone["totals"], rel=1e-6)
         assert largest_difference(rank["weights"], alone["weights"]) < TIGHT
+        if name != "last_seen":  # whose documents stand in another order
+            assert max([0, *((t - alone["state"][n]).abs().max() for n, t in rank["state"].items())]) < TIGHT
     assert first["kept"].keys().isdisjoint(second["kept"])
     assert first["kept"] | second["kept"] == alone["kept"]
 

@@ -568,7 +568,10 @@ def test_callbacks_and_other_columns_work_as_in_the_base_trainer(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "random", "history": "ema"}, "history must be one of none, recorded, adapter_off; got 'ema'"),
+        (
+            {"method": "random", "history": "emma"},
+            "history must be one of none, recorded, last_seen, .*reference; got 'emma'",
+        ),
         ({"method": "sstoken"}, "method 'sstoken' needs a history: history 'recorded' with history_store"),
         ({"method": "history_excess"}, "method 'history_excess' needs a history"),
         ({"method": "rel", "history": "recorded"}, "history='recorded' and history_store go together"),

@@ -17,8 +17,12 @@ from tokensel.stats import TokenStats, token_stats, token_stats_from_logits, tok
 __version__ = "0.1.0"
 
 _NEEDS_TRANSFORMERS = {
+    "AdapterEMA": "history",
     "AdapterOff": "history",
     "HistoryStore": "store",
+    "LastSeen": "history",
+    "ModelCopy": "history",
+    "OtherModel": "history",
     "Selection": "step",
     "SelectionArguments": "trainer",
     "SelectionOutput": "step",

@@ -1,22 +1,30 @@
 """Where the history's statistics come from (step 2): recorded in a store, or a live pass of an earlier model.
 
-| name          | the history is                                    | costs                     |
-| `recorded`    | NLL computed once by `tokensel score`             | nothing per step          |
-| `adapter_off` | the same model with its adapters disabled         | one forward, no memory    |
+| name          | the history is                                    | costs                               |
+| `recorded`    | NLL computed once by `tokensel score`             | nothing per step                    |
+| `last_seen`   | NLL when this document was last trained on        | 4 bytes a token of host memory      |
+| `adapter_off` | the same model with its adapters disabled         | one forward, no memory              |
+| `adapter_ema` | an average of the adapters' weights over the run  | one forward, the adapters again     |
+| `frozen`      | the model as it was when the run began            | one forward, trained weights again  |
+| `ema`         | an average of all trained weights over the run    | one forward, trained weights again  |
+| `reference`   | another model with the same tokenizer             | one forward of it, and its weights  |
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokensel.documents import IGNORE_INDEX, segments_from_positions
-from tokensel.model import Seam
-from tokensel.store import HistoryStore
+from tokensel.checks import check_number
+from tokensel.documents import IGNORE_INDEX, document_keys, positions_in_document, segments_from_positions
+from tokensel.model import Seam, apply_to, remove, unwrap
+from tokensel.store import HistoryStore, tokenizer_fingerprint
 
 
 class RecordedLosses:
@@ -81,26 +89,40 @@ def segments_and_mask(
     return None, mask
 
 
-class LiveHistory(Protocol):
-    """A history that runs in the step: another state of the model, or another model.
+class LiveHistory:
+    """A history that runs in the step: another state of the model, another model, or what the run itself has seen.
 
     Attributes:
         signal: name of the TokenSignals field that it answers for.
         shares_head: whether its head is the current model's, so that one launch serves both; it then has
-            `hidden(seam, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels) -> [B, S]`, nats.
+            `hidden(seam, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels, impl) -> [B, S]`, nats.
     """
 
-    signal: str
-    shares_head: bool
+    signal: str = "history_nll"
+    shares_head: bool = False
+
+    def after_step(self, gather: Callable[[list], list] = list) -> None:
+        """To be called after each optimizer step. gather: joins lists of host objects over ranks, in rank order."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs, as tensors; empty where nothing changes during the run."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of another model or kind of history.
+        """
 
 
-class AdapterOff:
+class AdapterOff(LiveHistory):
     """The history is the base model: a pass with every adapter disabled and dropout off.
 
     Equal to PEFT's `disable_adapter()`, by the layers' own flag, without toggling `requires_grad` in each step.
     """
 
-    signal, shares_head = "history_nll", True
+    shares_head = True
 
     def __init__(self, model: nn.Module) -> None:
         """Args: model: a PEFT model whose trained parameters are all in its adapters.
@@ -109,17 +131,7 @@ class AdapterOff:
             ValueError: no adapter, or trained parameters that disabling the adapters would not undo.
         """
         self.model = model
-        self.switches = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-        if not self.switches:
-            raise ValueError("history='adapter_off' needs a PEFT model; this one has no adapter layers to disable")
-        inside = {id(p) for m in self.switches for p in m.parameters()}
-        outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-        base = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
-        if outside or base:
-            raise ValueError(
-                f"history='adapter_off' needs the base model frozen, but {(outside + base)[0]} is trained; freeze it "
-                "or use history='recorded'"
-            )
+        self.switches = _adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
 
     def hidden(self, seam: Seam, batch: dict) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
@@ -142,3 +154,278 @@ class AdapterOff:
                 switch._disable_adapters = False
             for module in training:
                 module.training = True
+
+
+def _adapter_layers(model: nn.Module, name: str, instead: str) -> list[nn.Module]:
+    """The adapter layers of a PEFT model that trains nothing but them."""
+    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    if not layers:
+        raise ValueError(f"history={name!r} needs a PEFT model; this one has no adapter layers. Use {instead}")
+    inside = {id(p) for m in layers for p in m.parameters()}
+    outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    base = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
+    if outside or base:
+        raise ValueError(
+            f"history={name!r} needs the base model frozen, but {(outside + base)[0]} is trained; freeze it or use "
+            f"{instead}"
+        )
+    return layers
+
+
+class OtherModel(LiveHistory):
+    """Another model: a reference of any hidden size whose token ids mean the same (Rho-1, token cleaning).
+
+    Its head may have more or fewer rows than the current model's, as where one of the two vocabularies is padded: each
+    model's softmax is over its own head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        signal: str = "reference_nll",
+        device: torch.device | str | None = None,
+        offload: bool = False,
+    ) -> None:
+        """Args:
+            model: a transformers causal language model, not patched; it is kept, moved and put into eval mode.
+            signal: the TokenSignals field that it answers for.
+            device: where it runs; None = where it is.
+            offload: its weights stay on the CPU and are brought to `device` layer by layer in each pass.
+        Raises:
+            ValueError: what `tokensel.apply_to` refuses.
+        """
+        self.signal, self.offload = signal, offload
+        self.model = unwrap(model).eval().requires_grad_(False)
+        self.device = torch.device(device) if device is not None else self.model.get_output_embeddings().weight.device
+        if offload or device is not None:
+            self.model.to("cpu" if offload else self.device)
+        self.seam = apply_to(self.model, layer=None)  # nobody looks at its attention
+        if offload:
+            from accelerate import cpu_offload
+
+            for module in self.model.modules():  # what is not a parameter is small and stays with the computation
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(self.device))
+            cpu_offload(self.model, execution_device=self.device, state_dict=self.model.state_dict())
+
+    def token_nll(self, batch: dict, labels: Tensor, impl: str = "auto") -> Tensor:
+        """Negative log-likelihood of label-aligned `labels` [B, S], nats, 0 where ignored -> [B, S]."""
+        there = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        return self.seam.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
+
+
+def load_reference(
+    name_or_path: str, tokenizer, *, device: torch.device | str | None = None, eight_bit: bool = False
+) -> nn.Module:
+    """Loads a model for `OtherModel` whose tokenizer is the training run's.
+
+    Args:
+        name_or_path: directory or hub name of a causal language model with its tokenizer.
+        tokenizer: the training run's. Vocabulary and special tokens must be equal; the number of rows of the head need
+            not be, as long as the tokenizer's ids have one.
+        eight_bit: linear layers but the head in 8 bits, by torchao.
+    Raises:
+        ValueError: no such model, another tokenizer, a head too small for it, torchao not installed.
+    """
+    if tokenizer is None:
+        raise ValueError("history='reference' compares tokenizers: give the trainer processing_class=tokenizer")
+    options = {}
+    if eight_bit:
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError("history_8bit needs torchao: pip install torchao, or leave it out")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    try:
+        other = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto", **options)
+    except OSError as error:
+        raise ValueError(f"history_model_name_or_path {str(name_or_path)!r} cannot be loaded: {error}") from error
+    if tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"history_model_name_or_path {str(name_or_path)!r} has another tokenizer than this run ({len(other)} and "
+            f"{len(tokenizer)} tokens), so its losses would be of other tokens; choose a model of the same tokenizer"
+        )
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"the head of history_model_name_or_path {str(name_or_path)!r} has {rows} rows, but the tokenizer has "
+            f"{len(tokenizer)} tokens; resize its embeddings or choose another model"
+        )
+    return model if device is None or eight_bit else model.to(device)
+
+
+class ModelCopy(OtherModel):
+    """An earlier state of the model itself: frozen as it was, or an exponential moving average over the run.
+
+    After each optimizer step, every trained weight w of the copy becomes decay · w + (1 - decay) · w_now; decay 1 is
+    frozen. It is the average of weights: of LoRA's factors A and B, whose product is not the average of the products.
+    Averages are float32 at least, since a bfloat16 weight would not feel a step of 1 - decay. Only trained weights
+    are copied; all others are the model's own, unless the copy lives elsewhere. The copy is no part of the model, so
+    no optimizer sees it and it is never saved with the model or its adapters.
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float = 1.0, device: torch.device | str | None = None, offload: bool = False
+    ) -> None:
+        """Args:
+            model: the model that is trained, perhaps with PEFT adapters, before anything shards it.
+            decay: in [0, 1]; 1 = frozen.
+            device, offload: as in `OtherModel`.
+        Raises:
+            ValueError: decay outside [0, 1], nothing to train, sharded weights.
+        """
+        check_number("history_decay", decay)
+        if not 0 <= decay <= 1:
+            raise ValueError(
+                f"history_decay must be in [0, 1], the share of itself that the history keeps; got {decay}"
+            )
+        self.decay, self.source = decay, unwrap(model)
+        home = None if device is None and not offload else torch.device("cpu" if offload else device)
+        self.values: dict[str, Tensor] = {}  # the history's trained weights
+        self.copied: dict[str, nn.Parameter] = {}  # the same as the copy computes with them
+        own = {}  # parameters and buffers of the copy, by the id of the model's
+        for name, tensor in (*self.source.named_parameters(), *self.source.named_buffers()):
+            if tensor.requires_grad:
+                dtype = tensor.dtype if decay == 1 else torch.promote_types(tensor.dtype, torch.float32)
+                self.values[name] = _whole(name, tensor).to(home or tensor.device, dtype, copy=True)
+                # where the types agree this is one storage, so that moving the average moves the copy
+                self.copied[name] = nn.Parameter(self.values[name].to(tensor.dtype), requires_grad=False)
+                own[id(tensor)] = self.copied[name]
+            elif home is None:
+                own[id(tensor)] = tensor
+        if not self.values:
+            raise ValueError("the model has no trained parameter (requires_grad), so it has no history of its own")
+        head = self.source.get_output_embeddings()
+        twin = copy.deepcopy(self.source, own)
+        if hasattr(twin, "_tokensel_seam"):
+            remove(twin)
+        super().__init__(twin, "history_nll", device, offload)
+        self.shares_head = home is None and not any(p.requires_grad for p in head.parameters())
+
+    @torch.no_grad()
+    def hidden(self, seam: Seam, batch: dict) -> Tensor:
+        """Final hidden states under the history, [B, S, D]."""
+        return self.seam.backbone(batch)
+
+    def after_step(self, gather: Callable[[list], list] = list) -> None:
+        """Moves the average towards the model's weights of now."""
+        if self.decay == 1:
+            return
+        now = dict(self.source.named_parameters())
+        for name, value in self.values.items():
+            value.lerp_(_whole(name, now[name]).to(value), 1 - self.decay)
+        self._to_copy()
+
+    def _to_copy(self) -> None:
+        for name, value in self.values.items():
+            if self.copied[name].dtype != value.dtype:
+                self.copied[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        other = sorted(state.keys() ^ self.values.keys())
+        other += [n for n, value in self.values.items() if n in state and state[n].shape != value.shape]
+        if other:
+            raise ValueError(
+                f"the saved history is of another model: {other[0]} and {len(other) - 1} more weights are missing, new "
+                "or of another shape; resume with the model and the adapters that the run began with"
+            )
+        for name, value in self.values.items():
+            value.copy_(state[name])
+        self._to_copy()
+
+
+def _whole(name: str, parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+        raise ValueError(
+            f"{name} is sharded (FSDP2 or ZeRO-3), and a copy or an average of sharded weights is not supported; use "
+            "history 'recorded', 'last_seen' or 'adapter_off'"
+        )
+    return parameter.detach()
+
+
+class AdapterEMA(ModelCopy):
+    """An average of the adapters' weights over the run; the base model is shared, so that it costs the adapters again.
+
+    With decay 1 it is the adapters as they began, which is `AdapterOff` where LoRA's B began at 0.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Args: as in `ModelCopy`.
+
+        Raises:
+            ValueError: no adapter, or trained parameters outside of adapters.
+        """
+        _adapter_layers(model, "adapter_ema", "history 'ema'")
+        super().__init__(model, decay)
+
+
+class LastSeen(LiveHistory):
+    """The NLL that each document had when it was last trained on, in host memory: a history for several epochs.
+
+    It is the current model's loss in that step, so with dropout where the model has any. A document is found by the
+    hash of its token ids, as in a store. On the first visit nothing is known, and the history is the current loss
+    itself: REL 0 on every token, as during `rel_warmup`, so that `sstoken` scores by attention alone and a method that
+    knows REL only keeps each sample's first tokens.
+
+    Call `after_step` after each optimizer step: what was seen in it is known from then on.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Tensor] = {}  # by document key; a loss for each token, NaN where it was no response
+        self._visits: list[tuple] = []  # (batch, losses [B, S]) since the last optimizer step
+
+    def token_nll(self, batch: dict, labels: Tensor, impl: str = "auto") -> Tensor:
+        """What is known of each token, [B, S] float; NaN where nothing is. Waits for the device, for the token ids."""
+        valid, keys, lengths = _documents_on_host(batch)
+        unknown = torch.tensor(torch.nan)
+        known = [self._seen.get(key, unknown.expand(n)) for key, n in zip(keys, lengths, strict=True)]
+        found = torch.full(valid.shape, torch.nan, dtype=known[0].dtype if known else torch.float32)
+        if known:
+            found[valid] = torch.cat(known)
+        return found.to(labels.device, non_blocking=True)
+
+    def visit(self, batch: dict, labels: Tensor, known: Tensor, nll: Tensor, remember: bool) -> Tensor:
+        """Notes the current losses [B, S] and returns `known` with them where nothing is known."""
+        if remember:
+            inputs = {name: batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+            self._visits.append((inputs, torch.where(labels != IGNORE_INDEX, nll.detach(), torch.nan)))
+        return torch.where(known.isnan(), nll, known)
+
+    def after_step(self, gather: Callable[[list], list] = list) -> None:
+        """What was seen in this step, on every rank: in the next epoch a document may come to another one."""
+        seen = []
+        for batch, nll in self._visits:
+            valid, keys, lengths = _documents_on_host(batch)
+            seen += zip(keys, (part.clone() for part in nll.cpu()[valid].split(lengths)), strict=True)
+        self._visits = []
+        self._seen.update(gather(seen))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        losses = list(self._seen.values())
+        return {
+            "key": torch.tensor(list(self._seen), dtype=torch.int64),
+            "length": torch.tensor([len(nll) for nll in losses], dtype=torch.int64),
+            "nll": torch.cat(losses) if losses else torch.empty(0),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        parts = state["nll"].split(state["length"].tolist())
+        self._seen = dict(zip(state["key"].tolist(), parts, strict=True))
+
+
+def _documents_on_host(batch: dict) -> tuple[Tensor, list[int], list[int]]:
+    """(valid tokens [B, S] on the CPU, and of each document in their order its key and its number of tokens)."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    input_ids, padding, positions = (None if batch.get(n) is None else batch[n].cpu() for n in names)
+    segments, mask = segments_and_mask(padding, positions)
+    position = positions_in_document(input_ids, segments, mask)
+    valid = position >= 0
+    starts = position[valid] == 0
+    keys = document_keys(input_ids, segments, mask)[valid][starts]
+    ends = torch.cat([starts.nonzero()[:, 0], valid.sum()[None]])
+    return valid, keys.tolist(), ends.diff().tolist()

@@ -13,7 +13,8 @@ from tokensel.checks import check_same_device, check_shape, check_tensor
 RECORDED = {
     "history_nll": "a history: history 'recorded' with history_store, or a live one (adapter_off, ema, ...)",
     "base_nll": "the base model's losses: `tokensel score` with the base model, then recorded: {base: FILE}",
-    "reference_nll": "a reference model's losses: `tokensel score` with that model, then recorded: {reference: FILE}",
+    "reference_nll": "a reference model's losses: history 'reference' with history_model_name_or_path, or `tokensel "
+    "score` with that model, then recorded: {reference: FILE}",
     "shuffled_nll": "losses of a model trained on shuffled prompt-response pairs: `tokensel score` with that model, "
     "then recorded: {shuffled: FILE}",
     "alone_nll": "losses of the response without its prompt: `tokensel score --without_prompt true`, then recorded: "

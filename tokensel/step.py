@@ -17,7 +17,7 @@ from tokensel.documents import (
     prompt_keys,
     token_keys,
 )
-from tokensel.history import LiveHistory, segments_and_mask
+from tokensel.history import LastSeen, LiveHistory, segments_and_mask
 from tokensel.loss import selected_cross_entropy
 from tokensel.methods import TokenSelector
 from tokensel.model import Seam
@@ -83,7 +83,7 @@ class Selection:
 
     Attributes:
         method: from `tokensel.methods.get`.
-        history: a live history (`AdapterOff`), or None where `history_nll` comes with the batch or is not needed.
+        history: a live history (`tokensel.history`), or None where `history_nll` comes with the batch or is not needed.
         denominator: of the loss; None = what the method counts in this micro-batch, the number kept for most (the
             published behaviour), or one global number for the optimizer step.
         row: whose query row measures the prompt mass of a token: "token", its own (the paper), or "predictor", the
@@ -146,7 +146,7 @@ class Selection:
             if self.history.shares_head:
                 history_hidden = self.history.hidden(seam, batch)  # (B, S, D)
             else:
-                losses[self.history.signal] = self.history.token_nll(batch, labels)  # (B, S)
+                losses[self.history.signal] = self.history.token_nll(batch, labels, self.impl)  # (B, S)
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
         with seam.capture() as captured:
@@ -163,6 +163,10 @@ class Selection:
                 models = (hidden, weight), (history_hidden, weight)
                 stats, old = token_stats_pair(*models, next_labels, **head, **moments)
                 losses[self.history.signal] = _right(old.nll)
+            if isinstance(self.history, LastSeen) and self.history.signal in losses:
+                known, now = losses[self.history.signal], _right(stats.nll)
+                training = seam.model.training and not self.score_only
+                losses[self.history.signal] = self.history.visit(batch, labels, known, now, remember=training)
             # 5. scores
             measured = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
             measured = {name: _right(value) for name, value in measured.items() if value is not None}

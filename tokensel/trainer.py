@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field, fields, replace
 
 import torch
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokensel import methods
-from tokensel.history import AdapterOff, RecordedLosses, RecordedWeights
+from tokensel.history import (
+    AdapterEMA,
+    AdapterOff,
+    LastSeen,
+    LiveHistory,
+    ModelCopy,
+    OtherModel,
+    RecordedLosses,
+    RecordedWeights,
+    load_reference,
+)
 from tokensel.methods import TokenSelector
 from tokensel.model import apply_to
 from tokensel.parallel import check_ranks_agree
@@ -27,7 +41,13 @@ from tokensel.step import Selection, SelectionOutput, predictable, responses
 from tokensel.store import HistoryStore, content_of
 from tokensel.watch import SampleRecorder
 
-HISTORIES = ("none", "recorded", "adapter_off")
+HISTORIES = ("none", "recorded", "last_seen", "adapter_off", "adapter_ema", "frozen", "ema", "reference")
+_HISTORY_SETTINGS = {  # and the histories that read them
+    "history_decay": ("adapter_ema", "ema"),
+    "history_device": ("frozen", "ema", "reference"),
+    "history_8bit": ("reference",),
+}
+STATE_FILE = "selection_state.safetensors"
 DENOMINATORS = ("step", "micro_batch")
 
 
@@ -43,12 +63,35 @@ class SelectionArguments:
     history: str = field(
         default="none",
         metadata={
-            "help": "Where the history's losses come from: 'recorded' (a file made by `tokensel score`), 'adapter_off' "
-            "(the same model without its adapters, one more forward a step), or 'none'."
+            "help": "Where the history's losses come from. At no cost: 'recorded' (a file made by `tokensel score`) or "
+            "'last_seen' (what a document's losses were when it was last trained on, from the second epoch on). By one "
+            "more forward a step: 'adapter_off' (the model without its adapters), 'adapter_ema' (an average of the "
+            "adapters' weights over the run), 'frozen' (the model as the run began), 'ema' (an average of all trained "
+            "weights) or 'reference' (another model with the same tokenizer). Or 'none'."
         },
     )
     history_store: str | None = field(
         default=None, metadata={"help": "The Parquet file that `tokensel score` wrote, for history 'recorded'."}
+    )
+    history_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "For 'adapter_ema' and 'ema': the share of itself that the average keeps in an optimizer step, in "
+            "[0, 1]; default 0.99, which looks back about 100 steps. 1 is frozen."
+        },
+    )
+    history_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "For 'frozen', 'ema' and 'reference': another device to run on, or 'cpu' to keep the weights on "
+            "the CPU and bring them over layer by layer in each pass. Default: where the model is."
+        },
+    )
+    history_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "For 'reference': directory or hub name of the model, with its tokenizer."}
+    )
+    history_8bit: bool = field(
+        default=False, metadata={"help": "For 'reference': hold its linear layers in 8 bits (needs torchao)."}
     )
     recorded: str | None = field(
         default=None,
@@ -106,6 +149,8 @@ class SelectionArguments:
         settings = {f.name: getattr(self, f.name) for f in fields(SelectionArguments)}
         settings["method_args"] = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
         settings["history_store"] = "none" if self.history_store is None else "a file"
+        settings["history_model_name_or_path"] = "none" if self.history_model_name_or_path is None else "a model"
+        del settings["history_device"]
         settings["recorded"] = sorted(parse_mapping("recorded", self.recorded, "base=base.parquet"))
         return settings
 
@@ -191,8 +236,12 @@ class TokenSelectionMixin:
             raise ValueError(
                 f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"
             )
-        if (settings.history == "recorded") != (settings.history_store is not None):
-            raise ValueError("history='recorded' and history_store go together; set both or neither")
+        for name, needed_by in (("history_store", "recorded"), ("history_model_name_or_path", "reference")):
+            if (settings.history == needed_by) != (getattr(settings, name) is not None):
+                raise ValueError(f"history={needed_by!r} and {name} go together; set both or neither")
+        for name, users in _HISTORY_SETTINGS.items():
+            if getattr(settings, name) not in (None, False) and settings.history not in users:
+                raise ValueError(f"{name} is for history {' or '.join(users)}, but history is {settings.history!r}")
         if settings.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
         if self.compute_loss_func is not None:
@@ -202,7 +251,11 @@ class TokenSelectionMixin:
         files = parse_recorded(settings.recorded)
         if settings.history == "recorded":
             files["history"] = settings.history_store
-        self.live_history = AdapterOff(self.model) if settings.history == "adapter_off" else None
+        self.live_history = self._live_history(settings.history)
+        if self.live_history is not None and self.live_history.signal.removesuffix("_nll") in files:
+            raise ValueError(
+                f"recorded and history={settings.history!r} both give {self.live_history.signal}; drop one"
+            )
         known = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
         for name in sorted(self.selector.needs & RECORDED.keys() - known):
             raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
@@ -227,6 +280,38 @@ class TokenSelectionMixin:
         self._last_log: float | None = None  # None before the first step, so that set-up is not counted
         if settings.record_samples:
             self.add_callback(SampleRecorder(self, settings.record_samples))
+        self.add_callback(_AfterStep(self))
+
+    def _live_history(self, name: str) -> LiveHistory | None:
+        settings = self.args
+        if name in ("adapter_ema", "frozen", "ema") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"history={name!r} copies weights, which is not supported where FSDP or DeepSpeed shards them; use "
+                "history 'recorded', 'last_seen' or 'adapter_off'"
+            )
+        decay = 0.99 if settings.history_decay is None else settings.history_decay
+        offload = settings.history_device == "cpu"
+        device = settings.history_device if settings.history_device and not offload else None
+        if name == "adapter_off":
+            return AdapterOff(self.model)
+        if name == "adapter_ema":
+            return AdapterEMA(self.model, decay)
+        if name in ("frozen", "ema"):
+            return ModelCopy(self.model, 1.0 if name == "frozen" else decay, device, offload)
+        if name == "last_seen":
+            if settings.max_steps <= 0 and settings.num_train_epochs <= 1:
+                raise ValueError(
+                    "history='last_seen' knows nothing of a document before its second visit; set num_train_epochs "
+                    f"above 1 (it is {settings.num_train_epochs}) or use another history"
+                )
+            return LastSeen()
+        if name == "reference":
+            path = settings.history_model_name_or_path
+            model = load_reference(path, self.processing_class, eight_bit=settings.history_8bit)
+            # a method that knows no reference compares with it as with a history
+            signal = "reference_nll" if "reference_nll" in self.selector.needs else "history_nll"
+            return OtherModel(model, signal, device or settings.device, offload)
+        return None
 
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses and weights beside each batch."""
@@ -322,6 +407,57 @@ class TokenSelectionMixin:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [c for c in ("token_weights",) if c not in self._signature_columns]
 
+    def after_optimizer_step(self) -> None:
+        """Moves what follows the run: the history, and a selector with a state."""
+        if self.live_history is not None:
+            self.live_history.after_step(gather_object)
+        if hasattr(self.selector.selector, "after_step"):
+            self.selector.selector.after_step(lambda sums: self.accelerator.reduce(sums, "sum"))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The state of history and selector beside the optimizer's, before the file that makes a checkpoint whole."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._selection_state()
+        if self.args.should_save and state:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            file = os.path.join(output_dir, STATE_FILE)
+            save_file(state, f"{file}.tmp", {"history": self.args.history, "method": self.selector.name})
+            os.replace(f"{file}.tmp", file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._selection_state():
+            self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
+
+    def _selection_state(self) -> dict[str, Tensor]:
+        parts = {"history": self.live_history, "selector": self.selector.selector}
+        return {
+            f"{part}.{name}": tensor
+            for part, owner in parts.items()
+            if hasattr(owner, "state_dict")
+            for name, tensor in owner.state_dict().items()
+        }
+
+    def _load_selection_state(self, file: str) -> None:
+        settings = {"history": self.args.history, "method": self.selector.name}
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"{file} is missing: the checkpoint was made without history {settings['history']!r} and method "
+                f"{settings['method']!r}, or with save_only_model; start anew or resume with its settings"
+            )
+        with safe_open(file, "pt") as saved:
+            made = saved.metadata()
+            state = {name: saved.get_tensor(name) for name in saved.keys()}
+        for name, value in settings.items():
+            if made[name] != value:
+                raise ValueError(
+                    f"{file} was made with {name}={made[name]!r}, this run has {value!r}; resume with that"
+                )
+        for part, owner in (("history", self.live_history), ("selector", self.selector.selector)):
+            own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
+            if own:
+                owner.load_state_dict(own)
+
     def training_step(self, *args, **kwargs):
         if self._last_log is None:
             self._last_log = time.perf_counter()
@@ -393,6 +529,16 @@ class TokenSelectionMixin:
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, selection=Selection(methods.get("full"), impl=self.args.impl))
         return output.loss.detach(), None, None
+
+
+class _AfterStep(TrainerCallback):
+    """Tells the trainer that an optimizer step is done, before a checkpoint of it can be written."""
+
+    def __init__(self, trainer: TokenSelectionMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.trainer.after_optimizer_step()
 
 
 def _ratios(s: dict[str, float]) -> dict[str, float]:

@@ -5,9 +5,11 @@ A run's folder then holds `selection.jsonl`, a line an epoch, beside the trainer
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,12 +35,14 @@ def selected_samples(trainer: Trainer, rows: dict[int, dict]) -> list[dict]:
     collate = RecordedLosses(trainer.data_collator, trainer.recorded)
     training = [m for m in trainer.model.modules() if m.training]
     trainer.model.eval()
+    # a selector with a state must not take this for a part of the training
+    selection = replace(trainer.selection(None), method=copy.deepcopy(trainer.selector))
     samples = []
     for number, row in rows.items():
         batch = collate([row])
         noise = batch.pop("noise")[0].bool() if "noise" in batch else torch.zeros_like(batch["labels"][0]).bool()
         batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        out = trainer.model(**batch, selection=trainer.selection(None))
+        out = trainer.model(**batch, selection=selection)
         samples.append(_sample(f"row {number}", batch["input_ids"][0], out, noise, trainer.processing_class))
     for module in training:
         module.training = True
