@@ -42,7 +42,7 @@ def test_import_needs_torch_alone(tmp_path):
     code = "import sys, tokensel; print(*{name.partition('.')[0] for name in sys.modules}, sep='\\n')"
     imported = set(run_python(code, tmp_path).splitlines())
     assert {"tokensel", "torch"} <= imported
-    optional = {"transformers", "triton", "datasets", "pyarrow", "peft", "accelerate", "matplotlib"}
+    optional = {"transformers", "triton", "datasets", "pyarrow", "peft", "accelerate", "matplotlib", "trl"}
     assert imported & optional == set()
 
 

@@ -9,6 +9,7 @@ import types
 import datasets
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -221,7 +222,8 @@ def test_the_loss_is_the_mean_that_its_denominator_says(tmp_path, denominator):
         expected = [float(torch.cat(step).mean()) for step in steps]
     else:
         expected = [float(sum(part.mean() for part in step) / 4) for step in steps]
-    assert losses(trainer) == pytest.approx(expected, rel=1e-6)
+    digits = 4 if transformers.__version__ < "5" else 9  # that the trainer logs
+    assert losses(trainer) == pytest.approx([round(value, digits) for value in expected], rel=1e-6)
     assert len({len(part) for part in kept}) > 1  # or both would be the same number
 
 
@@ -491,7 +493,8 @@ def test_a_step_without_any_response_changes_nothing(tmp_path, denominator):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = {"per_device_train_batch_size": 2, "loss_denominator": denominator, "gradient_accumulation_steps": 2}
     trainer = run(tmp_path, model, rows, method="attention", **settings)
-    assert losses(trainer) == [0.0] and trainer.state.log_history[0]["grad_norm"] == 0
+    # transformers 4 logs no gradient norm where none is clipped
+    assert losses(trainer) == [0.0] and trainer.state.log_history[0].get("grad_norm", 0) == 0
     assert trainer.state.log_history[0]["kept_share"] == 0
     assert largest_difference(before, weights(trainer)) == 0
 

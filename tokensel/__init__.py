@@ -1,7 +1,7 @@
 """Token-level data selection for LLM fine-tuning, as a kernel library.
 
 Functions on plain tensors are here at once; what needs transformers (`apply_to`, `remove`, `Selection`, the
-trainers) is loaded when it is first asked for, so that `import tokensel` needs torch alone.
+trainers, of which two need TRL) is loaded when it is first asked for, so that `import tokensel` needs torch alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _NEEDS_TRANSFORMERS = {
     "Selection": "step",
     "SelectionArguments": "trainer",
     "SelectionOutput": "step",
+    "SelectiveSFTConfig": "sft",
+    "SelectiveSFTTrainer": "sft",
     "SelectiveTrainer": "trainer",
     "SelectiveTrainingArguments": "trainer",
     "TokenSelectionMixin": "trainer",

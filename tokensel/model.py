@@ -503,6 +503,14 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def refuse_patched(model: nn.Module) -> PreTrainedModel:
+    """The unwrapped model. Raises ValueError if it is patched already."""
+    base = unwrap(model)
+    if hasattr(base, "_tokensel_seam"):
+        raise ValueError(f"{type(base).__name__} is patched already; call tokensel.remove(model) first")
+    return base
+
+
 def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
     """Gives a causal language model an opt-in `selection=` keyword in its forward.
 
@@ -518,12 +526,16 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
         The seam; `tokensel.remove(model)` undoes it.
     Raises:
         TypeError: not a transformers model; layer is neither an int nor a sequence of ints. ValueError: patched
-        already, an adapter on the head, a layer that does not exist or is named twice, attention that cannot be
-        captured, logits that cannot be reproduced.
+        already, an adapter on the head or of virtual tokens, a layer that does not exist or is named twice, attention
+        that cannot be captured, logits that cannot be reproduced.
     """
-    base = unwrap(model)
-    if hasattr(base, "_tokensel_seam"):
-        raise ValueError(f"{type(base).__name__} is patched already; call tokensel.remove(model) first")
+    base = refuse_patched(model)
+    peft = getattr(model, "active_peft_config", None)
+    if peft is not None and peft.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft).__name__} puts virtual tokens before the batch's, whose losses and prompts would be off by "
+            "their number; use LoRA"
+        )
     seam = Seam(base, layer)
     seam.install()
     try:

@@ -41,6 +41,8 @@ class SelectionOutput(ModelOutput):
         nll: float32, current negative log-likelihood, nats; 0 off the response.
         history_nll: float32 or None, the same under the history.
         mass: float32 or None, attention mass on the prompt.
+        entropy: float32 or None, of the current prediction, nats. correct: bool or None, whether no other token was
+            likelier than the label. Both only with `token_metrics`.
     """
 
     loss: Tensor | None = None
@@ -51,6 +53,8 @@ class SelectionOutput(ModelOutput):
     nll: Tensor | None = None
     history_nll: Tensor | None = None
     mass: Tensor | None = None
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
 
 
 def responses(
@@ -94,6 +98,7 @@ class Selection:
         impl: of statistics, mass and loss.
         score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
             with each batch as `chosen_weights`.
+        token_metrics: return each token's entropy, and whether it was the likeliest, for logging.
     """
 
     method: TokenSelector
@@ -106,6 +111,7 @@ class Selection:
     samples_seen: int = 0
     impl: str = "auto"
     score_only: bool = False
+    token_metrics: bool = False
 
     def __post_init__(self) -> None:
         if self.method.scope == "dataset":
@@ -156,7 +162,7 @@ class Selection:
         def statistics_to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
             head = {"bias": bias, "impl": self.impl, **seam.head_options}
             # 4. token statistics of both models, without logits
-            moments = {"entropy": not self.method.needs.isdisjoint(("entropy", "logp_var"))}
+            moments = {"entropy": self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))}
             if history_hidden is None:
                 stats = token_stats(hidden, weight, next_labels, **head, **moments)
             else:
@@ -187,6 +193,8 @@ class Selection:
                 if router_loss is not None:
                     loss = loss + router_loss
             found = {"nll": known.nll, "history_nll": known.history_nll, "mass": known.mass}
+            if self.token_metrics:
+                found |= {"entropy": known.entropy, "correct": _right(stats.correct)}
             return SelectionOutput(loss, weights, response, sample, score, **found)
 
         return seam.call_head(statistics_to_loss, hidden)

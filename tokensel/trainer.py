@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokensel import methods
+from tokensel.documents import IGNORE_INDEX
 from tokensel.history import (
     AdapterEMA,
     AdapterOff,
@@ -33,7 +35,7 @@ from tokensel.history import (
     load_reference,
 )
 from tokensel.methods import TokenSelector
-from tokensel.model import apply_to
+from tokensel.model import apply_to, refuse_patched
 from tokensel.parallel import check_ranks_agree
 from tokensel.select import constant_samples, responses_per_sample
 from tokensel.signals import RECORDED, TokenSignals
@@ -215,21 +217,73 @@ class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
     """transformers.TrainingArguments and SelectionArguments in one."""
 
 
+def _refuse_other_losses(args: TrainingArguments | None) -> None:
+    """Refuses settings under which another loss than the selection step's would be trained; turns Liger's off.
+
+    The base trainers patch the model by these settings when they are built, so this comes before. A setting that a
+    trainer's arguments do not have is not looked at.
+    """
+    missing = [f.name for f in fields(SelectionArguments) if not hasattr(args, f.name)]
+    if missing:
+        raise TypeError(
+            f"args must have the fields of SelectionArguments ({missing[0]!r} is missing); got {type(args).__name__}. "
+            "Use SelectiveTrainingArguments, or SelectiveSFTConfig with TRL, or a dataclass that extends both yours "
+            "and SelectionArguments"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
+    loss_type = getattr(args, "loss_type", None)  # of TRL; "chunked_nll" is how it computes the same loss
+    if loss_type not in (None, "nll", "chunked_nll"):
+        raise ValueError(
+            f"loss_type must be 'nll': the loss is made inside the selection step; got {loss_type!r}. Choose by "
+            "method instead (method='dft' is TRL's loss_type='dft')"
+        )
+    if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
+        raise ValueError(
+            "packing_strategy='wrapped' loses the boundaries of documents: they are cut anywhere and see each other, "
+            "so neither a token's prompt nor its recorded history can be told. Use packing_strategy='bfd'"
+        )
+    if args.use_liger_kernel:
+        liger = args.liger_kernel_config or {}
+        if liger.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "liger_kernel_config turns fused_linear_cross_entropy on, which replaces the model's forward and with "
+                "it the selection step; take it out (Liger's kernels of the layers stay on)"
+            )
+        args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
+
+
 class TokenSelectionMixin:
     """Token selection for a subclass of transformers.Trainer: `class Mine(TokenSelectionMixin, Trainer)`.
 
     `args` carries the fields of SelectionArguments. The model is patched by `tokensel.apply_to`; evaluation that asks
     for the loss alone is computed without logits too, any other evaluation is the base trainer's.
 
+    Over a trainer of TRL the metrics that its users know are logged, of all response tokens: entropy (nats),
+    mean_token_accuracy, num_tokens (since training started).
+
     Raises:
-        ValueError: settings that contradict each other, at construction.
+        TypeError: args without the fields of SelectionArguments. ValueError: settings that contradict each other or
+        ask for another loss, a model that is patched already, at construction.
     """
 
     def __init__(self, *args, **kwargs) -> None:
+        given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
+        _refuse_other_losses(given.get("args"))
+        if isinstance(given.get("model"), nn.Module):
+            refuse_patched(given["model"])
+        self._of_trl = any(c.__module__.startswith("trl.") for c in type(self).__mro__)
+        columns = getattr(given.get("train_dataset"), "column_names", None) or ()
+        if self._of_trl and given.get("data_collator") is None and "token_weights" in columns:
+            raise ValueError(
+                "TRL drops the column token_weights when it prepares and collates; give encoded rows, a data_collator "
+                "that pads token_weights, and dataset_kwargs={'skip_prepare_dataset': True}"
+            )
         super().__init__(*args, **kwargs)
         settings = self.args
-        check_ranks_agree(settings.selection_settings())  # first of all: a rank that raises alone leaves others waiting
-        self.selector = settings.build_method()
+        # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
+        check_ranks_agree(SelectionArguments.selection_settings(settings))
+        self.selector = SelectionArguments.build_method(settings)
         if settings.history not in HISTORIES:
             raise ValueError(f"history must be one of {', '.join(HISTORIES)}; got {settings.history!r}")
         if settings.loss_denominator not in DENOMINATORS:
@@ -242,8 +296,6 @@ class TokenSelectionMixin:
         for name, users in _HISTORY_SETTINGS.items():
             if getattr(settings, name) not in (None, False) and settings.history not in users:
                 raise ValueError(f"{name} is for history {' or '.join(users)}, but history is {settings.history!r}")
-        if settings.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
@@ -259,6 +311,7 @@ class TokenSelectionMixin:
         known = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
         for name in sorted(self.selector.needs & RECORDED.keys() - known):
             raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
+        self._refuse_data_without_prompt()
         self.selection(None)  # refuses settings that contradict each other before anything is loaded
         self.recorded = {
             signal: HistoryStore.open(file, tokenizer=self.processing_class, content=content_of(signal))
@@ -276,6 +329,7 @@ class TokenSelectionMixin:
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
+        self._evaluation_sums: dict[str, Tensor] = {}
         self._selection_totals: dict[str, float] = {}  # of entries already logged
         self._last_log: float | None = None  # None before the first step, so that set-up is not counted
         if settings.record_samples:
@@ -312,6 +366,25 @@ class TokenSelectionMixin:
             signal = "reference_nll" if "reference_nll" in self.selector.needs else "history_nll"
             return OtherModel(model, signal, device or settings.device, offload)
         return None
+
+    def _refuse_data_without_prompt(self, rows: int = 1000) -> None:
+        """Attention to the prompt says nothing of language-modelling data, where every token is a response."""
+        data = self.train_dataset
+        if "mass" not in self.selector.needs or not hasattr(data, "__getitem__"):
+            return
+        found = 0
+        for i in range(min(rows, len(data))):  # one row, wherever there are prompts
+            row = data[i]
+            labels = row.get("labels") if isinstance(row, Mapping) else None
+            if labels is None or IGNORE_INDEX in labels[1:]:
+                return
+            found += 1
+        if found:
+            raise ValueError(
+                f"method {self.args.method!r} measures attention to the prompt, but the first {found} rows of the "
+                f"training data have none: no label is {IGNORE_INDEX}. Mask the prompt (with TRL: prompt-completion "
+                "rows, or chats with assistant_only_loss=True), or choose a method without attention"
+            )
 
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses and weights beside each batch."""
@@ -400,6 +473,7 @@ class TokenSelectionMixin:
             step=self.state.global_step,
             samples_seen=self.state.global_step * samples_per_step,
             impl=settings.impl,
+            token_metrics=self._of_trl,
         )
 
     def _set_signature_columns_if_needed(self):
@@ -467,6 +541,11 @@ class TokenSelectionMixin:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         output = model(**inputs, selection=self.selection(num_items_in_batch))
+        if not isinstance(output, SelectionOutput):
+            raise TypeError(
+                f"the model returned {type(output).__name__} instead of a SelectionOutput: its forward was replaced "
+                "after the trainer was made (by Liger's loss patch, say). Leave that patch out, or apply it before"
+            )
         self.record_selection(inputs, output)
         loss = output.loss
         if num_items_in_batch is not None:
@@ -493,6 +572,7 @@ class TokenSelectionMixin:
             sums |= {"rel": rel.sum(), "rel_squared": (rel**2).sum()}
         if output.mass is not None:
             sums["mass"] = (output.mass * response).sum()
+        sums |= _token_metric_sums(output)
         for name, value in sums.items():
             self._selection_sums[name] = self._selection_sums.get(name, 0) + value
 
@@ -502,19 +582,28 @@ class TokenSelectionMixin:
             metrics = self._selection_metrics()
             if "loss" in logs:
                 logs |= {name: round(value, 6) for name, value in metrics.items()}
+        if self._evaluation_sums and not self.model.training:
+            sums, self._evaluation_sums = self._over_ranks(self._evaluation_sums), {}
+            metrics = _token_metrics(sums) | {"num_tokens": self._selection_totals.get("tokens", 0)}
+            logs |= {f"eval_{name}": value for name, value in metrics.items()}
         super().log(logs, *args, **kwargs)
 
-    def _selection_metrics(self) -> dict[str, float]:
-        names = sorted(self._selection_sums)
-        totals = torch.stack([self._selection_sums[n].double() for n in names])
+    def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(sums)
+        totals = torch.stack([sums[n].double() for n in names])
         totals = self.accelerator.reduce(totals, "sum").tolist()  # the one wait for the device per log entry
-        self._selection_sums = {}
-        sums = dict(zip(names, totals, strict=True))
+        return dict(zip(names, totals, strict=True))
+
+    def _selection_metrics(self) -> dict[str, float]:
+        sums, self._selection_sums = self._over_ranks(self._selection_sums), {}
         now = time.perf_counter()
         sums["seconds"], self._last_log = now - self._last_log, now
         for name, value in sums.items():
             self._selection_totals[name] = self._selection_totals.get(name, 0) + value
-        return _ratios(sums)
+        metrics = _ratios(sums)
+        if self._of_trl:
+            metrics |= _token_metrics(sums) | {"num_tokens": self._selection_totals["tokens"]}
+        return metrics
 
     def selection_totals(self) -> dict[str, float]:
         """The logged metrics over the whole run: kept_share, responses, tokens_per_second, rel_mean, ..."""
@@ -527,7 +616,10 @@ class TokenSelectionMixin:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**inputs, selection=Selection(methods.get("full"), impl=self.args.impl))
+            everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
+            output = model(**inputs, selection=everything)
+        for name, value in _token_metric_sums(output).items():
+            self._evaluation_sums[name] = self._evaluation_sums.get(name, 0) + value
         return output.loss.detach(), None, None
 
 
@@ -539,6 +631,23 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.trainer.after_optimizer_step()
+
+
+def _token_metric_sums(output: SelectionOutput) -> dict[str, Tensor]:
+    if output.entropy is None:
+        return {}
+    response = output.response
+    return {
+        "responses": response.sum(),
+        "entropy": (output.entropy * response).double().sum(),
+        "correct": (output.correct & response).sum(),
+    }
+
+
+def _token_metrics(s: dict[str, float]) -> dict[str, float]:
+    """The metrics of TRL's SFTTrainer, of all response tokens, whether they were kept or not."""
+    n = max(s["responses"], 1)
+    return {"entropy": s["entropy"] / n, "mean_token_accuracy": s["correct"] / n}
 
 
 def _ratios(s: dict[str, float]) -> dict[str, float]:
