@@ -16,13 +16,7 @@ import tokensel
 from tokensel.documents import IGNORE_INDEX
 
 torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-)
+config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(config)
 history = copy.deepcopy(model).eval()  # the model's own past, frozen
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -18,9 +18,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ["full", "random", "sstoken", "history_excess"]
 
 
-def test_the_raw_loop_trains_in_under_80_lines():
+def test_the_raw_loop_trains():
     path = EXAMPLES / "raw_loop.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
