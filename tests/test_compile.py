@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import causal_lm, padded, samples
 
 from tokensel import (
+    Selection,
     TokenSignals,
+    apply_to,
     methods,
     prompt_attention_mass,
     selected_cross_entropy,
@@ -73,3 +76,20 @@ def test_operators_keep_their_promises():
     mask = torch.ones(1, 24, dtype=torch.bool)
     mass = (q, k, mask, mask, mask, None, None, None, 0.3, None, 5, None, "chunked")
     torch.library.opcheck(torch.ops.tokensel.prompt_mass, mass)
+
+
+def test_a_patched_model_compiles_with_gradient_checkpointing():
+    model, batch = causal_lm(dtype=torch.float32, attention="sdpa", num_hidden_layers=1), padded(samples())
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    apply_to(model)
+    selection = Selection(methods.get("attention"))
+    out = model(**batch, selection=selection)
+    out.loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")(**batch, selection=selection)
+    compiled.loss.backward()
+    assert torch.equal(compiled.weights, out.weights)
+    torch.testing.assert_close(compiled.loss, out.loss)
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)

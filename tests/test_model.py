@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import functools
+import types
+
+import peft
 import pytest
 import torch
 import transformers
@@ -296,6 +300,51 @@ def test_inputs_by_position_are_refused_with_selection(batch):
         model(batch["input_ids"], selection=tokensel.Selection(tokensel.methods.get("full")))
 
 
+def library_forward(self, *args, **kwargs):
+    """Stands for a forward that a library puts in the place of the model's, and makes the loss without logits."""
+    return transformers.modeling_outputs.CausalLMOutputWithPast(loss=self.model(*args, **kwargs)[0].sum())
+
+
+@pytest.mark.parametrize("library", ["liger_kernel.transformers.model.llama", "cut_cross_entropy.transformers.llama"])
+@pytest.mark.parametrize("where", ["instance", "class", "below another"])
+def test_a_loss_of_another_library_is_named(library, where):
+    model = causal_lm()
+    theirs = types.FunctionType(library_forward.__code__, {"__name__": library})
+    if where == "class":
+        model.__class__ = type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {"forward": theirs})
+    else:
+        model.forward = types.MethodType(theirs, model)
+    if where == "below another":
+        model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)  # as accelerate's, for autocast
+    with pytest.raises(ValueError, match=f"replaced by {library.partition('.')[0]}'s.*'fused_linear_cross_entropy': F"):
+        apply_to(model)
+
+
+def test_a_forward_without_logits_is_refused():
+    model = causal_lm()
+    model.forward = types.MethodType(library_forward, model)
+    with pytest.raises(ValueError, match="the forward of LlamaForCausalLM returns no logits"):
+        apply_to(model)
+    assert not hasattr(model, "_tokensel_seam")
+
+
+@pytest.mark.parametrize("missing", ["input_ids", "labels"])
+def test_a_selection_without_ids_or_labels_is_named(batch, missing):
+    model = causal_lm()
+    apply_to(model)
+    del batch[missing]
+    with pytest.raises(ValueError, match=f"with selection=, the model needs {missing}"):
+        model(**batch, selection=tokensel.Selection(tokensel.methods.get("full")))
+
+
+def test_prompt_tuning_is_refused(batch):
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(causal_lm(dtype=torch.float32), config)
+    apply_to(model)
+    with pytest.raises(ValueError, match="the model needs input_ids; adapters that hand over embeddings"):
+        model(**batch, selection=tokensel.Selection(tokensel.methods.get("full")))
+
+
 # Wrappers and adapters
 
 
@@ -307,6 +356,34 @@ def test_wrappers_are_seen_through(batch):
     before = logits_of(wrapped, batch)
     apply_to(wrapped)
     assert torch.equal(logits_of(wrapped, batch), before)
+
+
+_ON_EMBEDDINGS = [{"modules_to_save": ["embed_tokens"]}, {"targets": ["q_proj", "embed_tokens"]}]
+
+
+@pytest.mark.parametrize("settings", [{}, *_ON_EMBEDDINGS])
+def test_a_step_with_adapters_and_tied_embeddings_is_that_of_the_models_own_logits(batch, settings):
+    model = lora(causal_lm(tie_word_embeddings=True), **settings)
+    apply_to(model)
+    out = model(**batch, selection=tokensel.Selection(tokensel.methods.get("full")))
+    out.loss.backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0, check_dtype=False)
+    assert any(gradient.abs().sum() > 0 for gradient in ours.values())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # the statistics are float32
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", _ON_EMBEDDINGS)
+def test_a_head_that_is_tied_to_an_adapter_is_refused(settings):
+    model = lora(causal_lm(tie_word_embeddings=True), ensure_weight_tying=True, **settings)
+    with pytest.raises(ValueError, match="An adapter on the head .* is not supported"):
+        apply_to(model)
 
 
 def test_adapter_off_is_the_base_model_without_dropout(batch):

@@ -129,6 +129,7 @@ class Seam:
 
     def __init__(self, model: PreTrainedModel, layer: int | Sequence[int] | None) -> None:
         self.model = model
+        _refuse_fused_loss(model)
         self._head = _plain_head(model)
         self._base = _base_model(model)
         modules = {} if layer is None else _attention_modules(model, self._base, layer)
@@ -236,6 +237,12 @@ class Seam:
                 return model_forward(*args, **kwargs)
             if args:
                 raise TypeError("with selection=, pass the model's inputs by keyword (input_ids=..., labels=...)")
+            missing = [name for name in ("input_ids", "labels") if kwargs.get(name) is None]
+            if missing:
+                raise ValueError(
+                    f"with selection=, the model needs {' and '.join(missing)}; adapters that hand over embeddings "
+                    "(prompt and prefix tuning) are not supported"
+                )
             return selection(self, **kwargs)
 
         # an instance attribute hides the class's method; one that was already there (accelerate's) is kept for later
@@ -285,6 +292,11 @@ class Seam:
                 capture.probe = None
             for module in training:
                 module.training = True
+        if getattr(own, "logits", None) is None:
+            raise ValueError(
+                f"the forward of {type(self.model).__name__} returns no logits: a library that makes the loss itself "
+                "has replaced it; switch that off"
+            )
         self._find_head_options(hidden, ids, valid, own.logits)
         self._compare_router_loss(router_loss, getattr(own, "aux_loss", None))
         self._compare_mass(captured, prompt, valid.bool())
@@ -404,6 +416,21 @@ def _head_options(model: PreTrainedModel) -> list[dict]:
         {"softcap": cap, "logit_scale": scale}
         for cap, scale in itertools.product([*caps, None], [y for x in scales for y in (x, 1 / x)] + [1.0])
     ]
+
+
+def _refuse_fused_loss(model: PreTrainedModel) -> None:
+    """Libraries replace a model's forward by one that makes the loss, on the instance or on its class."""
+    forward = model.forward
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        library = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]  # __module__ may be copied
+        if library in ("liger_kernel", "cut_cross_entropy"):
+            raise ValueError(
+                f"the forward of {type(model).__name__} has been replaced by {library}'s, which makes the loss itself. "
+                "Switch that loss off (liger_kernel_config={'fused_linear_cross_entropy': False}, or no "
+                "use_liger_kernel); the library's other kernels may stay on"
+            )
+        forward = getattr(function, "__wrapped__", None)
 
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear:
