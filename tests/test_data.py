@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from tokensel.data import EncodingReport, RowError, encode_rows, load_rows, place_of_row
+from tokensel.data import EncodingReport, RowError, WeightsCollator, encode_rows, load_rows, place_of_row
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", "<go>", *"abcdefgh", "\n"]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -438,3 +438,108 @@ def test_a_directory_of_data_files_is_loaded_for_real(tmp_path, monkeypatch):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "train.jsonl", '{"prompt": "a", "completion": "b"}')
     assert load_rows(str(tmp_path / "rows"))[0] == {"prompt": "a", "completion": "b"}
+
+
+# Weights
+
+
+def chat(*messages):
+    return {"messages": [{"role": r, "content": c} | ({} if w is None else {"weight": w}) for r, c, w in messages]}
+
+
+def test_a_messages_weight_stands_on_its_answer():
+    row = encode(
+        chat(
+            ("user", "a", None),
+            ("assistant", "b c", -0.5),
+            ("user", "d", 0),
+            ("assistant", "e", None),
+            ("user", "f", None),
+            ("assistant", "g", 2),
+        )
+    )
+    assert row["input_ids"] == ids("<user> a <bot> b c </s> <user> d <bot> e </s> <user> f <bot> g </s>")
+    assert row["token_weights"] == [0, 0, 0, -0.5, -0.5, -0.5, 0, 0, 0, 1, 1, 0, 0, 0, 2, 2]
+
+
+def test_a_weight_on_a_row_is_a_factor_of_its_response():
+    text = {"prompt": "a b", "completion": "c"}
+    weights = [0, 0, 0, 3, 3]  # <s> a b c </s>
+    rows = [text | {"weight": 3}, text | {"weight": None}, {"question": "a", "answer": "c", "weight": -1.5}]
+    found = [row["token_weights"] for row in encode_rows(rows, make_tokenizer(), 64)[0]]
+    assert found == [weights, [0, 0, 0, 1, 1], [0, 0, 0, -1.5, -1.5]]
+    messages = chat(("user", "a", None), ("assistant", "b", -2), ("assistant", "c", None))
+    assert encode(messages | {"weight": 3})["token_weights"] == [0, 0, 0, -6, -6, 0, 3, 3]
+    ids_and_labels = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "token_weights": [9, 0.5, 2, -1]}
+    assert encode(ids_and_labels | {"weight": 3})["token_weights"] == [0, 0.5, 6, -3]
+
+
+def test_a_weight_for_each_token_is_cut_with_its_row():
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8], "token_weights": [9, 0.5, 2, -1]}
+    assert encode(row)["token_weights"] == [0, 0.5, 2, -1]  # nothing predicts the first token
+    assert encode(row, max_length=3)["token_weights"] == [0, 0.5, 2]
+
+
+def test_prompt_and_response_weights():
+    row = {"prompt": "a b", "completion": "c"}
+
+    def weights(row, **given):
+        return encode_rows([row], make_tokenizer(), 64, **given)[0][0]["token_weights"]
+
+    assert weights(row, prompt_weight=0.25) == [0, 0.25, 0.25, 1, 1]
+    assert weights(row, response_weight=0.5) == [0, 0, 0, 0.5, 0.5]
+    assert weights(row | {"weight": -2}, prompt_weight=0.25, response_weight=0.5) == [0, 0.25, 0.25, -1, -1]
+    given = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "token_weights": [0, 3, 4]}
+    assert weights(given, prompt_weight=0.25, response_weight=0.5) == [0, 3, 2]
+
+
+def test_without_weights_there_is_no_column():
+    assert set(encode({"prompt": "a", "completion": "b"})) == {"input_ids", "labels"}
+    assert set(encode(chat(("user", "a", None), ("assistant", "b", None)))) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "completion": "b", "weight": "c"}, "weight must be a finite number, .* got 'c'"),
+        ({"prompt": "a", "completion": "b", "weight": float("inf")}, "weight must be a finite number, .* got inf"),
+        ({"prompt": "a", "completion": "b", "weight": 1e39}, r"weight must be a finite number, .* got 1e\+39"),
+        ({"prompt": "a", "completion": "b", "weight": True}, "weight must be a finite number, .* got True"),
+        ({"prompt": "a", "completion": "b", "token_weights": [1.0]}, "token_weights goes with input_ids and labels"),
+        (chat(("user", "a", None), ("assistant", "b", float("nan"))), r"messages\[1\].weight must be .* got nan"),
+        (chat(("user", "a", 0.5), ("assistant", "b", 1)), r"messages\[0\].weight is 0.5, but .* the user's"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "token_weights": [1.0]}, r"token_weights must .* \(2\); got 1"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "token_weights": 1.0}, "token_weights must be a list .* got float"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "token_weights": [1.0, None]}, r"token_weights\[1\] .* got None"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "token_weights": [1.0, float("inf")]}, r"token_weights\[1\] .* inf"),
+    ],
+)
+def test_a_weight_that_is_none_names_its_row(row, message):
+    with pytest.raises(RowError, match=f"row 0: {message}"):
+        encode(row)
+
+
+def test_settings_of_weights_are_checked():
+    for name in ("prompt_weight", "response_weight"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number; got nan"):
+            encode_rows([{"prompt": "a", "completion": "b"}], make_tokenizer(), 64, **{name: float("nan")})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_weights_are_padded_and_concatenated_with_their_tokens(side):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    rows = [{"prompt": "a", "completion": "b", "weight": 2}, {"prompt": "a b c", "completion": "d", "weight": -1}]
+    encoded = list(encode_rows(rows, tokenizer, 64)[0])
+    batch = WeightsCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(encoded)
+    short = [0, 0, 2, 2]
+    assert batch["token_weights"].tolist() == [
+        [0, 0, *short] if side == "left" else [*short, 0, 0],
+        [0, 0, 0, 0, -1, -1],
+    ]
+    assert (batch["token_weights"] != 0).eq(batch["labels"] != -100).all()
+    packed = WeightsCollator(DataCollatorWithFlattening(return_tensors="pt"))(encoded)
+    assert packed["token_weights"].tolist() == [[*short, 0, 0, 0, 0, -1, -1]]
+    assert (packed["token_weights"] != 0).eq(packed["labels"] != -100).all()
+    plain = [{name: row[name] for name in ("input_ids", "labels")} for row in encoded]
+    assert "token_weights" not in WeightsCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(plain)

@@ -42,6 +42,7 @@ OUTPUT.partial until the output is complete. To select over the whole dataset, o
   tokensel train --model_name_or_path BASE --dataset_name data.jsonl --method weighted \\
       --weights_store selected.parquet --output_dir run
 
+Messages, rows and tokens may carry weights (`"weight"`, `"token_weights"`), negative ones too: --method weighted.
 With LoRA no recording is needed: --history adapter_off takes the model without its adapters as the history.
 Settings may stand in a YAML file; flags win over it. Compare with --method random at the same rho before you
 believe in a gain.
@@ -105,6 +106,12 @@ class RunArguments(DataArguments):
     """Settings of `tokensel train` beside transformers.TrainingArguments and the selection's. LoRA names are TRL's."""
 
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
+    prompt_weight: float = field(
+        default=0.0, metadata={"help": "Weight of prompt tokens; not 0 trains them, too (weighted instruction tuning)."}
+    )
+    response_weight: float = field(
+        default=1.0, metadata={"help": "Weight of response tokens, a factor of weights that the data gives."}
+    )
     packing: bool = field(
         default=False, metadata={"help": "Concatenate the rows of a batch without padding; documents stay apart."}
     )
@@ -204,11 +211,11 @@ def _load_model(settings: DataArguments):
         raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
 
 
-def _encode(name: str, split: str, tokenizer, max_length: int):
+def _encode(name: str, split: str, tokenizer, max_length: int, **weights: float):
     from tokensel.data import RowError, encode_rows, load_rows, place_of_row
 
     try:
-        rows, report = encode_rows(load_rows(name, split), tokenizer, max_length)
+        rows, report = encode_rows(load_rows(name, split), tokenizer, max_length, **weights)
     except RowError as error:
         raise ValueError(f"{place_of_row(name, error.row)}: {error.reason}") from error
     print(f"{name}: {report}", flush=True)
@@ -397,6 +404,7 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     """Fine-tunes with token selection and saves the model (or adapter) to `output_dir` -> the metrics."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
+    from tokensel.data import WeightsCollator
     from tokensel.trainer import SelectiveTrainer
 
     arguments.build_method()  # a wrong name should not have to wait for the model to load
@@ -411,7 +419,8 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     set_seed(arguments.seed)
     tokenizer = _load_tokenizer(settings)
     names = [name for name in (settings.dataset_name, settings.eval_dataset_name) if name]
-    encoded = {name: _encode(name, settings.dataset_split, tokenizer, settings.max_length) for name in names}
+    weights = {"prompt_weight": settings.prompt_weight, "response_weight": settings.response_weight}
+    encoded = {name: _encode(name, settings.dataset_split, tokenizer, settings.max_length, **weights) for name in names}
     model = _load_model(settings)
     for name, (_, report) in encoded.items():
         _check_fit(name, report, tokenizer, model)
@@ -429,13 +438,16 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
         model = get_peft_model(model, lora)
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
-    held_out = encoded[settings.eval_dataset_name][0] if settings.eval_dataset_name else None
+    rows, held_out = encoded[settings.dataset_name][0], None
+    if settings.eval_dataset_name:
+        held_out = encoded[settings.eval_dataset_name][0].select_columns(["input_ids", "labels"])
     packed = DataCollatorWithFlattening(return_tensors="pt")
+    collator = packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     trainer = SelectiveTrainer(
         model,
         arguments,
-        data_collator=packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
-        train_dataset=encoded[settings.dataset_name][0],
+        data_collator=WeightsCollator(collator),
+        train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
