@@ -17,6 +17,7 @@ from tiny import causal_lm, padded, samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
@@ -111,6 +112,23 @@ SPREADS = {
 }
 
 
+def tensor_parallel(model, **head):
+    """Heads, MLP and vocabulary are spread over the ranks, which all see the same rows."""
+    column, row = ColwiseParallel, RowwiseParallel
+    layer = {f"self_attn.{name}_proj": column() for name in "qkv"} | {"self_attn.o_proj": row()}
+    layer |= {"mlp.gate_proj": column(), "mlp.up_proj": column(), "mlp.down_proj": row()}
+    plan = {f"model.layers.*.{name}": style for name, style in layer.items()} | {"lm_head": column(**head)}
+    return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
+
+
+# name: how the head hands out the logits that somebody asks it for
+TENSOR_PARALLEL = {
+    "tp": {},
+    "tp-whole-logits": {"output_layouts": Replicate()},
+    "tp-dtensor-logits": {"use_local_output": False},
+}
+
+
 def spread(directory):
     """Every way of spreading the model; each rank leaves its selections, rank 0 the losses and weights."""
     found = {}
@@ -118,6 +136,18 @@ def spread(directory):
         model = wrap(build(**options))
         losses, selections = train(model, global_batches(), rank=dist.get_rank(), ranks=RANKS)
         found[name] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    for name, head in TENSOR_PARALLEL.items():
+        model = tensor_parallel(build(), **head)
+        losses, selections = train(model, global_batches())
+        found[name] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    model = tensor_parallel(causal_lm(), output_layouts=Replicate())
+    tokensel.apply_to(model)  # with whole logits, afterwards will do as well
+    losses, selections = train(model.train(), global_batches())
+    found["tp-patched-after"] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    try:
+        tokensel.apply_to(tensor_parallel(causal_lm()))
+    except ValueError as error:
+        found["tp-patched-after-part-of-logits"] = str(error)
     torch.save(found, directory / f"spread-{dist.get_rank()}.pt")
 
 

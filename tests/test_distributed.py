@@ -75,6 +75,16 @@ def test_two_ranks_train_as_one_process(found, name):
     assert not found[1]["spread"][name]["selections"][1].any()  # that rank had no response token
 
 
+@pytest.mark.parametrize("name", [*ranks.TENSOR_PARALLEL, "tp-patched-after"])
+def test_two_tensor_parallel_ranks_train_as_one_process(found, name):
+    model = ranks.build()
+    losses, selections = ranks.train(model, ranks.global_batches())
+    for rank in found:
+        assert rank["spread"][name]["losses"] == pytest.approx(losses, rel=TIGHT, abs=0)
+        assert largest_difference(rank["spread"][name]["weights"], ranks.full_weights(model)) < TIGHT
+        assert all(map(torch.equal, rank["spread"][name]["selections"], selections))
+
+
 @pytest.mark.parametrize("name", ["sample", "batch", "last_seen", "average", "threshold"])
 def test_two_ranks_of_a_trainer_train_as_one_process(found, launched, name):
     directory = launched[0]
@@ -197,6 +207,12 @@ def test_a_head_that_is_spread_otherwise_is_refused(mesh, hidden, weight, bias, 
 def test_ranks_that_do_not_fit_together_all_refuse_to_start(found, case, message):
     for rank in found:
         assert rank["refusals"][case].startswith(message)
+
+
+def test_a_model_that_hands_out_part_of_its_logits_is_refused(found):
+    for rank in found:
+        message = rank["spread"]["tp-patched-after-part-of-logits"]
+        assert re.search("spread over ranks already, and hands out 4[89] of 97 logits; call apply_to before", message)
 
 
 def test_ranks_that_fit_together_start(found):

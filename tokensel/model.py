@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tokensel.attention import prompt_attention_mass
+from tokensel.parallel import replicated_as, spreading_group
 from tokensel.stats import token_stats
 
 # The private name under which one attention module finds the capturing function. The model's own config keeps its
@@ -38,6 +39,7 @@ class Captured:
     q: Tensor
     k: Tensor
     options: dict  # scale, softcap, window, sinks as prompt_attention_mass takes them
+    group: object | None = None  # the ranks that the heads are spread over (tensor parallel)
 
 
 @dataclass
@@ -63,7 +65,7 @@ def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
             "window": kwargs.get("sliding_window", capture.window),
             "sinks": kwargs.get("s_aux"),
         }
-        capture.captured = Captured(query.detach(), key.detach(), options)
+        capture.captured = Captured(query.detach(), key.detach(), options, spreading_group(module))
     # FlashAttention's wrapper reads the implementation's name off the module, and would take ours for a Hub kernel
     ours, module.config = module.config, capture.config
     try:
@@ -115,6 +117,22 @@ def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
 def _layer_type(config, layer: int) -> str | None:
     types = getattr(config, "layer_types", None) or []
     return types[layer] if layer < len(types) else None
+
+
+class _PastHooks:
+    """What was computed in a tensor-parallel head, on its way out: the head's hooks take its output for a DTensor of
+    logits, which they would redistribute or make local."""
+
+    placements = None
+
+    def __init__(self, result: object) -> None:
+        self._result = result
+
+    def redistribute(self, *_, **__) -> _PastHooks:
+        return self
+
+    def to_local(self) -> object:
+        return self._result
 
 
 class Seam:
@@ -200,7 +218,8 @@ class Seam:
 
         Calling the module is what lets a sharding wrapper (FSDP, ZeRO-3) gather the weight first.
         """
-        return self._head(hidden, tokensel_function=function)
+        result = self._head(hidden, tokensel_function=function)
+        return result.to_local() if isinstance(result, _PastHooks) else result
 
     @torch.no_grad()
     def token_nll(self, inputs: dict, labels: Tensor, *, impl: str = "auto") -> Tensor:
@@ -227,7 +246,9 @@ class Seam:
             weight, device = head.weight, hidden.device.type
             if torch.is_autocast_enabled(device):  # as the head's own product would
                 hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
-            return tokensel_function(hidden, weight, head.bias)
+            if not hasattr(weight, "device_mesh"):
+                return tokensel_function(hidden, weight, head.bias)
+            return _PastHooks(tokensel_function(replicated_as(weight, hidden), weight, head.bias))
 
         model_forward = self.model.forward
 
@@ -296,6 +317,11 @@ class Seam:
             raise ValueError(
                 f"the forward of {type(self.model).__name__} returns no logits: a library that makes the loss itself "
                 "has replaced it; switch that off"
+            )
+        if hasattr(weight, "device_mesh") and own.logits.shape[-1] != weight.shape[0]:
+            raise ValueError(
+                f"the head of {type(self.model).__name__} is spread over ranks already, and hands out "
+                f"{own.logits.shape[-1]} of {weight.shape[0]} logits; call apply_to before the model is sharded"
             )
         self._find_head_options(hidden, ids, valid, own.logits)
         self._compare_router_loss(router_loss, getattr(own, "aux_loss", None))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks with the same settings") -> None:
@@ -105,3 +105,29 @@ def local_head(
     gradients = [Partial() if i in over else Replicate() for i in range(mesh.ndim)]
     shard = VocabShard(first, len(rows), V, mesh.get_group(over[0]))
     return hidden.to_local(grad_placements=gradients), rows, None if bias is None else bias.to_local(), shard
+
+
+def replicated_as(like: Tensor, x: Tensor) -> Tensor:
+    """`x`, equal on all ranks of a tensor-parallel group, as the DTensor that says so, where `like` is a DTensor."""
+    if not hasattr(like, "device_mesh") or hasattr(x, "device_mesh"):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+
+
+def spreading_group(module: nn.Module) -> object | None:
+    """The process group that a module's weights are spread over by rows (tensor parallel), or None."""
+    for parameter in module.parameters():
+        for i, placement in enumerate(getattr(parameter, "placements", ())):
+            if placement.is_shard(0):
+                return parameter.device_mesh.get_group(i)
+    return None
+
+
+def mean_over_ranks(x: Tensor, group: object | None) -> Tensor:
+    """The mean of everybody's `x`, of which each stands for as many attention heads; `x` itself without a group."""
+    if group is None:
+        return x
+    dist.all_reduce(x, group=group)
+    return x / dist.get_world_size(group)

@@ -21,6 +21,7 @@ from tokensel.history import LastSeen, LiveHistory, segments_and_mask
 from tokensel.loss import selected_cross_entropy
 from tokensel.methods import TokenSelector
 from tokensel.model import Seam
+from tokensel.parallel import mean_over_ranks, replicated_as
 from tokensel.signals import RECORDED, TokenSignals
 from tokensel.stats import token_stats, token_stats_pair
 
@@ -166,7 +167,7 @@ class Selection:
             if history_hidden is None:
                 stats = token_stats(hidden, weight, next_labels, **head, **moments)
             else:
-                models = (hidden, weight), (history_hidden, weight)
+                models = (hidden, weight), (replicated_as(hidden, history_hidden), weight)
                 stats, old = token_stats_pair(*models, next_labels, **head, **moments)
                 losses[self.history.signal] = _right(old.nll)
             if isinstance(self.history, LastSeen) and self.history.signal in losses:
@@ -220,11 +221,10 @@ class Selection:
             queries = _left(response, False) if predictor else response
             mass, uniform = [], []
             for layer in captured():
-                mass.append(
-                    prompt_attention_mass(
-                        layer.q, layer.k, prompt, query_mask=queries, impl=self.impl, **masks, **layer.options
-                    )
+                heads = prompt_attention_mass(
+                    layer.q, layer.k, prompt, query_mask=queries, impl=self.impl, **masks, **layer.options
                 )
+                mass.append(mean_over_ranks(heads, layer.group))
                 uniform.append(uniform_prompt_mass(prompt, window=layer.options["window"], **masks))
             for name, values in (("mass", mass), ("uniform_mass", uniform)):
                 mean = torch.stack(values).mean(0)  # over layers, (B, S)
