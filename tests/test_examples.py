@@ -159,6 +159,38 @@ def test_a_method_of_ones_own_is_used_by_its_name():
     assert done.stdout == "kept: [[0.0, 0.0, 1.0, 0.0, 1.0]]\n", done.stderr
 
 
+def test_iterative_token_cleaning_trains_on_what_the_stage_before_chose(tmp_path, capsys):
+    from tokensel.planted import make_model, make_rows, make_tokenizer
+    from tokensel.store import HistoryStore
+
+    rows = make_rows(26, seed=5)
+    tokenizer = make_tokenizer(rows, vocab_size=320)
+    base = str(tmp_path / "base")
+    make_model(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, seed=0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = EXAMPLES / "token_cleaning_iterative.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    spec = importlib.util.spec_from_file_location("token_cleaning_iterative", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags = "--use_cpu true --report_to none --save_strategy no --max_steps 2 --learning_rate 1e-3".split()
+    out = tmp_path / "out"
+    module.main(base, str(tmp_path / "rows.jsonl"), str(out), "3", *flags)
+
+    splits = [(out / f"split{i}.jsonl").read_text(encoding="utf-8") for i in range(3)]
+    assert "".join(splits) == (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert [len(split.splitlines()) for split in splits] == [8, 9, 9]
+    shares = [json.loads((out / f"stage{i}" / "all_results.json").read_text())["kept_share"] for i in range(3)]
+    assert shares[0] == 1 and all(0.5 < share < 0.7 for share in shares[1:])
+    for i in (1, 2):
+        made_by = [HistoryStore.open(out / f"{name}{i}.parquet").metadata["model"] for name in ("base", "reference")]
+        assert made_by == [base, str(out / f"stage{i - 1}")]
+    capsys.readouterr()
+    module.main(base, str(tmp_path / "rows.jsonl"), str(out), "3", *flags)
+    assert capsys.readouterr().out == ""  # everything is there
+
+
 def python_blocks_of_the_readme():
     return re.findall(
         r"^```python\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.M | re.S
