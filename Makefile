@@ -6,17 +6,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
+# What test-matrix tests, each in an environment of its own. `lowest` is what pyproject.toml promises, `newest` what the
+# index has today; what a line leaves out is the newest that goes with the rest.
+MATRIX := lowest trl-1.9 newest
+lowest := transformers==4.56.2 trl==1.9.0 peft==0.15.2 accelerate==1.4.0 datasets==4.7.0
+trl-1.9 := trl==1.9.0
+newest :=
+MATRIX_TESTS := $(addprefix tests/test_,model.py step.py trainer.py trl.py frameworks.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart test test-matrix lint format bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/.installed  ## run the tests
 	$(BIN)/python -m pytest
+
+test-matrix: $(MATRIX:%=test-matrix-%)  ## run the tests of model and trainers with old and new releases (`make -k`: all)
+
+test-matrix-%: .matrix/%/.installed
+	.matrix/$*/bin/python -m pytest $(MATRIX_TESTS)
 
 lint: .venv/.dev  ## check style and formatting
 	$(BIN)/ruff check .
@@ -30,7 +43,7 @@ bench: .venv/.installed  ## time one selection step against the published way an
 	$(BIN)/python -m benchmarks.selection_step
 
 clean:  ## remove the environment, caches and everything the targets wrote
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache quickstart
+	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache quickstart
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own first: the pin alone then decides which build of it (CPU or CUDA) the rest is resolved against.
@@ -38,6 +51,13 @@ clean:  ## remove the environment, caches and everything the targets wrote
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) -e '.[test]'
+	@touch $@
+
+.PRECIOUS: .matrix/%/.installed
+.matrix/%/.installed: pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv .matrix/$*
+	.matrix/$*/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	.matrix/$*/bin/python -m pip install --disable-pip-version-check -e '.[test]' $($*)
 	@touch $@
 
 .venv/.dev: .venv/.installed

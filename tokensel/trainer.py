@@ -276,8 +276,9 @@ class TokenSelectionMixin:
         columns = getattr(given.get("train_dataset"), "column_names", None) or ()
         if self._of_trl and given.get("data_collator") is None and "token_weights" in columns:
             raise ValueError(
-                "TRL drops the column token_weights when it prepares and collates; give encoded rows, a data_collator "
-                "that pads token_weights, and dataset_kwargs={'skip_prepare_dataset': True}"
+                "TRL drops the column token_weights when it prepares and collates; put the weights into a weights_store "
+                "(`tokensel select`), or give encoded rows, a data_collator that pads token_weights, and "
+                "dataset_kwargs={'skip_prepare_dataset': True}"
             )
         super().__init__(*args, **kwargs)
         settings = self.args
