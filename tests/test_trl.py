@@ -211,6 +211,21 @@ def test_a_mixture_of_experts_keeps_its_routers_loss(tmp_path):
     assert losses(ours)[0] > losses(without)[0] + 0.1
 
 
+def test_the_routers_loss_does_not_grow_with_accumulation(tmp_path):
+    config = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    config |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=256)
+    share = []
+    for size, steps in ((4, 1), (1, 4)):
+        first = []
+        for weight in (0.5, 0.0):
+            torch.manual_seed(0)
+            model = MixtralForCausalLM(MixtralConfig(**config, router_aux_loss_coef=weight))
+            batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+            first.append(losses(run(tmp_path, model=model, method="full", router_aux_loss_coef=weight, **batches))[0])
+        share.append(first[0] - first[1])
+    assert share[0] > 0.1 and share[1] == pytest.approx(share[0], rel=0.1)  # each is a mean over its micro-batches
+
+
 def test_lora_trains_the_adapter_against_the_base_as_history(tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = run(tmp_path, peft_config=lora, method="rel", history="adapter_off", save_strategy="steps", save_steps=2)

@@ -100,6 +100,7 @@ class Selection:
         score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
             with each batch as `chosen_weights`.
         token_metrics: return each token's entropy, and whether it was the likeliest, for logging.
+        router_share: factor of the router's loss: 1 / micro-batches of an optimizer step, if `denominator` is its.
     """
 
     method: TokenSelector
@@ -113,6 +114,7 @@ class Selection:
     impl: str = "auto"
     score_only: bool = False
     token_metrics: bool = False
+    router_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method.scope == "dataset":
@@ -192,7 +194,7 @@ class Selection:
                     hidden, weight, next_labels, keep, stats=stats, denominator=denominator, **head
                 )
                 if router_loss is not None:
-                    loss = loss + router_loss
+                    loss = loss + self.router_share * router_loss
             found = {"nll": known.nll, "history_nll": known.history_nll, "mass": known.mass}
             if self.token_metrics:
                 found |= {"entropy": known.entropy, "correct": _right(stats.correct)}

@@ -276,8 +276,8 @@ class TokenSelectionMixin:
         columns = getattr(given.get("train_dataset"), "column_names", None) or ()
         if self._of_trl and given.get("data_collator") is None and "token_weights" in columns:
             raise ValueError(
-                "TRL drops the column token_weights when it prepares and collates; put the weights into a weights_store "
-                "(`tokensel select`), or give encoded rows, a data_collator that pads token_weights, and "
+                "TRL drops the column token_weights when it prepares and collates; put the weights into a "
+                "weights_store (`tokensel select`), or give encoded rows, a data_collator that pads token_weights, and "
                 "dataset_kwargs={'skip_prepare_dataset': True}"
             )
         super().__init__(*args, **kwargs)
@@ -463,6 +463,7 @@ class TokenSelectionMixin:
     def selection(self, denominator: Tensor | None) -> Selection:
         """What the next micro-batch is selected by."""
         settings = self.args
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of this step; set when it begins
         samples_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
         return Selection(
             self.selector,
@@ -475,6 +476,8 @@ class TokenSelectionMixin:
             samples_seen=self.state.global_step * samples_per_step,
             impl=settings.impl,
             token_metrics=self._of_trl,
+            # a mean over each micro-batch, where the rest of the loss is a sum with one denominator
+            router_share=1.0 if denominator is None else 1 / (micro_batches * settings.world_size),
         )
 
     def _set_signature_columns_if_needed(self):
