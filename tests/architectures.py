@@ -56,7 +56,7 @@ _PLAIN = (
 )
 _WINDOWED = (
     "afmoe cohere2 cwm exaone4 gemma3_text gemma4_text gemma4_unified_text gpt_oss lfm3 ministral olmo3 qwen2 "
-    "qwen2_moe qwen3 smollm3"
+    "qwen3 smollm3"
 )
 # model_type -> changes of its tiny config
 SUPPORTED: dict[str, dict] = {
@@ -97,6 +97,7 @@ SUPPORTED: dict[str, dict] = {
         "n_groups": 1,
         "chunk_size": 8,
     },
+    "qwen2_moe": _FULL_SLIDING | {"use_sliding_window": True, "max_window_layers": 0},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
 }
