@@ -98,6 +98,7 @@ def by_path(dotted):
 
 @pytest.fixture
 def plugin(monkeypatch):
+    pytest.importorskip("pydantic", reason="Axolotl brings pydantic")
     stand_in(
         monkeypatch,
         axolotl_integrations_base={"BasePlugin": BasePlugin},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 
 import peft
@@ -202,6 +203,7 @@ def test_a_layer_whose_attention_is_not_known_is_named():
         apply_to(model, 0)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Phimoe does not use the attention interface there")
 def test_a_window_that_the_attention_does_not_tell_is_refused():
     model = tiny_model("phimoe")
     model.config.sliding_window = 32  # of 64 positions: longer than the self-test's rows
@@ -337,10 +339,18 @@ def test_a_selection_without_ids_or_labels_is_named(batch, missing):
         model(**batch, selection=tokensel.Selection(tokensel.methods.get("full")))
 
 
-def test_prompt_tuning_is_refused(batch):
-    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_refused(kind):
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(causal_lm(dtype=torch.float32), config)
+    with pytest.raises(ValueError, match=f"{kind} puts virtual tokens before the batch's.*use LoRA"):
+        apply_to(model)
+
+
+def test_embeddings_in_place_of_token_ids_are_refused(batch):
+    model = causal_lm()
     apply_to(model)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
     with pytest.raises(ValueError, match="the model needs input_ids; adapters that hand over embeddings"):
         model(**batch, selection=tokensel.Selection(tokensel.methods.get("full")))
 
@@ -379,6 +389,9 @@ def test_a_step_with_adapters_and_tied_embeddings_is_that_of_the_models_own_logi
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(
+    "ensure_weight_tying" not in inspect.signature(peft.LoraConfig).parameters, reason="this PEFT ties no adapter"
+)
 @pytest.mark.parametrize("settings", _ON_EMBEDDINGS)
 def test_a_head_that_is_tied_to_an_adapter_is_refused(settings):
     model = lora(causal_lm(tie_word_embeddings=True), ensure_weight_tying=True, **settings)
