@@ -361,3 +361,18 @@ def test_bad_settings_are_named():
     square = batch | {"attention_mask": torch.ones(4, 1, 17, 17)}
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, S\]"):
         model(**square, selection=Selection(methods.get("full")))
+
+
+def test_token_metrics_are_those_of_the_logits():
+    model, batch = patched(), padded(samples())
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+    guess, following = logits.argmax(-1), batch["labels"][:, 1:]
+    even = (torch.arange(following.shape[1]) % 2 == 0) & (following != -100)
+    following[even] = guess[even]  # every other label is the likeliest token
+    output = run(model, batch, "random", token_metrics=True)
+    response = output.response[:, 1:]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(output.entropy[:, 1:][response].double(), expected[response], rtol=1e-5, atol=1e-6)
+    assert torch.equal(output.correct[:, 1:] & response, (guess == following) & response)
+    assert 0 < int((output.correct & output.response).sum()) < int(output.response.sum())
+    assert run(model, batch, "random").entropy is None
