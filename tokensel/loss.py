@@ -22,7 +22,15 @@ from tokensel.checks import (
 )
 from tokensel.parallel import local_head
 from tokensel.products import add_product, exact_products, on_gpu, product
-from tokensel.stats import GPU_COLUMNS, SMALLEST_EXPONENT, TokenStats, logits_block, token_stats, vocabulary_blocks
+from tokensel.stats import (
+    GPU_COLUMNS,
+    SMALLEST_EXPONENT,
+    TokenStats,
+    logits_block,
+    token_stats,
+    vocabulary_blocks,
+    widened,
+)
 
 _WORKSPACE_MIB = 256
 
@@ -120,21 +128,24 @@ def _chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, 
     V, D = weight.shape
     kept = coefficient.nonzero()[:, 0]
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.zeros_like(bias, dtype=dtype) if want_bias else None
     if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
+        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
     R, C = vocabulary_blocks(len(kept), V, _WORKSPACE_MIB)
     workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+    wide, wide_gradient = torch.empty(2, C, D, dtype=dtype, device=hidden.device)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     x = hidden[kept].to(dtype)  # (K, D)
     y, log_z = labels[kept], lse[kept]
     upstream = coefficient[kept] * logit_scale  # (K,)
     d_x = torch.zeros_like(x) if want_hidden else None
     with exact_products(hidden.dtype):
         for start in range(0, V, C):
-            w = weight[start : start + C].to(dtype)  # (C, D)
+            w = widened(weight[start : start + C], wide)  # (C, D)
             b = None if bias is None else bias[start : start + C].to(dtype)
-            dw = torch.zeros_like(w) if want_weight else None
+            if want_weight:  # summed in its own place if that is wide enough
+                dw = d_weight[start : start + C] if d_weight.dtype == dtype else wide_gradient[: len(w)]
             for first in range(0, len(kept), R):
                 rows = slice(first, first + R)
                 out = workspace[: len(x[rows]) * len(w)].view(-1, len(w))
@@ -143,10 +154,10 @@ def _chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, 
                 if want_hidden:
                     d_x[rows].addmm_(dz, w)
                 if want_weight:
-                    dw.addmm_(dz.T, x[rows])
+                    dw.addmm_(dz.T, x[rows], beta=min(first, 1))  # 0 for the first rows: what was there does not count
                 if want_bias:
                     d_bias[start : start + C] += dz.sum(0)
-            if want_weight:
+            if want_weight and dw.dtype != d_weight.dtype:
                 d_weight[start : start + C] = dw
     if want_hidden:
         d_hidden[kept] = d_x.to(hidden.dtype)

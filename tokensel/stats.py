@@ -123,6 +123,11 @@ def logits_block(
     return out
 
 
+def widened(block: Tensor, wide: Tensor) -> Tensor:
+    """A block of the head in the dtype of `wide`: itself, or copied there, so that no block is allocated anew."""
+    return block if block.dtype == wide.dtype else wide[: len(block)].copy_(block)
+
+
 # exp of less than this is denormal, which costs a CPU twenty times as long, and adds nothing to a sum that holds exp(0)
 SMALLEST_EXPONENT = -80.0
 
@@ -133,11 +138,12 @@ def block_stats(z: Tensor, labels: Tensor, moments: bool) -> TokenStats:
     target = z.gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
     target = torch.where(inside, target, -torch.inf)
     top1 = z.amax(1)  # (R,)
+    if not moments:
+        # PyTorch's softmax goes over a row while it is in the nearest cache; its largest value is 1 / Σ exp(z - top1)
+        largest = torch.softmax(z, 1, out=z).amax(1)
+        return TokenStats(torch.where(top1.isfinite(), top1 - largest.log(), top1), target)
     pivot = torch.where(top1.isfinite(), top1, 0)
     z.sub_(pivot[:, None])
-    if not moments:
-        total = z.clamp_(min=SMALLEST_EXPONENT).exp_().sum(1)
-        return TokenStats(torch.where(top1.isfinite(), pivot + total.log(), top1), target)
     z.clamp_(min=SMALLEST_EXPONENT)
     p = z.exp()
     total = p.sum(1)
@@ -357,12 +363,13 @@ def _chunked_stats(
     kept = (labels != ignore_index).nonzero()[:, 0]
     R, C = vocabulary_blocks(len(kept), V, workspace_mib)
     workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+    wide = torch.empty(C, weight.shape[1], dtype=dtype, device=hidden.device)
     with exact_products(hidden.dtype):
         for rows in kept.split(R):
             x, y = hidden[rows].to(dtype), labels[rows]
             running: TokenStats | None = None
             for start in range(0, V, C):
-                w = weight[start : start + C].to(dtype)  # (C, D)
+                w = widened(weight[start : start + C], wide)  # (C, D)
                 b = None if bias is None else bias[start : start + C].to(dtype)
                 out = workspace[: len(rows) * len(w)].view(len(rows), len(w))
                 block = block_stats(logits_block(x, w, b, softcap, logit_scale, out), y - start, entropy)
