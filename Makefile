@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(addprefix tests/test_,model.py step.py trainer.py trl.py frameworks.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix lint format bench clean
+.PHONY: help quickstart test test-matrix lint format bench bench-gpu bench-smoke clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +39,15 @@ format: .venv/.dev  ## repair what `make lint` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## time one selection step against the published way and PyTorch's chunked loss (CPU)
-	$(BIN)/python -m benchmarks.selection_step
+bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and README's figures (15 min)
+	$(BIN)/python -m pytest benchmarks --results benchmarks/results/cpu.json --minutes 13 --benchmark-disable
+	$(BIN)/python -m benchmarks.report $(wildcard benchmarks/results/[cg]pu.json) --readme README.md
+
+bench-gpu:  ## GPU tests and benchmarks with the python3 that is there; needs no installation and no network (10 min)
+	benchmarks/gpu.sh
+
+bench-smoke: .venv/.installed  ## run the GPU benchmarks' code on a CPU, in Triton's interpreter, on tiny shapes
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest benchmarks --set smoke --benchmark-disable
 
 clean:  ## remove the environment, caches and everything the targets wrote
 	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache quickstart

@@ -1,35 +1,50 @@
-"""How things are measured here: interleaved medians, peak memory in a fresh process, and on which machine."""
+"""How a case is measured: every way's output checked, peak memory, then all ways in turn, round after round."""
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import ctypes
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel
+from benchmarks.cases import Case
+from benchmarks.inputs import INPUTS, Inputs
+from benchmarks.peers import FLOORS, Absent, ways_of
 
 ROOT = Path(__file__).resolve().parents[1]
+ENOUGH = 3.0  # seconds of rounds
+LONG = 1.0  # seconds; a run that takes longer needs no warm-up, so the first of them counts
+SLOW = 30.0  # seconds; a way that takes longer is not run again
+# The largest errors that tokensel may make; what others make is printed beside their times.
+LIMITS = {"nll": 2e-3, "loss": 2e-3, "kept": 0, "d_hidden": 2e-2, "d_weight": 2e-2, "mass": 2e-3}
 
 
-def machine() -> dict:
-    """What a figure has to be read with: processor, cores, memory, versions, commit."""
+def machine(device: torch.device) -> dict:
+    """What a figure has to be read with: processor, memory, versions, commit."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return {
+    # what the suite itself writes changes nothing that is measured
+    paths = ["tokensel", "kernels", "benchmarks/*.py"]
+    status = [*git, "status", "--porcelain", "-uno", "--", *paths]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    found = {
+        "device": device.type,
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -39,37 +54,174 @@ def machine() -> dict:
         "tokensel": tokensel.__version__,
         "commit": (commit or "unknown") + ("+changes" if changed else ""),
     }
+    for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip}
+    return found
 
 
-def interleaved_seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times every way once a round, all ways in turn, so that a slow minute of the machine hits them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+class Clock:
+    """Seconds of a run and of the parts that it marks; on a GPU by events, with the caches flushed before."""
+
+    def __init__(self, device: torch.device, flush_mib: int = 256) -> None:
+        self.gpu = device.type == "cuda"
+        self.flush = torch.empty(flush_mib * 2**20, dtype=torch.uint8, device=device)
+        self.marks: list[tuple[str, object]] = []
+
+    def mark(self, part: str) -> None:
+        at = time.perf_counter()
+        if self.gpu:
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        self.marks.append((part, at))
+
+    def time(self, run: Callable[[], object]) -> tuple[float, dict[str, float], object]:
+        """(seconds, seconds of each part, what the run returned)."""
+        self.flush.zero_()
+        self.marks = []
+        self.mark("start")
+        out = run()
+        self.mark("end")
+        if self.gpu:
+            torch.cuda.synchronize()
+        parts = {
+            name: before.elapsed_time(at) / 1e3 if self.gpu else at - before
+            for (_, before), (name, at) in zip(self.marks, self.marks[1:], strict=False)
+        }
+        return sum(parts.values()), {name: s for name, s in parts.items() if name != "end"}, out
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def in_fresh_process(function: Callable, *args: object) -> object:
-    """Result of `function(*args)` in a process of its own: no memory that an earlier way has left behind."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def peak_extra_mib(run: Callable[[], object]) -> float:
-    """Most resident memory while `run()` runs, above what there was before, MiB. Linux only."""
-    status = Path("/proc/self/status")
-
-    def kib(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
-
+def peak_extra_mib(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """(most memory while `run()` runs, above what there was before, MiB; what it returned). On a CPU resident memory,
+    Linux only; on a GPU allocated memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        out = run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20, out
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed goes back, or this one would seem to need less
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present
-    before = kib("VmRSS:")
-    run()
-    return (kib("VmHWM:") - before) / 1024
+    before = _status_kib("VmRSS:")
+    out = run()
+    return (_status_kib("VmHWM:") - before) / 1024, out
+
+
+@contextlib.contextmanager
+def limited_memory(device: torch.device) -> Iterator[None]:
+    """Makes a CPU allocation fail that the machine's memory cannot hold, where Linux would end the process."""
+    if device.type != "cpu" or not Path("/proc/meminfo").exists():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    available = next(int(s.split()[1]) for s in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in s)
+    resource.setrlimit(resource.RLIMIT_DATA, ((_status_kib("VmData:") + available * 9 // 10) * 1024, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+class Poisoned(TorchDispatchMode):
+    """Fills what is allocated without a value with NaN, so that what a way forgets to write is seen."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name.startswith(("aten::empty", "aten::new_empty")) and name != "aten::empty_strided":
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+        return out
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def measure_case(case: Case, device: torch.device, clock: Clock, rounds: tuple[int, int] = (3, 20)) -> dict:
+    """Everything about a case that goes into the results. A way that fails is recorded, and the others go on.
+
+    rounds: at least and at most; as many as fit in ENOUGH.
+    """
+    with limited_memory(device):
+        inputs = INPUTS[case.work](case, device)
+        record = {"name": case.name, "case": asdict(case), "operations": case.operations, "bytes": case.bytes}
+        found: dict[str, dict] = {}
+        runs: dict[str, Callable] = {}
+        for name, prepare in ways_of(case).items():
+            found[name] = {}
+            try:
+                runs[name] = prepare(inputs)
+                found[name] |= _first_run(runs[name], inputs, clock)
+            except (Absent, ImportError) as error:
+                found[name]["absent"] = str(error)
+            except Exception as error:  # others' code may fail in its own ways: recorded, and shown in the table
+                reason = "out of memory" if _is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+                found[name]["failed"] = reason.splitlines()[0][:200]
+            if "first_run" not in found[name]:
+                runs.pop(name, None)
+            _forget(inputs)
+        if case.group == "memory":
+            return record | {"ways": found}
+        scale = case.operations / (2 * inputs.square**3) if case.work in ("attention_mass", "training_step") else 1.0
+        runs["floor"], floor = FLOORS[case.work](inputs), {}
+        floor["first_run"], _, _ = clock.time(runs["floor"])
+        results = {name: (found | {"floor": floor})[name] for name in runs}
+        for name, result in results.items():
+            counts = result["first_run"] > LONG and not (name.startswith("compiled") and result["first_run"] < SLOW)
+            result |= {"seconds": [result["first_run"]] if counts else [], "parts": {}}
+        started = time.perf_counter()
+        for done in range(rounds[1]):
+            if done >= rounds[0] - 1 and time.perf_counter() - started > ENOUGH:
+                break
+            for name, result in results.items():
+                if result["first_run"] < SLOW:
+                    seconds, parts, _ = clock.time(runs[name])
+                    result["seconds"].append(seconds)
+                    for part, value in parts.items():
+                        result["parts"].setdefault(part, []).append(value)
+                    inputs.clear()
+        for result in results.values():
+            result["median"] = statistics.median(result["seconds"])
+            result["parts"] = {part: statistics.median(values) for part, values in result["parts"].items()}
+        return record | {"floor": scale * floor["median"], "ways": found}
+
+
+def _first_run(run: Callable, inputs: Inputs, clock: Clock) -> dict:
+    """Errors, peak memory and seconds of a way. A quick one is run again for its memory, now without what libraries
+    allocate once."""
+
+    def gradients_mib() -> float:
+        return sum(t.grad.nbytes for t in inputs.trained if t.grad is not None) / 2**20
+
+    def poisoned() -> tuple[float, dict, object]:
+        with Poisoned():
+            return clock.time(run)
+
+    inputs.mark = clock.mark
+    extra, (seconds, _, out) = peak_extra_mib(poisoned, inputs.device)
+    extra -= gradients_mib()
+    errors = inputs.errors(out) if out is not None else {}
+    del out
+    if seconds < SLOW / 10:
+        inputs.clear()
+        extra = peak_extra_mib(run, inputs.device)[0] - gradients_mib()
+    return {"first_run": seconds, "extra_mib": max(0.0, extra), "errors": errors}
+
+
+def _forget(inputs: Inputs) -> None:
+    inputs.clear()
+    if inputs.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wrong(result: dict) -> dict[str, float]:
+    """The errors of a way that are above LIMITS, or no number."""
+    return {name: e for name, e in result.get("errors", {}).items() if not e <= LIMITS[name]}

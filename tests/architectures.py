@@ -197,8 +197,6 @@ def tiny_model(model_type: str, attention: str = "eager", dtype: torch.dtype = t
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # norms, biases, sinks and the like begin as ones or zeros
                     parameter.add_(0.2 * torch.randn_like(parameter))
-                else:  # some are left as the memory was found
-                    parameter.normal_(std=0.25)
     return model.to(dtype).eval()
 
 
