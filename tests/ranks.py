@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
+from tokensel.parallel import context_parallel_prompt_mass
 from tokensel.step import responses
 from tokensel.store import HistoryWriter
 from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
@@ -293,6 +294,48 @@ def vocabulary(directory):
     torch.save(found, directory / f"vocabulary-{dist.get_rank()}.pt")
 
 
+# Attention whose keys are spread over the ranks
+
+
+def attention_inputs():
+    """(q, k, keyword arguments of prompt_attention_mass) of packed and of padded rows, float64."""
+    generator = torch.Generator().manual_seed(9)
+    B, Hq, Hk, S, d = 2, 4, 2, 24, 8
+    q, k = (torch.randn(B, h, S, d, generator=generator, dtype=torch.float64) for h in (Hq, Hk))
+    position = torch.arange(S).expand(B, S)
+    masks = {
+        "prompt_mask": torch.rand(B, S, generator=generator) < 0.4,
+        "key_mask": torch.stack([position[0] >= 0, position[0] >= 3]),  # the second row is padded on the left
+        "segment_ids": torch.stack([(position[0] >= 11).long(), 0 * position[0]]),
+        "turn_ids": position // 5,
+    }
+    masks["query_mask"] = ~masks["prompt_mask"]
+    return q, k, masks | {"window": 9, "softcap": 2.0, "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])}
+
+
+CUTS = {"contiguous": [[0, 1], [2, 3]], "zigzag": [[0, 3], [1, 2]]}  # quarters of the sequence by rank
+
+
+def tokens_of(rank, cut):
+    return torch.cat([torch.arange(6) + 6 * quarter for quarter in CUTS[cut][rank]])
+
+
+def context(directory):
+    """Each rank's part of the mass, put back in place."""
+    q, k, options = attention_inputs()
+    names = {"segment_ids": "documents", "turn_ids": "turns"}
+    found = {}
+    for cut in CUTS:
+        mine = tokens_of(dist.get_rank(), cut)
+        shard = {
+            names.get(name, name): value[:, mine] if name.endswith(("mask", "ids")) else value
+            for name, value in options.items()
+        }
+        found[cut] = torch.zeros(q.shape[0], q.shape[2], dtype=q.dtype)
+        found[cut][:, mine] = context_parallel_prompt_mass(q[:, :, mine], k[:, :, mine], positions=mine, **shard)
+    torch.save(found, directory / f"context-{dist.get_rank()}.pt")
+
+
 # What goes wrong
 
 
@@ -331,7 +374,7 @@ def death(directory):
     train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
 
 
-JOBS = {job.__name__: job for job in (spread, trainers, vocabulary, refusals, death)}
+JOBS = {job.__name__: job for job in (spread, trainers, vocabulary, context, refusals, death)}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

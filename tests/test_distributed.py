@@ -17,13 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokensel
+from tokensel.parallel import MassParts, prompt_mass_parts
 
 # Both sides are float64 and add up the same terms in another order (each rank's sum, then the ranks'), so weights of
 # order 1 may be some units in the last place apart: 2e-16 seen. The updates move them by more than 1e-2.
 TIGHT = 1e-13
 
 
-JOBS = ("spread", "trainers", "vocabulary", "refusals", "death")
+JOBS = ("spread", "trainers", "vocabulary", "context", "refusals", "death")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,56 @@ def test_a_head_that_is_spread_otherwise_is_refused(mesh, hidden, weight, bias, 
     ):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             call()
+
+
+# Attention whose keys are spread over the ranks
+
+
+@pytest.mark.parametrize("cut", ranks.CUTS)
+def test_the_mass_of_a_sequence_spread_over_two_ranks_is_exact(found, cut):
+    q, k, options = ranks.attention_inputs()
+    expected = tokensel.prompt_attention_mass(q, k, **options, impl="reference")
+    assert expected.count_nonzero() > 15
+    mass = sum(rank["context"][cut] for rank in found)
+    torch.testing.assert_close(mass, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("left_out", ["", "key_mask", "segment_ids", "turn_ids", "query_mask", "window", "sinks"])
+def test_mass_in_parts_joins_to_the_mass_in_any_order(left_out):
+    q, k, options = ranks.attention_inputs()
+    options.pop(left_out, None)
+    if "query_mask" not in options:  # the parts compute every row then
+        options["query_mask"] = torch.ones_like(options["prompt_mask"])
+    expected = tokensel.prompt_attention_mass(q.float(), k.float(), **options, impl="reference")
+    sinks, place = options.pop("sinks", None), torch.arange(q.shape[2])
+    query = {"query_documents": options.get("segment_ids"), "query_turns": options.get("turn_ids")}
+    ids = {"key_documents": options.pop("segment_ids", None), "key_turns": options.pop("turn_ids", None)}
+    per_key = {name: options.pop(name, None) for name in ("prompt_mask", "key_mask")} | ids
+    if left_out == "query_mask":
+        options.pop("query_mask")
+    parts = []
+    for keys in place[torch.randperm(len(place))].split(7):
+        shard = {name: None if value is None else value[:, keys] for name, value in per_key.items()}
+        positions = {"query_positions": place, "key_positions": keys}
+        parts.append(prompt_mass_parts(q.float(), k[:, :, keys].float(), **shard, **positions, **query, **options))
+    mass = MassParts.merge(parts).mass(sinks)
+    if left_out == "query_mask":
+        mass = mass * per_key["key_mask"]  # rows of padding are not asked for elsewhere
+    torch.testing.assert_close(mass, expected)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    q, k, place = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 3, 8), torch.arange(6)
+    positions = {"query_positions": place, "key_positions": place[:3]}
+    prompt = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="query_documents and key_documents go together"):
+        prompt_mass_parts(q, k, prompt, **positions, key_documents=place[None, :3])
+    with pytest.raises(ValueError, match=re.escape("k must have shape [B, Hk, K, d] = [1, Hk, K, 8]")):
+        prompt_mass_parts(q, torch.randn(1, 3, 3, 8), prompt, **positions)
+    with pytest.raises(ValueError, match="prompt_mask must have shape"):
+        prompt_mass_parts(q, k, torch.ones(1, 6, dtype=torch.bool), **positions)
+    with pytest.raises(ValueError, match="parts is empty"):
+        MassParts.merge([])
 
 
 # What goes wrong
