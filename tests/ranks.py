@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tiny import causal_lm, padded, samples
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -150,6 +152,23 @@ def spread(directory):
     except ValueError as error:
         found["tp-patched-after-part-of-logits"] = str(error)
     torch.save(found, directory / f"spread-{dist.get_rank()}.pt")
+
+
+def checkpoint(directory):
+    """One step under FSDP2, a checkpoint of model and optimizer in shards, two more steps."""
+    model = fsdp(build(), "head")
+    optimizer = momentum(model)
+    batches, whereabouts = global_batches(), {"rank": dist.get_rank(), "ranks": RANKS}
+    train(model, batches[:1], optimizer=optimizer, **whereabouts)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(state, checkpoint_id=directory / "shards")
+    losses, selections = train(model, batches[1:], optimizer=optimizer, first_step=1, **whereabouts)
+    found = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    torch.save(found, directory / f"checkpoint-{dist.get_rank()}.pt")
+
+
+def momentum(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 # The same through transformers.Trainer and Accelerate
@@ -374,7 +393,7 @@ def death(directory):
     train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
 
 
-JOBS = {job.__name__: job for job in (spread, trainers, vocabulary, context, refusals, death)}
+JOBS = {job.__name__: job for job in (spread, checkpoint, trainers, vocabulary, context, refusals, death)}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

@@ -13,6 +13,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -24,7 +26,7 @@ from tokensel.parallel import MassParts, prompt_mass_parts
 TIGHT = 1e-13
 
 
-JOBS = ("spread", "trainers", "vocabulary", "context", "refusals", "death")
+JOBS = ("spread", "checkpoint", "trainers", "vocabulary", "context", "refusals", "death")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,20 @@ def test_two_ranks_of_a_trainer_train_as_one_process(found, launched, name):
             assert max([0, *((t - alone["state"][n]).abs().max() for n, t in rank["state"].items())]) < TIGHT
     assert first["kept"].keys().isdisjoint(second["kept"])
     assert first["kept"] | second["kept"] == alone["kept"]
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(found, launched):
+    model = ranks.build()
+    optimizer = ranks.momentum(model)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=launched[0] / "shards")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    losses, selections = ranks.train(model, ranks.global_batches()[1:], optimizer=optimizer, first_step=1)
+    for rank in found:
+        assert rank["checkpoint"]["losses"] == pytest.approx(losses, rel=TIGHT, abs=0)
+        assert largest_difference(rank["checkpoint"]["weights"], ranks.full_weights(model)) < TIGHT
+    for step, kept in enumerate(selections):
+        assert torch.equal(torch.cat([rank["checkpoint"]["selections"][step] for rank in found]), kept)
 
 
 # A head whose vocabulary is spread over the ranks
