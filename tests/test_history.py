@@ -185,6 +185,29 @@ def test_a_bfloat16_model_has_a_float32_average():
     twin = dict(history.model.named_parameters())[name]
     assert twin.dtype == torch.bfloat16 and torch.equal(twin, history.values[name].bfloat16())
     assert not torch.equal(twin, causal_lm(dtype=torch.bfloat16).get_parameter(name))
+    fresh = ModelCopy(causal_lm(dtype=torch.bfloat16), 0.999)
+    fresh.load_state_dict(history.state_dict())
+    for a, b in zip(fresh.model.parameters(), history.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_an_offloaded_average_moves_as_one_beside_the_model(dtype, tied):
+    batch = padded(samples())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = causal_lm(dtype=dtype, tie_word_embeddings=tied)
+    beside, offloaded = ModelCopy(model, 0.5), ModelCopy(model, 0.5, offload=True)
+    assert all(p.device.type == "meta" for p in offloaded.model.parameters())
+    start = beside.token_nll(inputs, batch["labels"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    for history in (beside, offloaded):
+        history.after_step()
+    moved = beside.token_nll(inputs, batch["labels"])
+    assert torch.equal(offloaded.token_nll(inputs, batch["labels"]), moved)
+    assert float((moved - start).abs().max()) > 0.1
 
 
 def test_only_trained_weights_are_copied_and_nobody_sees_them(tmp_path):
@@ -441,6 +464,17 @@ def test_the_threshold_of_ada_eslm_moves_once_a_step(tmp_path):
     risk = [torch.cat(kept[:2]).mean(), torch.cat(kept[2:]).mean()]
     expected = 0.3 * torch.exp(-2 * (risk[1] - risk[0]) / risk[0])
     assert trainer.alphas == pytest.approx([0.3, float(expected)], rel=1e-9) and len(trainer.seen) == 4
+
+
+def test_watched_rows_move_neither_a_threshold_nor_what_was_last_seen(tmp_path):
+    for settings in (
+        {"method": "ada_eslm", "method_args": "alpha=0.3,speed=2.0"},
+        {"method": "rel", "history": "last_seen", "num_train_epochs": 2},
+    ):
+        plain = run(tmp_path, **settings)
+        watched = run(tmp_path, record_samples=3, **settings)
+        assert largest_difference(plain._selection_state(), watched._selection_state()) == 0
+        assert largest_difference(weights(plain), weights(watched)) == 0
 
 
 # Bad input
