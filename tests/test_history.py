@@ -303,6 +303,21 @@ def test_last_seen_works_packed_as_padded_and_over_accumulation(tmp_path):
     assert largest_difference(weights(padded_run), weights(attention)) > 1e-4
 
 
+def test_a_batch_may_mix_documents_seen_and_new():
+    rows, history, select = samples(), LastSeen(), methods.get("rel")
+    model = causal_lm()
+    apply_to(model)
+    model.train()
+    first = model(**padded(rows[2:]), selection=Selection(select, history=history))
+    history.after_step()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    both = model(**padded(rows), selection=Selection(select, history=history))
+    assert torch.equal(both.history_nll[:2], both.nll[:2])
+    width = first.nll.shape[1]
+    assert torch.equal(both.history_nll[2:, :width], first.nll) and not torch.equal(both.nll[2:, :width], first.nll)
+
+
 def test_neither_scoring_nor_evaluation_is_a_visit():
     batch, history = padded(samples()), LastSeen()
     model = causal_lm()

@@ -383,10 +383,9 @@ class LastSeen(LiveHistory):
         """What is known of each token, [B, S] float; NaN where nothing is. Waits for the device, for the token ids."""
         valid, keys, lengths = _documents_on_host(batch)
         unknown = torch.tensor(torch.nan)
-        known = [self._seen.get(key, unknown.expand(n)) for key, n in zip(keys, lengths, strict=True)]
-        found = torch.full(valid.shape, torch.nan, dtype=known[0].dtype if known else torch.float32)
-        if known:
-            found[valid] = torch.cat(known)
+        parts = [self._seen.get(key, unknown.expand(n)) for key, n in zip(keys, lengths, strict=True)]
+        values = torch.cat([unknown.expand(0), *parts])
+        found = torch.full(valid.shape, torch.nan, dtype=values.dtype).masked_scatter_(valid, values)
         return found.to(labels.device, non_blocking=True)
 
     def visit(self, batch: dict, labels: Tensor, known: Tensor, nll: Tensor, remember: bool) -> Tensor:
