@@ -7,6 +7,7 @@ Models are float64 and optimizers SGD, so that equal updates are equal to roundi
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -50,15 +51,15 @@ def share(batch, rank, ranks):
     return batch if ranks == 1 else {name: value[4 * rank : 4 * rank + 4] for name, value in batch.items()}
 
 
-def build(tied=False, checkpointing=False):
-    model = causal_lm(tie_word_embeddings=tied)
+def build(tied=False, checkpointing=False, dtype=torch.float64):
+    model = causal_lm(tie_word_embeddings=tied, dtype=dtype)
     if checkpointing:
         model.gradient_checkpointing_enable()
     tokensel.apply_to(model)
     return model.train()
 
 
-def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0):
+def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0, backward=torch.Tensor.backward):
     """Optimizer steps with the loss's denominator over all ranks. -> (global losses, this rank's weights of tokens)"""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     method = tokensel.methods.get(SSTOKEN[0], **SSTOKEN[1])
@@ -69,7 +70,7 @@ def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0):
         if ranks > 1:
             dist.all_reduce(kept)
         output = model(**mine, selection=tokensel.Selection(method, denominator=kept, step=step))
-        (output.loss * ranks).backward()  # gradients are averaged over ranks, the denominator is global
+        backward(output.loss * ranks)  # gradients are averaged over ranks, the denominator is global
         optimizer.step()
         optimizer.zero_grad()
         loss = output.loss.detach().clone()
@@ -152,6 +153,34 @@ def spread(directory):
     except ValueError as error:
         found["tp-patched-after-part-of-logits"] = str(error)
     torch.save(found, directory / f"spread-{dist.get_rank()}.pt")
+
+
+def zero3(directory):
+    """DeepSpeed's stage 3, where a parameter is whole only while its module's own forward or backward runs."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # its own all-reduce, which needs a compiler
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    found = {}
+    for name, options in ZERO3.items():
+        model = build(**options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        whereabouts = {"rank": dist.get_rank(), "ranks": RANKS}
+        losses, selections = train(engine, global_batches(), optimizer=engine, backward=engine.backward, **whereabouts)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            found[name] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    torch.save(found, directory / f"zero3-{dist.get_rank()}.pt")
+
+
+ZERO3 = {"plain": {}, "tied": {"tied": True}, "checkpointing": {"checkpointing": True}}
 
 
 def checkpoint(directory):
@@ -393,7 +422,7 @@ def death(directory):
     train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
 
 
-JOBS = {job.__name__: job for job in (spread, checkpoint, trainers, vocabulary, context, refusals, death)}
+JOBS = {job.__name__: job for job in (spread, zero3, checkpoint, trainers, vocabulary, context, refusals, death)}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

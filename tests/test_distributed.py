@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -25,8 +26,8 @@ from tokensel.parallel import MassParts, prompt_mass_parts
 # order 1 may be some units in the last place apart: 2e-16 seen. The updates move them by more than 1e-2.
 TIGHT = 1e-13
 
-
-JOBS = ("spread", "checkpoint", "trainers", "vocabulary", "context", "refusals", "death")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+JOBS = ("spread", *["zero3"] * HAS_DEEPSPEED, "checkpoint", "trainers", "vocabulary", "context", "refusals", "death")
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +61,40 @@ def largest_difference(a, b):
 # The same three steps, however the model is spread
 
 
+def one_process(options):
+    """(losses, selections, weights) of the same steps in this process."""
+    model = ranks.build(**options)
+    return *ranks.train(model, ranks.global_batches()), ranks.full_weights(model)
+
+
+def check_against_one_process(found, options, tolerance):
+    """found: what each rank left. Selections have to be equal, losses and weights to be within the tolerance."""
+    losses, selections, weights = one_process(options)
+    assert largest_difference(ranks.full_weights(ranks.build(**options)), weights) > 1e-2
+    for rank in found:
+        assert rank["losses"] == pytest.approx(losses, rel=0, abs=tolerance)
+        assert largest_difference(rank["weights"], weights) < tolerance
+    for step, (batch, whole) in enumerate(zip(ranks.global_batches(), selections, strict=True)):
+        assert torch.equal(torch.cat([rank["selections"][step] for rank in found]), whole)
+        assert 0 < int(whole.sum()) < int((batch["labels"] != -100).sum())
+    assert not found[1]["selections"][1].any()  # that rank had no response token
+
+
 @pytest.mark.parametrize("name", ranks.SPREADS)
 def test_two_ranks_train_as_one_process(found, name):
-    options, _ = ranks.SPREADS[name]
-    model = ranks.build(**options)
-    start = ranks.full_weights(model)
-    batches = ranks.global_batches()
-    losses, selections = ranks.train(model, batches)
-    assert largest_difference(start, ranks.full_weights(model)) > 1e-2
-    for rank in range(ranks.RANKS):
-        assert found[rank]["spread"][name]["losses"] == pytest.approx(losses, rel=TIGHT, abs=0)
-        assert largest_difference(found[rank]["spread"][name]["weights"], ranks.full_weights(model)) < TIGHT
-    for step, whole in enumerate(selections):
-        parts = [found[rank]["spread"][name]["selections"][step] for rank in range(ranks.RANKS)]
-        assert torch.equal(torch.cat(parts), whole)
-        assert 0 < int(whole.sum()) < int((batches[step]["labels"] != -100).sum())
-    assert not found[1]["spread"][name]["selections"][1].any()  # that rank had no response token
+    check_against_one_process([rank["spread"][name] for rank in found], ranks.SPREADS[name][0], TIGHT)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install deepspeed")
+@pytest.mark.parametrize("name", ranks.ZERO3)
+def test_two_ranks_of_zero3_train_as_one_process(found, name):
+    # DeepSpeed's gradients and master weights are float32 whatever the model is: as far off as float32 training, twice
+    options = ranks.ZERO3[name]
+    *_, weights = one_process(options)
+    *_, rounded = one_process(options | {"dtype": torch.float32})
+    tolerance = 2 * largest_difference(weights, rounded)
+    assert tolerance < 1e-4
+    check_against_one_process([rank["zero3"][name] for rank in found], options, tolerance)
 
 
 @pytest.mark.parametrize("name", [*ranks.TENSOR_PARALLEL, "tp-patched-after"])
