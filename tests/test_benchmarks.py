@@ -142,13 +142,15 @@ def test_peak_extra_memory_sees_what_was_allocated_and_freed():
 def test_gradients_are_not_counted_as_a_ways_memory(clock):
     case = Case("memory", "selection_step", "small", 64, "float32")
     inputs = INPUTS["selection_step"](case, CPU)
-    measured = measure._first_run(peers.WAYS["selection_step"]["published"](inputs), inputs, clock)
+    measured = measure._first_run("published", peers.WAYS["selection_step"]["published"](inputs), inputs, clock)
     gradients = (inputs.hidden.nbytes + inputs.weight.nbytes) / 2**20
     logits = 64 * 32000 * 4 / 2**20
-    assert 3 * logits < measured["extra_mib"] < 7 * logits < 3 * logits + gradients
+    assert 2 * logits < measured["extra_mib"] < 6 * logits < 3 * logits + gradients
 
     losses = peers.WAYS["pair_stats"]["published"](inputs)
-    assert measure._first_run(losses, inputs, clock)["extra_mib"] > logits  # no gradient is left, none is taken off
+    assert (
+        measure._first_run("published", losses, inputs, clock)["extra_mib"] > logits
+    )  # no gradient is left, none is taken off
 
 
 def test_an_unknown_case_names_the_known_ones():
@@ -169,7 +171,9 @@ def test_case_names_are_unique():
 
 
 def write_results(path: Path, **machine) -> Path:
-    content = {"machine": {"device": "cpu", "cpu": "A", "cores": 2, "torch": "2", "commit": "c", **machine}}
+    content = {
+        "machine": {"device": "cpu", "cpu": "A", "cores": 2, "threads": 2, "torch": "2", "commit": "c", **machine}
+    }
     path.write_text(json.dumps(content | {"load": 0, "records": []}))
     return path
 
