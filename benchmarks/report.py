@@ -198,7 +198,8 @@ def machine_line(results: Results) -> str:
     m = results.machine
     place = f"{m['gpu']}, " if "gpu" in m else ""
     busy = f"; load average {results.load:.1f} at the start, so others ran" if results.load > 0.5 else ""
-    return f"{place}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, PyTorch {m['torch']}, commit {m['commit'][:10]}{busy}"
+    place += f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
+    return f"{place}, PyTorch {m['torch']}, commit {m['commit'][:10]}{busy}"
 
 
 def step_rows(results: Results) -> list[dict]:
