@@ -11,4 +11,5 @@ from setuptools import setup
 setup(
     packages=["tokensel", "tokensel_kernels"],
     package_dir={"tokensel_kernels": "kernels"},
+    package_data={"tokensel_kernels": ["tiles.json"]},
 )

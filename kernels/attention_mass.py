@@ -6,6 +6,8 @@ FlashAttention returned, only prompt columns are computed. Query heads of one ke
 
 What a query sees is three numbers: keys from `low` (its document and window begin there) to itself; keys that count as
 prompt end before `prompt_end` (its own turn begins there).
+
+With head weights by entropy a third sum, Σ exp(z - top) (z - top), and the number of visible keys are kept beside.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def _attention_mass_kernel(
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     D: tl.constexpr,
@@ -53,8 +56,9 @@ def _attention_mass_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One key head, ROWS queries of all its GROUP query heads: mass summed over those heads -> mass_ptr[b, head, row].
+    """One key head, ROWS queries of all its GROUP query heads: sums over those heads -> mass_ptr[field, b, head, row].
 
+    The field is the mass m; with ENTROPY (no lse), m, w m and w, where w = 1 - entropy / log(visible keys) of a head.
     Row r of the score tile is query r // GROUP_PADDED of head r % GROUP_PADDED.
     """
     first = tl.program_id(0) * ROWS
@@ -80,6 +84,9 @@ def _attention_mass_kernel(
     top = tl.full([ROWS * GROUP_PADDED], -float("inf"), tl.float32)
     total = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
     prompt = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
+    if ENTROPY:
+        moment = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
+        visible = tl.zeros([ROWS * GROUP_PADDED], tl.int32)
     if HAS_LSE:  # the denominator is known, so its logarithm is the pivot
         top = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32)
     begin = tl.min(tl.where((i < S) & row_asked, low, S)) // KEYS * KEYS
@@ -102,21 +109,36 @@ def _attention_mass_kernel(
                 z = tl.where(sees, z, -float("inf"))
                 new_top = tl.maximum(top, tl.max(z, 1))
                 pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-                rescale = tl.where(top == -float("inf"), 0.0, tl.exp(top - pivot))
-                e = tl.exp(z - pivot[:, None])
+                shift = tl.where(top == -float("inf"), 0.0, top - pivot)
+                rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
+                u = z - pivot[:, None]
+                e = tl.exp(u)
+                if ENTROPY:  # (u + shift) replaces u in what was summed before
+                    moment = rescale * (moment + shift * total) + tl.sum(e * tl.where(sees, u, 0.0), 1)
+                    visible += tl.sum(sees.to(tl.int32), 1)
                 total = total * rescale + tl.sum(e, 1)
                 prompt = prompt * rescale + tl.sum(tl.where(counts, e, 0.0), 1)
                 top = new_top
     if HAS_LSE:
         total = tl.full([ROWS * GROUP_PADDED], 1.0, tl.float32)
+    if ENTROPY:
+        some = tl.where(total > 0, total, 1.0)
+        share = (tl.log(some) - moment / some) / tl.log(tl.maximum(visible, 2).to(tl.float32))  # of the largest entropy
+        weight = tl.where(real & (visible > 1), tl.maximum(1.0 - share, 0.0), 0.0)
     if HAS_SINKS:  # a sink only adds to the denominator
         sink = tl.load(sinks_ptr + head, mask=member < GROUP, other=-float("inf")).to(tl.float32)
         pivot = tl.where(top == -float("inf"), 0.0, top)
         total += tl.exp(sink - pivot)
     mass = tl.where(real & (total > 0), prompt / tl.where(total > 0, total, 1.0), 0.0)
-    mass = tl.sum(tl.reshape(mass, [ROWS, GROUP_PADDED]), 1)
+    summed = tl.sum(tl.reshape(mass, [ROWS, GROUP_PADDED]), 1)
     at = (batch * tl.num_programs(1) + key_head) * S + queries
-    tl.store(mass_ptr + at, mass, mask=asked & (queries < S))
+    stored = asked & (queries < S)
+    tl.store(mass_ptr + at, summed, mask=stored)
+    if ENTROPY:
+        field = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * S
+        weighted = tl.sum(tl.reshape(weight * mass, [ROWS, GROUP_PADDED]), 1)
+        tl.store(mass_ptr + field + at, weighted, mask=stored)
+        tl.store(mass_ptr + 2 * field + at, tl.sum(tl.reshape(weight, [ROWS, GROUP_PADDED]), 1), mask=stored)
 
 
 def attention_mass(
@@ -132,8 +154,9 @@ def attention_mass(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    by_entropy: bool,
 ) -> Tensor:
-    """Mean over heads of the attention probability on prompt keys.
+    """Mean over heads of the attention probability on prompt keys, plain or (`by_entropy`, without lse) weighted.
 
     Args:
         q: [B, Hq, S, d], k: [B, Hk, S, d], float16, bfloat16 or float32; the last dimension contiguous.
@@ -148,15 +171,21 @@ def attention_mass(
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     flags = key_mask.to(torch.int8) * VISIBLE + (key_mask & prompt_mask).to(torch.int8) * PROMPT
     low, prompt_end = low.to(torch.int32).contiguous(), prompt_end.to(torch.int32).contiguous()
-    mass = torch.zeros(B, Hk, S, dtype=torch.float32, device=q.device)
+    sums = torch.zeros(3 if by_entropy else 1, B, Hk, S, dtype=torch.float32, device=q.device)
     group = Hq // Hk
-    rows, constants = attention_tile(q, triton.next_power_of_2(group))
+    padded = triton.next_power_of_2(group)
+    rows, constants = attention_tile(q, padded, "entropy_attention" if by_entropy else "attention")
     _attention_mass_kernel[(triton.cdiv(S, rows), Hk, B)](
         q, k, flags.contiguous(), query_mask.to(torch.int8).contiguous(), low, prompt_end,
-        None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), mass,
+        None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), sums,
         S, Hq, *q.stride()[:3], *k.stride()[:3], scale, softcap or 1.0,
         HAS_LSE=lse is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
-        GROUP=group, GROUP_PADDED=triton.next_power_of_2(group), D=d, D_PADDED=max(16, triton.next_power_of_2(d)),
+        ENTROPY=by_entropy, GROUP=group, GROUP_PADDED=padded, D=d, D_PADDED=max(16, triton.next_power_of_2(d)),
         ROWS=rows, **constants,
     )  # fmt: skip
-    return mass.sum(1) / Hq
+    mass, *weighted = sums.sum(2)  # (B, S) each
+    mass = mass / Hq
+    if not by_entropy:
+        return mass
+    weighted_mass, weight = weighted
+    return torch.where(weight > 0, weighted_mass / weight, mass)

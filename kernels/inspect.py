@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tokensel_kernels.attention_mass import _attention_mass_kernel
-from tokensel_kernels.tiles import ATTENTION_TILES, TILES, attention_rows, interpreting
+from tokensel_kernels.tiles import TILES, attention_rows, interpreting
 from tokensel_kernels.vocab_grad import (
     _block_gradient_kernel,
     _gather_rows_kernel,
@@ -25,7 +25,7 @@ from tokensel_kernels.vocab_grad import (
     _hidden_gradient_kernel,
     _logits_gradient_kernel,
 )
-from tokensel_kernels.vocab_stats import _hidden_stats_kernel, _logits_stats_kernel
+from tokensel_kernels.vocab_stats import _contrast_stats_kernel, _hidden_stats_kernel, _logits_stats_kernel
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,6 +58,7 @@ class Report:
     spilled: int  # stores to local memory in the machine code; spilled registers on AMD
     shared: int  # bytes a program
     shared_limit: int
+    narrow_offsets: int  # products with a stride in 32 bits, where a matrix may hold more than 2^31 elements
     instructions: dict[str, int]  # in the program text: matrix instructions by kind, TMA loads
 
 
@@ -73,19 +74,23 @@ class _Case:
 
 def _cases(arch: str) -> Iterator[_Case]:
     for size in _ELEMENT:
-        for kind in ("stats", "full_stats"):
-            full = kind == "full_stats"
+        for kernel, kind in (
+            (_hidden_stats_kernel, "stats"),
+            (_hidden_stats_kernel, "full_stats"),
+            (_contrast_stats_kernel, "stats"),
+            (_contrast_stats_kernel, "full_contrast"),
+        ):
+            full = kind != "stats"
             tile = TILES[arch][kind][size]
             blocks = {"x": tile.rows, "old_x": tile.rows, "w": tile.columns, "old_w": tile.columns}
             descriptors = {name: (rows, tile.depth) for name, rows in blocks.items()} if tile.tma else {}
             options = {"PAIR": True, "HAS_BIAS": full, "HAS_SOFTCAP": full, "MOMENTS": full}
             name = f"{tile.rows}x{tile.columns}x{tile.depth}, two models" + ", bias, softcap, moments" * full
-            skip = () if full else ("bias_ptr",)
-            yield _Case(_hidden_stats_kernel, name, size, options | tile.constants(), descriptors, skip)
-        for moments in (False, True):
-            options = {"PAIR": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": moments}
-            columns = {"COLUMNS": 4096 // size, "num_warps": 8}
-            name = f"{4096 // size} columns, two models" + ", moments" * moments
+            yield _Case(kernel, name, size, options | tile.constants(), descriptors, () if full else ("bias_ptr",))
+        for moments, contrast in ((False, False), (True, False), (True, True)):
+            options = {"PAIR": not contrast, "CONTRAST": contrast, "HAS_BIAS": True, "HAS_SOFTCAP": True}
+            columns = {"MOMENTS": moments, "COLUMNS": 4096 // size, "num_warps": 8}
+            name = f"{4096 // size} columns, " + ("contrast" if contrast else "two models") + ", moments" * moments
             yield _Case(_logits_stats_kernel, name, size, options | columns, {})
         options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "COLUMNS": 1024, "num_warps": 8}
         yield _Case(_block_gradient_kernel, "1024 columns, bias, softcap", size, options, {})
@@ -101,16 +106,17 @@ def _cases(arch: str) -> Iterator[_Case]:
         yield _Case(_hidden_gradient_kernel, name, size, tile.constants(), by_depth)
         yield _Case(_head_gradient_kernel, name, size, {"WANT_BIAS": False} | tile.constants(), by_row, ("dbias_ptr",))
         yield _Case(_gather_rows_kernel, "1024 columns", size, {"ROWS": 128, "COLUMNS": 1024, "num_warps": 4}, {})
-        tile = ATTENTION_TILES[arch][size]
         for d in HEAD_SIZES if size == 2 else (128,):
-            for lse in (False, True):
+            for lse, entropy in ((False, False), (True, False), (False, True)):
+                tile = TILES[arch]["entropy_attention" if entropy else "attention"][size]
                 rows = attention_rows(tile, d)
                 constants = {
-                    "HAS_LSE": lse, "HAS_SINKS": False, "HAS_SOFTCAP": False, "GROUP": 4, "GROUP_PADDED": 4,
-                    "D": d, "D_PADDED": triton.next_power_of_2(d), "ROWS": rows // 4, "KEYS": tile.keys,
-                    "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages,
+                    "HAS_LSE": lse, "HAS_SINKS": False, "HAS_SOFTCAP": False, "ENTROPY": entropy, "GROUP": 4,
+                    "GROUP_PADDED": 4, "D": d, "D_PADDED": triton.next_power_of_2(d), "ROWS": rows // 4,
+                    "KEYS": tile.keys, "PRECISION": tile.precision,
+                    "num_warps": tile.warps, "num_stages": tile.stages,
                 }  # fmt: skip
-                name = f"{rows}x{tile.keys}, head size {d}" + ", lse given" * lse
+                name = f"{rows}x{tile.keys}, head size {d}" + ", lse given" * lse + ", entropy" * entropy
                 missing = ("sinks_ptr",) if lse else ("sinks_ptr", "lse_ptr")
                 yield _Case(_attention_mass_kernel, name, size, constants, {}, missing)
 
@@ -132,7 +138,7 @@ def _type_of(name: str, case: _Case) -> str:
         return "*fp32"
     if name.endswith("_ptr") or name in ("x", "w", "old_x", "old_w", "dz"):
         return f"*{element}"
-    return "fp32" if name in ("logit_scale", "softcap", "scale") else "i32"
+    return "fp32" if name in ("beta", "logit_scale", "softcap", "scale") else "i32"
 
 
 def _compile(case: _Case, arch: str) -> Report:
@@ -152,7 +158,47 @@ def _compile(case: _Case, arch: str) -> Report:
     found = {name: text.count(code) for name, code in _INSTRUCTIONS.items() if code in text}
     name = case.kernel.__name__.strip("_").removesuffix("_kernel")
     shared = compiled.metadata.shared
-    return Report(name, case.name, arch, _ELEMENT[case.size], registers, spilled, shared, SHARED_LIMIT[arch], found)
+    narrow = len(narrow_offsets(compiled.asm["ttir"]))
+    element = _ELEMENT[case.size]
+    return Report(name, case.name, arch, element, registers, spilled, shared, SHARED_LIMIT[arch], narrow, found)
+
+
+# In Triton's IR, where every value is assigned once: %name = operation operands : type
+_ASSIGNMENT = re.compile(r"^\s*(%[\w$.-]+) = ([\w.]+)\s*(.*)$")
+_VALUE = re.compile(r"%[\w$.-]+")
+_SAME_VALUE = ("arith.extsi", "tt.splat", "tt.expand_dims", "tt.broadcast")
+_STRIDE = re.compile(r"%(\w*stride\w*|S|N)$")  # S is the stride of what is [B, S], and N of sums
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Lines of Triton's IR that multiply a row by a stride in 32 bits: past 2^31 elements they would wrap around.
+
+    Rows inside a tile (constants and ranges alone) may: their number is small.
+    """
+    made: dict[str, tuple[str, list[str]]] = {}  # value -> its operation and operands
+    found = []
+
+    def is_stride(value: str) -> bool:
+        operation, operands = made.get(value, ("argument", []))
+        return is_stride(operands[0]) if operation in _SAME_VALUE else bool(_STRIDE.match(value))
+
+    def inside_a_tile(value: str) -> bool:
+        operation, operands = made.get(value, ("argument", []))
+        if operation in ("arith.constant", "tt.make_range"):
+            return True
+        return operation.startswith(("arith.", "tt.")) and bool(operands) and all(map(inside_a_tile, operands))
+
+    for line in ttir.splitlines():
+        if assignment := _ASSIGNMENT.match(line):
+            value, operation, rest = assignment.groups()
+            operands = _VALUE.findall(rest.partition(" : ")[0])
+            made[value] = (operation, operands)
+            if operation == "arith.muli" and not re.search(r": (i64|tensor<[\dx]*i64>)", rest):
+                for stride, row in (operands, operands[::-1]):
+                    if is_stride(stride) and not inside_a_tile(row):
+                        found.append(line.strip())
+                        break
+    return found
 
 
 def _resources(compiled) -> tuple[int, int]:
@@ -193,5 +239,5 @@ def as_row(report: Report) -> dict:
     fields = asdict(report)
     shared = f"{report.shared / 1024:.0f} of {report.shared_limit / 1024:.0f}"
     found = " ".join(f"{name} {count}" for name, count in report.instructions.items()) or "-"
-    kept = {name: fields[name] for name in ("kernel", "case", "element", "registers", "spilled")}
+    kept = {name: fields[name] for name in ("kernel", "case", "element", "registers", "spilled", "narrow_offsets")}
     return kept | {"shared KiB": shared, "instructions": found}

@@ -77,6 +77,19 @@ def head_logits(
 
 
 @triton.jit
+def add_product(
+    product, x, w, row, column, N, V, D, x_stride, w_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """product + ROWS rows of x (N, D) from `row` on times COLUMNS rows of w (V, D) from `column` on. (ROWS, COLUMNS)"""
+    for k in range(0, D, DEPTH):
+        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+        product = multiply(a, b.T, product, PRECISION)
+    return product
+
+
+@triton.jit
 def tile_logits(
     x,
     w,
@@ -102,11 +115,10 @@ def tile_logits(
 
     Columns past V are what zeros give: mask them afterwards. (ROWS, COLUMNS)
     """
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, D, DEPTH):
-        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
-        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
-        product = multiply(a, b.T, product, PRECISION)
+    product = add_product(
+        tl.zeros([ROWS, COLUMNS], tl.float32), x, w, row, column, N, V, D, x_stride, w_stride,
+        ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+    )  # fmt: skip
     return head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
 
 
@@ -133,6 +145,17 @@ def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
         second += tl.sum(e * u * u, 1)
     total = rescale * total + tl.sum(e, 1)
     return new_top, total, first, second
+
+
+@triton.jit
+def take_logits(z, columns, stop, label, top, total, target, first, second, MOMENTS: tl.constexpr):
+    """Takes a tile of logits, of which the columns from `stop` on do not exist, into all sums of each row."""
+    z = tl.where((columns < stop)[None, :], z, -float("inf"))
+    # found by comparison: a label outside the vocabulary reads nothing, and its target logit stays -inf
+    hit = tl.where(columns.to(tl.int64)[None, :] == label[:, None], z, -float("inf"))
+    target = tl.maximum(target, tl.max(hit, 1))
+    top, total, first, second = online_softmax(z, top, total, first, second, MOMENTS)
+    return top, total, target, first, second
 
 
 @triton.jit

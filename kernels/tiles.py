@@ -1,14 +1,22 @@
-"""Known-good tiles per chip family: a table to read, no tuning at import or on a first call.
+"""Known-good tiles per chip family: `tiles.json`, no tuning at import or on a first call.
 
-A product tile is (rows, columns, depth) elements, warps and pipeline stages. What a family must be able to run is
-checked by `tokensel kernels`, ahead of time: no spills, shared memory within the chip's limit.
+The file is family -> kind of product -> size of an element -> tile. Kinds: "stats", online softmax behind the product;
+"full_stats", the same with bias, softcap, entropy and variance, which need more registers; "full_contrast", two
+models' products at once with those; "gradient", logits to their gradient; "matmul", a product alone; "attention", and
+"entropy_attention", which weighs heads.
+
+What a family must be able to run is checked by `tokensel kernels`, ahead of time: no spills, shared memory within the
+chip's limit. `tokensel tune` writes such a file for the GPU at hand; TOKENSEL_TILES=FILE puts it before the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -43,40 +51,107 @@ class ProductTile:
         }
 
 
-_FLOAT32 = ProductTile(64, 64, 16, 4, 3)  # in full precision, without tensor cores
-_FLOAT32_STATS = ProductTile(32, 64, 16, 4, 2)
-_SMALL = ProductTile(16, 64, 16, 4, 1, precision="widened")  # so that a test of ragged shapes is more than one tile
+@dataclass(frozen=True)
+class AttentionTile:
+    """Score tile of (rows of all heads of a group, keys), warps, stages."""
 
-# family -> kind of product -> bytes of an element -> tile. "stats": online softmax behind the product; "full_stats":
-# with bias, softcap, entropy and variance, which need more registers; "gradient": logits to their gradient; "matmul":
-# a product alone.
-TILES: dict[str, dict[str, dict[int, ProductTile]]] = {
-    "sm_80": {
-        "stats": {2: ProductTile(128, 128, 32, 8, 4), 4: _FLOAT32_STATS},
-        "full_stats": {2: ProductTile(128, 64, 32, 4, 4), 4: _FLOAT32_STATS},
-        "gradient": {2: ProductTile(128, 64, 32, 4, 4), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 32, 8, 4), 4: _FLOAT32},
-    },
-    "sm_90": {
-        "stats": {2: ProductTile(128, 256, 64, 8, 3, tma=True), 4: _FLOAT32_STATS},
-        "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
-        "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 64, 8, 3, tma=True), 4: _FLOAT32},
-    },
-    "sm_100": {
-        "stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
-        "full_stats": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32_STATS},
-        "gradient": {2: ProductTile(128, 128, 64, 8, 4, tma=True), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 64, 8, 3, tma=True), 4: _FLOAT32},
-    },
-    "gfx942": {
-        "stats": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32_STATS},
-        "full_stats": {2: ProductTile(128, 64, 64, 8, 2), 4: _FLOAT32_STATS},
-        "gradient": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32},
-        "matmul": {2: ProductTile(128, 128, 64, 8, 2), 4: _FLOAT32},
-    },
-    "interpreter": {kind: {2: _SMALL, 4: _SMALL} for kind in ("stats", "full_stats", "gradient", "matmul")},
-}
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+
+Table = dict[str, dict[str, dict[int, "ProductTile | AttentionTile"]]]  # family -> kind -> bytes of an element -> tile
+
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "full_contrast", "gradient", "matmul")}
+KINDS |= {"attention": AttentionTile, "entropy_attention": AttentionTile}
+SIZES = {"half": 2, "float32": 4}
+SHIPPED = Path(__file__).with_name("tiles.json")
+
+
+def file_fields(kind: str) -> list[str]:
+    """What a tile of this kind consists of in a file; the rest is known where it runs."""
+    fields = [field.name for field in dataclasses.fields(KINDS[kind])]
+    return [name for name in fields if name not in ("processors", "precision")]
+
+
+def read_tiles(path: str | Path, below: Table | None = None) -> Table:
+    """The tiles of a file, over those of another table.
+
+    Raises:
+        ValueError: the file, the entry, what was expected and what was found.
+    """
+
+    def need(condition: bool, where: str, expected: str, found: object) -> None:
+        if not condition:
+            raise ValueError(f"tiles of {path}: {where} must be {expected}; got {found!r}")
+
+    def known(entry: object, where: str, names: tuple[str, ...]) -> dict:
+        need(isinstance(entry, dict) and set(entry) <= set(names), where, f"of {', '.join(names)}", entry)
+        return entry
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tiles of {path} cannot be read: {error}") from error
+    table: Table = {family: {k: dict(sizes) for k, sizes in kinds.items()} for family, kinds in (below or {}).items()}
+    for family, kinds in known(content, "a family", FAMILIES).items():
+        for kind, sizes in known(kinds, f"a kind of {family}", tuple(KINDS)).items():
+            for size, entry in known(sizes, f"a size of {family} {kind}", tuple(SIZES)).items():
+                where, names = f"{family} {kind} {size}", file_fields(kind)
+                need(isinstance(entry, dict) and set(entry) == set(names), where, f"all of {', '.join(names)}", entry)
+                for name, value in entry.items():
+                    at = f"{name} of {where}"
+                    if name == "tma":
+                        need(isinstance(value, bool), at, "true or false", value)
+                        need(not value or family in ("sm_90", "sm_100"), at, "false: the chip has no such unit", value)
+                        continue
+                    whole = isinstance(value, int) and not isinstance(value, bool)
+                    need(whole and value > 0, at, "a positive whole number", value)
+                    need(name == "stages" or value.bit_count() == 1, at, "a power of two", value)
+                    need(name in ("warps", "stages") or value >= 16, at, "at least 16", value)
+                table.setdefault(family, {}).setdefault(kind, {})[SIZES[size]] = KINDS[kind](**entry)
+    for family, kinds in table.items():
+        for size, bytes_ in SIZES.items():
+            try:
+                written, read = kinds["gradient"][bytes_], kinds["matmul"][bytes_]
+            except KeyError:
+                continue
+            # the logits' gradient is zero to the end of its tiles, and no further; the products after it read steps
+            fits = written.rows % read.depth == written.columns % read.depth == 0
+            need(fits, f"depth of {family} matmul {size}", "a divisor of rows and columns of gradient", read.depth)
+    return table
+
+
+def write_tiles(path: str | Path, table: Table) -> None:
+    """Writes a table as `read_tiles` reads it, one tile a line."""
+    sizes = {number: name for name, number in SIZES.items()}
+    families = []
+    for family, kinds in table.items():
+        lines = []
+        for kind, tiles in kinds.items():
+            entries = {sizes[n]: {name: getattr(tile, name) for name in file_fields(kind)} for n, tile in tiles.items()}
+            inner = ",\n".join(f'   "{size}": {json.dumps(entry)}' for size, entry in entries.items())
+            lines.append(f'  "{kind}": {{\n{inner}\n  }}')
+        families.append(f' "{family}": {{\n' + ",\n".join(lines) + "\n }")
+    Path(path).write_text("{\n" + ",\n".join(families) + "\n}\n", encoding="utf-8")
+
+
+def _load() -> Table:
+    table = read_tiles(SHIPPED)
+    if path := os.environ.get("TOKENSEL_TILES"):
+        table = read_tiles(path, table)
+    # so that a test of ragged shapes is more than one tile
+    small = ProductTile(16, 64, 16, 4, 1, precision="widened")
+    table["interpreter"] = {kind: dict.fromkeys(SIZES.values(), small) for kind in KINDS}
+    for kind in ("attention", "entropy_attention"):
+        table["interpreter"][kind] = dict.fromkeys(SIZES.values(), AttentionTile(16, 16, 4, 1, "widened"))
+    return table
+
+
+TILES = _load()
 
 
 def interpreting() -> bool:
@@ -105,7 +180,10 @@ def _gpu_family(device: torch.device) -> tuple[str, int]:
         return "gfx942", properties.multi_processor_count
     major, minor = properties.major, properties.minor
     if major < 8:
-        raise ValueError(f"impl='fused' needs compute capability 8.0 or newer; {properties.name} has {major}.{minor}")
+        raise ValueError(
+            f"impl='fused' needs compute capability 8.0 or newer; {properties.name} has {major}.{minor}; use "
+            "impl='chunked'"
+        )
     # 8.6, 8.9 and 12.x have little shared memory; their tile is the oldest family's
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80"), properties.multi_processor_count
 
@@ -116,30 +194,10 @@ def product_tile(like: Tensor, kind: str) -> ProductTile:
     return dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
 
 
-@dataclass(frozen=True)
-class AttentionTile:
-    """Score tile of (rows of all heads of a group, keys), warps, stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    precision: str = "ieee"
-
-
-ATTENTION_TILES: dict[str, dict[int, AttentionTile]] = {
-    "sm_80": {2: AttentionTile(128, 32, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
-    "sm_90": {2: AttentionTile(128, 128, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
-    "sm_100": {2: AttentionTile(128, 32, 8, 2), 4: AttentionTile(16, 16, 4, 2)},
-    "gfx942": {2: AttentionTile(128, 64, 8, 1), 4: AttentionTile(16, 16, 4, 1)},
-    "interpreter": {size: AttentionTile(16, 16, 4, 1, "widened") for size in (2, 4)},
-}
-
-
-def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:
+def attention_tile(like: Tensor, group: int, kind: str) -> tuple[int, dict]:
     """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
     power of two."""
-    tile = ATTENTION_TILES[_family(like.device)[0]][like.element_size()]
+    tile = TILES[_family(like.device)[0]][kind][like.element_size()]
     constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
     return max(1, attention_rows(tile, like.shape[-1]) // group), constants
 

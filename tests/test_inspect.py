@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from tokensel_kernels.inspect import ARCHITECTURES, HEAD_SIZES
 from tokensel_kernels.roofline import attention_estimates, estimates
 
-PRODUCTS = {"hidden_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
+PRODUCTS = {"hidden_stats", "contrast_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
 MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
 
 
@@ -32,11 +32,12 @@ def reports(request, tmp_path_factory):
 
 def test_no_kernel_spills_or_takes_more_than_the_chip_has(reports):
     arch, found = reports
-    assert len(found) == 30 and {r["arch"] for r in found} == {arch}
+    assert len(found) == 42 and {r["arch"] for r in found} == {arch}
     for report in found:
         where = f"{report['kernel']} ({report['case']}, {report['element']})"
         assert report["spilled"] == 0, where
         assert report["shared"] <= report["shared_limit"], where
+        assert report["narrow_offsets"] == 0, where
         assert 0 < report["registers"] <= (512 if arch == "gfx942" else 255), where
 
 
@@ -66,6 +67,34 @@ def test_a_product_reads_only_what_the_kernel_before_it_wrote():
             assert written.rows % read.depth == written.columns % read.depth == 0, (family, size)
 
 
+NARROW_AND_WIDE = """
+import triton, triton.language as tl
+from triton.compiler import ASTSource
+from tokensel_kernels.inspect import ARCHITECTURES, narrow_offsets
+
+@triton.jit
+def clear(z_ptr, row_stride, ROWS: tl.constexpr, BITS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.arange(0, ROWS)[:, None] * row_stride  # of a tile: may be narrow
+    at = (rows.to(tl.int64) if BITS == 64 else rows)[:, None] * row_stride
+    tl.store(z_ptr + at + inside + tl.arange(0, 16)[None, :], 0.0)
+
+for bits in (32, 64):
+    signature = {"z_ptr": "*fp32", "row_stride": "i32", "ROWS": "constexpr", "BITS": "constexpr"}
+    source = ASTSource(clear, signature, {(2,): 16, (3,): bits}, {})
+    print(len(narrow_offsets(triton.compile(source, target=ARCHITECTURES["sm_80"]).asm["ttir"])))
+"""
+
+
+def test_offsets_in_32_bits_are_found(tmp_path):
+    """What the reports count is a product of a row and a stride that would wrap around past 2^31 elements."""
+    file = tmp_path / "narrow_and_wide.py"  # Triton reads a kernel's source from a file
+    file.write_text(NARROW_AND_WIDE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "0"], done.stderr
+
+
 def test_an_unknown_chip_is_named(capsys, monkeypatch):
     from tokensel.cli import main
 
@@ -82,13 +111,22 @@ def test_an_unknown_chip_is_named(capsys, monkeypatch):
 )
 def test_estimates_are_the_arithmetic_of_the_products(V, D, pair, backward, logits):
     """Milliseconds on an H200 at N = 8192: two products, three of 60 %, two reads of bfloat16 logits."""
-    stats, from_logits, *gradients = (e.milliseconds() for e in estimates(8192, V, D))
-    assert stats == pytest.approx(pair, abs=0.06)
-    assert from_logits == pytest.approx(logits, abs=0.01)
-    assert sum(gradients) == pytest.approx(backward, abs=0.06)
+    found = {e.kernel.partition(",")[0]: e.milliseconds() for e in estimates(8192, V, D)}
+    assert found["hidden_stats"] == found["contrast_stats"] == pytest.approx(pair, abs=0.06)
+    assert found["logits_stats"] == pytest.approx(logits, abs=0.01)
+    gradients = ("logits_gradient", "hidden_gradient", "head_gradient")
+    assert sum(found[name] for name in gradients) == pytest.approx(backward, abs=0.06)
+    # 60 %: float32 read and bfloat16 written, three of a bfloat16 block, against the two of logits_stats
+    assert found["block_gradient (chunked)"] == pytest.approx(logits * 0.6 * 3 / 2, abs=0.01)
+    assert found["gather_rows"] == pytest.approx(2 * 0.6 * 8192 * D * 2 / 4.3e9, rel=1e-6)
+
+
+def test_every_kernel_has_an_estimate(reports):
+    named = {e.kernel.split(",")[0].split(" ")[0] for e in (*estimates(64, 64, 64), *attention_estimates(64))}
+    assert named == {r["kernel"] for r in reports[1]}
 
 
 def test_a_given_lse_leaves_only_the_prompt_columns():
-    whole, given = attention_estimates(8192)
+    whole, by_entropy, given = attention_estimates(8192)
     assert whole.operations / given.operations == pytest.approx(2.5)  # 1/4 + 3/8 of S columns against 1/4
-    assert whole.bytes == given.bytes
+    assert whole.bytes == given.bytes and by_entropy.operations == whole.operations

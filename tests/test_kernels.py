@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import types
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import tokensel.loss
 import tokensel.stats
@@ -18,6 +22,7 @@ from tokensel import (
     prompt_attention_mass,
     selected_cross_entropy,
     token_stats,
+    token_stats_contrast,
     token_stats_from_logits,
     token_stats_pair,
 )
@@ -50,10 +55,14 @@ def make(N=37, V=150, D=40, dtype=torch.float32):
     return [t.to(DEVICE, dtype if t.is_floating_point() else None) for t in tensors]
 
 
-def truth(hidden, weight, labels, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+def head_of(hidden, weight, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
     z = hidden.to(dtype) @ weight.to(dtype).T
     z = (z if bias is None else z + bias.to(dtype)) * logit_scale
-    return truth_of_logits(z if softcap is None else softcap * torch.tanh(z / softcap), labels)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def truth(hidden, weight, labels, *head, **options):
+    return truth_of_logits(head_of(hidden, weight, *head, **options), labels)
 
 
 def truth_of_logits(z, labels):
@@ -99,6 +108,45 @@ def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, mon
     (plain,) = (token_stats(hidden, weight, labels, impl="fused", **options),)
     assert plain.entropy is None
     torch.testing.assert_close(plain.nll, pair[0].nll)
+
+
+def assert_contrast_within_budget(stats, models, labels, beta, fields=FIELDS, **options):
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        z, old = (head_of(*model, **options, dtype=dtype) for model in models)
+        found.append(truth_of_logits((1 + beta) * z - beta * old, labels))
+    assert_within_budget(stats, *found, labels, fields)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_contrast_of_two_models(options, dtype, tma, monkeypatch):
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
+        for kind in ("stats", "full_contrast"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
+    hidden, weight, labels, bias = make(V=700, dtype=dtype)  # several shares
+    models = ((hidden, weight), make(V=700, D=24, dtype=dtype)[:2])
+    options = options | ({"bias": bias} if "bias" in options else {})
+    for beta in (1.0, 0.3):
+        stats = token_stats_contrast(*models, labels, beta=beta, entropy=True, impl="fused", **options)
+        assert_contrast_within_budget(stats, models, labels, beta, **options)
+    plain = token_stats_contrast(*models, labels, beta=0.3, impl="fused", **options)
+    assert_contrast_within_budget(plain, models, labels, 0.3, FIELDS[:3], **options)
+
+
+def test_a_model_against_itself_or_nothing_is_that_model():
+    hidden, weight, labels, _ = make(dtype=torch.bfloat16)
+    expected = token_stats(hidden, weight, labels, impl="fused").nll
+    same = token_stats_contrast((hidden, weight), (hidden, weight), labels, beta=1.5, impl="fused").nll
+    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+    other = make(D=24, dtype=torch.bfloat16)[:2]
+    assert torch.equal(token_stats_contrast((hidden, weight), other, labels, beta=0.0, impl="fused").nll, expected)
+    none = torch.full_like(labels, -100)
+    assert (token_stats_contrast((hidden, weight), other, none, impl="fused").nll == 0).all()
+    empty = [(h[:0], w) for h, w in ((hidden, weight), other)]
+    assert token_stats_contrast(*empty, labels[:0], impl="fused").nll.shape == (0,)
 
 
 @pytest.mark.parametrize("N, V, D", [(1, 1, 16), (16, 64, 32), (17, 65, 33), (3, 200, 7), (40, 129, 8), (33, 64, 100)])
@@ -199,6 +247,18 @@ def test_library_products_of_both_models_are_read_once(workspace_mib, options, d
     for stats, inputs in zip(pair, models, strict=True):
         exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
         assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
+def test_the_contrast_by_library_products(workspace_mib, options, dtype, gpu_chunked):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    models = ((hidden, weight), make(D=24, dtype=dtype)[:2])
+    options = options | ({"bias": bias} if "bias" in options else {})
+    common = {"entropy": True, "impl": "chunked", "workspace_mib": workspace_mib}
+    stats = token_stats_contrast(*models, labels, beta=0.7, **common, **options)
+    assert_contrast_within_budget(stats, models, labels, 0.7, **options)
 
 
 @pytest.mark.parametrize("V", [63, 64, 65, 129])
@@ -419,6 +479,27 @@ def test_mass_under_every_pair_of_options(names, given_lse):
     torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("names", [(), NAMES, *[(name,) for name in NAMES]], ids="+".join)
+def test_heads_weighted_by_their_entropy(names):
+    q, k, prompt, options = attention_inputs(names, torch.float32)
+    options["head_weights"] = "entropy"
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    torch.testing.assert_close(mass, exact.float(), rtol=2e-5, atol=2e-6)
+    mean = prompt_attention_mass(q, k, prompt, impl="fused", **options | {"head_weights": "mean"})
+    assert (mass - mean).abs().max() > 0.01
+
+
+def test_heads_that_look_at_everything_alike_count_nothing():
+    q, k, prompt, _ = attention_inputs((), torch.float32)
+    options = {"query_mask": torch.ones_like(prompt), "head_weights": "entropy", "impl": "fused"}
+    flat = prompt_attention_mass(q * 0, k, prompt, **options)  # then all of them count the same
+    torch.testing.assert_close(flat, prompt.cumsum(-1) / torch.arange(1, 42, device=DEVICE))
+    q[:, 1:] = 0  # these have no say
+    one = prompt_attention_mass(q[:, :1], k[:, :1], prompt, **options | {"head_weights": "mean"})
+    torch.testing.assert_close(prompt_attention_mass(q, k, prompt, **options)[:, 1:], one[:, 1:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mass_is_as_exact_as_eager_float32(dtype):
     q, k, prompt, options = attention_inputs(("key_mask", "softcap"), dtype)
@@ -448,6 +529,158 @@ def test_mass_of_strided_inputs_and_what_padding_holds():
     assert torch.equal(prompt_attention_mass(q, k, prompt, impl="fused", **options), expected)
 
 
+# Labels that no logit has
+
+
+OUTSIDE = (-7, -1, 150, 151, 10_000, 2**40, -(2**40))
+
+
+def surrounded(t):
+    """The tensor inside a wider one that is NaN (a label: 3) around it, so that what is read beside it shows."""
+    wide = torch.full((t.shape[0] + 64, *t.shape[1:]), torch.nan if t.is_floating_point() else 3, device=DEVICE)
+    wide = wide.to(t.dtype)
+    wide[32:-32] = t
+    return wide[32:-32]
+
+
+def test_a_label_outside_the_vocabulary_reads_nothing_and_has_no_likelihood():
+    hidden, weight, _, bias = (surrounded(t) for t in make(N=len(OUTSIDE) + 1))
+    labels = surrounded(torch.tensor([*OUTSIDE, 149], device=DEVICE))
+    old_hidden, old_weight = (surrounded(t) for t in make(N=len(labels), D=24)[:2])
+    models = [(hidden, weight), (old_hidden, old_weight)]
+    head = {"bias": bias, "softcap": None, "logit_scale": 1.0, "moments": False, "ignore_index": -100}
+    logits = [surrounded(x @ w.T) for x, w in models]
+    of_logits = torch.full((3, 2, 1, len(labels)), torch.nan, device=DEVICE)
+    tokensel_kernels.vocab_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
+    contrast = tokensel_kernels.vocab_stats.hidden_sums(models, labels, contrast=1.0, **head)
+    z, old = (z + bias for z in logits)
+    for sums, expected in (
+        (tokensel_kernels.vocab_stats.hidden_sums(models, labels, **head), (z, old)),
+        (of_logits, (z, old)),
+        (contrast, (2 * z - old,)),
+    ):
+        for stats, truly in zip(tokensel.stats._stats_of_sums(sums, labels, -100), expected, strict=True):
+            torch.testing.assert_close(stats.lse, truly.logsumexp(-1))
+            assert (stats.nll[:-1] == torch.inf).all() and stats.nll[-1].isfinite()
+
+
+def test_the_gradient_of_a_label_outside_the_vocabulary_has_no_one_hot():
+    hidden, weight, _, bias = (surrounded(t) for t in make(N=len(OUTSIDE)))
+    labels, coefficient = surrounded(torch.tensor(OUTSIDE, device=DEVICE)), torch.ones(len(OUTSIDE), device=DEVICE)
+    z = hidden @ weight.T + bias
+    lse, p = z.logsumexp(-1), z.softmax(-1)
+    head = {"bias": bias, "softcap": None, "logit_scale": 1.0}
+    found = tokensel_kernels.vocab_grad.selected_gradients(
+        hidden, weight, labels, coefficient, lse, want=(True, True, True), **head
+    )
+    for ours, truly in zip(found, (p @ weight, p.T @ hidden, p.sum(0)), strict=True):
+        torch.testing.assert_close(ours, truly, rtol=1e-5, atol=1e-5)
+    dz = torch.full_like(z, torch.nan)
+    products = surrounded(hidden @ weight.T)
+    tokensel_kernels.vocab_grad.write_block_gradient(products, labels, coefficient, lse, dz, first_column=0, **head)
+    torch.testing.assert_close(dz, p)
+
+
+# The host does not wait
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operators whose result the host has to wait for on a GPU: a value, or a shape that depends on values."""
+
+    REFUSED = {
+        "_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "nonzero_numpy", "masked_select", "unique",
+        "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "argwhere",
+        "lift_fresh",  # torch.tensor(a number): copied to the device, and waited for
+    }  # fmt: skip
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.REFUSED:
+            raise AssertionError(f"the host waits for {function}")
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+                raise AssertionError(f"the host waits for {function} by a mask")
+        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+            raise AssertionError(f"the host waits for {function}")
+        self.seen += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _tolist(tensor):
+    raise AssertionError("the host waits for tolist")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The way of a GPU: checks are asynchronous, and a launch, in the interpreter many operators, is none."""
+    monkeypatch.setattr("tokensel.checks.may_wait", lambda like: False)
+    monkeypatch.setattr("tokensel.methods.may_wait", lambda like: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", _tolist)  # which no dispatcher sees
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import GridExecutor
+
+        launch = GridExecutor.__call__
+
+        def alone(self, *args, **kwargs):
+            with _disable_current_modes():
+                return launch(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", alone)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_the_host_waits_for_nothing(tma, on_a_gpu, monkeypatch):
+    from tokensel import TokenSignals, methods, uniform_prompt_mass
+
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")
+        for kind in ("stats", "full_stats", "full_contrast", "gradient", "matmul"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], 2, small)
+    hidden, weight, labels, bias = make(dtype=torch.bfloat16)
+    old = make(D=24, dtype=torch.bfloat16)[:2]
+    q, k, prompt, options = attention_inputs(NAMES, torch.bfloat16, S=len(labels))
+    q, k, prompt = q[:1], k[:1], prompt[:1]
+    sample, response = torch.arange(len(labels), device=DEVICE) // 12 * 12, labels != -100
+    for name in ("key_mask", "segment_ids", "turn_ids"):
+        options[name] = options[name][:1]
+    options["query_mask"] = response[None]
+    masks = {name: options[name] for name in ("key_mask", "segment_ids", "turn_ids", "window")}
+    trained = [t.requires_grad_() for t in (hidden, weight, bias)]
+    head = {"bias": bias, "softcap": 20.0, "impl": "fused"}
+    with NoWaiting() as mode:
+        now, before = token_stats_pair((hidden, weight), old, labels, entropy=True, **head)
+        token_stats_contrast((hidden, weight), old, labels, **head)
+        token_stats_from_logits((hidden @ weight.T).detach(), labels, impl="fused")
+        signals = {"nll": now.nll, "history_nll": before.nll}
+        for weights in ("mean", "entropy"):
+            mass = prompt_attention_mass(q, k, prompt, head_weights=weights, impl="fused", **options)[0]
+        signals |= {"mass": mass, "uniform_mass": uniform_prompt_mass(prompt, **masks)[0]}
+        signals = TokenSignals(response, sample, **signals)
+        keep = methods.get("sstoken", debias="uniform")(signals)
+        loss = selected_cross_entropy(hidden, weight, labels, keep, stats=now, denominator=7.0, **head)
+        loss = loss + selected_cross_entropy(hidden, weight, labels, keep.float() * -0.5, stats=now, **head)
+        (loss * 3).backward()
+    assert all(t.grad.isfinite().all() for t in trained) and mode.seen > 100
+
+
+def test_what_would_make_the_host_wait_is_refused(on_a_gpu):
+    x = torch.arange(4.0, device=DEVICE)
+    waits = [
+        lambda: x.sum().item(), lambda: bool((x > 1).any()), lambda: x[x > 1], lambda: x.nonzero(),
+        lambda: x.masked_select(x > 1), lambda: x.index_put_((x > 1,), -x[:2]), lambda: torch.equal(x, x),
+        lambda: torch.tensor(2.0), lambda: x.long().bincount(), lambda: x.tolist(), lambda: x.unique(),
+    ]  # fmt: skip
+    for wait in waits:
+        with pytest.raises(AssertionError, match="the host waits for"), NoWaiting():
+            wait()
+    hidden, weight, labels, _ = make()
+    hidden.requires_grad_()
+    keep = labels != -100
+    with pytest.raises(AssertionError, match="nonzero"), NoWaiting():  # the CPU's way gathers rows
+        selected_cross_entropy(hidden, weight, labels, keep, impl="chunked").backward()
+
+
 # The choice
 
 
@@ -460,11 +693,94 @@ def test_bad_choices_are_named(no_interpreter, monkeypatch):
     with pytest.raises(ValueError, match="takes float16, bfloat16 or float32, not torch.float64; use impl='chunked'"):
         token_stats(hidden.double(), weight.double(), labels, impl="fused")
     wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
-    with pytest.raises(ValueError, match="takes head sizes up to 256; q has 257; use impl='chunked'"):
+    with pytest.raises(ValueError, match="takes head sizes up to 256 .64, 96, .*; q has 257; use impl='chunked'"):
         prompt_attention_mass(wide, wide, torch.zeros(1, 2, dtype=torch.bool, device=DEVICE), impl="fused")
     monkeypatch.setattr("tokensel.checks.HAS_TRITON", False)
     with pytest.raises(ImportError, match="pip install triton; or use impl='chunked'"):
         token_stats(hidden, weight, labels, impl="fused")
+
+
+def test_a_chip_that_is_too_old_is_named(no_interpreter, monkeypatch):
+    chip = {"name": "Tesla V100", "major": 7, "minor": 0, "multi_processor_count": 80}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**chip))
+    tiles._gpu_family.cache_clear()
+    with pytest.raises(ValueError, match="compute capability 8.0 or newer; Tesla V100 has 7.0; use impl='chunked'"):
+        tiles._family(torch.device("cuda", 0))
+    for major, family in ((8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")):
+        tiles._gpu_family.cache_clear()
+        chip["major"] = major
+        assert tiles._family(torch.device("cuda", 0)) == (family, 80)
+    tiles._gpu_family.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [0.0, 0.99])
+def test_a_workspace_that_holds_no_row_is_named(rows, gpu_chunked):
+    hidden, weight, labels, _ = make()
+    row = 2 * 64 * 4 / 2**20  # two models' 64 columns of float32
+    common = {"impl": "chunked", "workspace_mib": row * rows or 1e-9}
+    with pytest.raises(ValueError, match="holds no row of 2 x 64 float32 logits; it needs at least 0.0010"):
+        token_stats_pair((hidden, weight), (hidden, weight), labels, **common)
+
+
+# The table of tiles
+
+
+def test_tiles_are_written_as_they_are_read(tmp_path):
+    shipped = tiles.read_tiles(tiles.SHIPPED)
+    assert set(shipped) == set(tiles.FAMILIES) and all(set(kinds) == set(tiles.KINDS) for kinds in shipped.values())
+    tiles.write_tiles(tmp_path / "again.json", shipped)
+    assert (tmp_path / "again.json").read_text() == tiles.SHIPPED.read_text()
+
+
+def test_a_file_of_tiles_goes_before_the_table(tmp_path, monkeypatch):
+    file = tmp_path / "mine.json"
+    mine = tiles.ProductTile(64, 128, 64, 4, 5, tma=True)
+    tiles.write_tiles(file, {"sm_90": {"stats": {2: mine}}})
+    monkeypatch.setenv("TOKENSEL_TILES", str(file))
+    table, shipped = tiles._load(), tiles.read_tiles(tiles.SHIPPED)
+    assert table["sm_90"]["stats"] == {2: mine, 4: shipped["sm_90"]["stats"][4]}
+    assert table["sm_90"]["matmul"] == shipped["sm_90"]["matmul"] and table["sm_80"] == shipped["sm_80"]
+    monkeypatch.delenv("TOKENSEL_TILES")
+    assert tiles._load()["sm_90"] == shipped["sm_90"]
+
+
+GOOD = {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3, "tma": False}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", r"a family must be of sm_80, sm_90, sm_100, gfx942; got \[\]"),
+        ({"sm_12": {}}, "a family must be of sm_80, .*; got {'sm_12'"),
+        ({"sm_90": {"stat": {}}}, "a kind of sm_90 must be of stats, full_stats, .*; got {'stat'"),
+        ({"sm_90": {"stats": {"bf16": GOOD}}}, "a size of sm_90 stats must be of half, float32; got {'bf16'"),
+        ({"sm_90": {"stats": {"half": {"rows": 64}}}}, "sm_90 stats half must be all of rows, columns, depth, warps"),
+        ({"sm_90": {"attention": {"half": GOOD}}}, "sm_90 attention half must be all of rows, keys, warps, stages;"),
+        (
+            {"sm_90": {"stats": {"half": GOOD | {"rows": 96}}}},
+            "rows of .* must be a power of two; got 96",
+        ),
+        ({"sm_90": {"stats": {"half": GOOD | {"depth": 8}}}}, "depth of sm_90 stats half must be at least 16; got 8"),
+        ({"sm_90": {"stats": {"half": GOOD | {"warps": 0}}}}, "warps .* a positive whole number; got 0"),
+        ({"sm_90": {"stats": {"half": GOOD | {"stages": "3"}}}}, "stages .* a positive whole number; got '3'"),
+        ({"sm_90": {"stats": {"half": GOOD | {"tma": 1}}}}, "tma of sm_90 stats half must be true or false; got 1"),
+        ({"sm_80": {"stats": {"half": GOOD | {"tma": True}}}}, "tma of sm_80 .* false: the chip has no such unit"),
+        (
+            {"sm_90": {"matmul": {"half": GOOD | {"depth": 256}}}},
+            "depth of sm_90 matmul half must be a divisor",
+        ),
+    ],
+)
+def test_a_bad_file_of_tiles_is_named(content, message, tmp_path, monkeypatch):
+    file = tmp_path / "mine.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    monkeypatch.setenv("TOKENSEL_TILES", str(file))
+    with pytest.raises(ValueError, match=f"tiles of .*mine.json.*{message}"):
+        tiles._load()
+    file.unlink()
+    with pytest.raises(ValueError, match="mine.json cannot be read: .*No such file"):
+        tiles._load()
 
 
 # The whole step

@@ -82,6 +82,9 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
     assert {name for name in names if name.startswith("tokensel/")} == {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "tokensel").glob("*.py")
     }
+    shipped = "tokensel_kernels/tiles.json"
+    assert {n for n in names if n.startswith("tokensel_kernels/") and not n.endswith(".py")} == {shipped}
+    assert (tmp_path / "unpacked" / shipped).read_text() == (ROOT / "kernels" / "tiles.json").read_text()
 
     code = "import sys; sys.path.insert(0, sys.argv[1]); import tokensel_kernels.probe as p; print(p.__file__)"
     unpacked = tmp_path / "unpacked"

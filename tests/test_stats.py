@@ -7,7 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel.stats
-from tokensel import TokenStats, selected_cross_entropy, token_stats, token_stats_from_logits, token_stats_pair
+from tokensel import (
+    TokenStats,
+    selected_cross_entropy,
+    token_stats,
+    token_stats_contrast,
+    token_stats_from_logits,
+    token_stats_pair,
+)
+from tokensel.checks import check_labels
 from tokensel.products import exact_products
 
 FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
@@ -25,13 +33,15 @@ def make(N=37, V=2300, D=40, dtype=torch.float32, spread=1.0):
 
 def truth(hidden, weight, labels, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
     """The definitions, row by row of [N, V] logits in `dtype`; None where the row is ignored."""
+    return truth_of_logits(head_of(hidden, weight, bias, softcap, logit_scale, dtype), labels)
+
+
+def head_of(hidden, weight, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
     z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
     z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return truth_of_logits(z, labels)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def truth_of_logits(z, labels):
@@ -305,6 +315,35 @@ def test_a_pair_is_two_models_of_any_hidden_size(impl):
         assert_within_budget(stats, exact, eager, labels)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_contrast_of_two_models_is_its_definition(options, dtype, impl):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    models = ((hidden, weight), make(D=24, dtype=dtype)[:2])
+    options = options | ({"bias": bias} if "bias" in options else {})
+    for beta in (1.0, 0.3):
+        found = []
+        for wide in (torch.float64, torch.float32):
+            z, old = (head_of(*model, **options, dtype=wide) for model in models)
+            found.append(truth_of_logits((1 + beta) * z - beta * old, labels))
+        common = {"entropy": True, "impl": impl, "workspace_mib": 0.3}  # blocks of rows, too
+        stats = token_stats_contrast(*models, labels, beta=beta, **common, **options)
+        assert_within_budget(stats, *found, labels)
+        assert (stats.nll[labels == -100] == 0).all()
+
+
+def test_the_default_contrast_is_that_of_critical_tokens():
+    """softmax(2 z_pos - z_neg)[y], of log-probabilities as of logits."""
+    hidden, weight, labels, _ = make(dtype=torch.float64)
+    models = ((hidden, weight), make(dtype=torch.float64)[:2])
+    log_p, old_log_p = ((x @ w.T).log_softmax(-1) for x, w in models)
+    estimate = (2 * log_p - old_log_p).softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    found = token_stats_contrast(*models, labels).nll.neg().exp()
+    valid = labels != -100
+    torch.testing.assert_close(found[valid], estimate[valid])
+
+
 def test_a_pair_of_the_same_model_has_no_difference_at_all():
     hidden, weight, labels, _ = make(dtype=torch.bfloat16)
     now, old = token_stats_pair((hidden, weight), (hidden, weight), labels)
@@ -480,3 +519,33 @@ def test_autocast_does_not_round_what_is_float32_on_purpose(impl):
     expected = everything()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True))
+
+
+def test_bad_input_of_a_contrast_is_named(no_interpreter):
+    hidden, weight, labels, _ = make()
+    model = (hidden, weight)
+    with pytest.raises(ValueError, match="beta must be finite and not negative; got -1"):
+        token_stats_contrast(model, model, labels, beta=-1)
+    with pytest.raises(TypeError, match="beta must be a number; got None"):
+        token_stats_contrast(model, model, labels, beta=None)
+    with pytest.raises(ValueError, match="negative weight has 8 vocabulary rows but positive weight has 2300"):
+        token_stats_contrast(model, (hidden, weight[:8]), labels)
+    with pytest.raises(TypeError, match="one dtype here; got torch.bfloat16 and torch.float32; cast one"):
+        token_stats_contrast(model, (hidden.bfloat16(), weight.bfloat16()), labels)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_a_wrong_label_on_a_device_is_asserted_there_and_named_on_request(monkeypatch):
+    labels = torch.tensor([[3, -100], [9, 12]]).as_subclass(Elsewhere)
+    monkeypatch.delenv("TOKENSEL_CHECK", raising=False)
+    with pytest.raises(RuntimeError, match="labels: outside .0, V. and not ignore_index; TOKENSEL_CHECK=1 names it"):
+        check_labels(labels, (2, 2), 10, -100)  # the CPU's assertion is not asynchronous
+    monkeypatch.setenv("TOKENSEL_CHECK", "1")
+    with pytest.raises(ValueError, match=r"labels\[1, 1\] is 12, outside \[0, 10\) and not ignore_index=-100"):
+        check_labels(labels, (2, 2), 10, -100)
+    check_labels(labels, (2, 2), 13, -100)

@@ -12,7 +12,7 @@ from tokensel import methods
 from tokensel.attention import prompt_attention_mass, uniform_prompt_mass
 from tokensel.loss import selected_cross_entropy
 from tokensel.methods import TokenSelector, TokenSignals
-from tokensel.stats import TokenStats, token_stats, token_stats_from_logits, token_stats_pair
+from tokensel.stats import TokenStats, token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "prompt_attention_mass",
     "selected_cross_entropy",
     "token_stats",
+    "token_stats_contrast",
     "token_stats_from_logits",
     "token_stats_pair",
     "uniform_prompt_mass",

@@ -10,6 +10,7 @@ from tokensel.checks import check_positive, check_same_device, check_shape, chec
 
 # A block of scores is [group · rows, keys] float32 of one key head; 8 MiB stays near the cache.
 _BLOCK_ELEMENTS = 8 * 2**20 // 4
+HEAD_WEIGHTS = ("mean", "entropy")
 FUSED_HEAD_SIZE = 256  # the largest that the kernels are compiled and tested for
 
 
@@ -28,6 +29,7 @@ def prompt_attention_mass(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    head_weights: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
     """Mean over heads of the causal attention probability that each query puts on prompt keys.
@@ -48,6 +50,10 @@ def prompt_attention_mass(
         softcap: scores become softcap · tanh(score / softcap).
         window: a query sees the last `window` keys, itself included; None means all.
         sinks: [Hq] logits that add to every row's denominator only.
+        head_weights: "mean", every head counts the same, or "entropy": at each query, head h counts
+            w_h = 1 - H_h / log n, where n is the number of visible keys and H_h the entropy (nats) of the head's
+            softmax over them, without its sink. A head that looks at one key counts 1, one that looks at all alike 0;
+            where all count 0, or one key is visible, it is the plain mean. Needs all visible keys, so no `lse`.
     Returns:
         [B, S] float32 (float64 for float64 inputs) in [0, 1]; 0 on rows that are not asked for or see no key.
     Raises:
@@ -78,6 +84,10 @@ def prompt_attention_mass(
         check_shape("lse", check_tensor("lse", lse, floating=True), (B, Hq, S), "[B, Hq, S]")
     if sinks is not None:
         check_shape("sinks", check_tensor("sinks", sinks, floating=True), (Hq,), "[Hq]")
+    if head_weights not in HEAD_WEIGHTS:
+        raise ValueError(f"head_weights must be one of {', '.join(HEAD_WEIGHTS)}; got {head_weights!r}")
+    if lse is not None and head_weights == "entropy":
+        raise ValueError("head_weights='entropy' needs the scores of all visible keys; leave lse out")
     check_positive("softcap", softcap)
     check_positive("window", window)
     masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
@@ -85,7 +95,10 @@ def prompt_attention_mass(
 
     impl = resolve_impl(impl, q)
     if impl == "fused" and d > FUSED_HEAD_SIZE:
-        raise ValueError(f"impl='fused' takes head sizes up to {FUSED_HEAD_SIZE}; q has {d}; use impl='chunked'")
+        raise ValueError(
+            f"impl='fused' takes head sizes up to {FUSED_HEAD_SIZE} (64, 96, 128, 192 and 256 are compiled for every "
+            f"chip); q has {d}; use impl='chunked'"
+        )
     scale = d**-0.5 if scale is None else scale
     position = torch.arange(S, device=q.device).expand(B, S)
     # where the run of equal ids begins: from here on, equal numbers mean the same document (or turn)
@@ -97,7 +110,7 @@ def prompt_attention_mass(
     compute = torch.ops.tokensel.prompt_mass if torch.compiler.is_compiling() else _compute_mass
     masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
     with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
-        return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
+        return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, head_weights, impl)
 
 
 def _compute_mass(
@@ -113,14 +126,14 @@ def _compute_mass(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    head_weights: str,
     impl: str,
 ) -> Tensor:
     """The mass of checked arguments; ids are the positions where their runs begin."""
     B, _, S, _ = q.shape
     if impl == "reference":
-        return reference.prompt_mass(
-            q, k, prompt_mask, query_mask, key_mask, segment_ids, turn_ids, scale, softcap, window, sinks
-        )
+        masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
+        return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks, head_weights)
     if impl == "fused":
         from tokensel_kernels.attention_mass import attention_mass
 
@@ -129,12 +142,13 @@ def _compute_mass(
         low = low if window is None else torch.maximum(low, position - window + 1)
         prompt_end = torch.full_like(position, S) if turn_ids is None else turn_ids
         masks = (prompt_mask, query_mask, key_mask, low, prompt_end)
-        return attention_mass(q, k, *masks, lse=lse, scale=scale, softcap=softcap, sinks=sinks)
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "by_entropy": head_weights == "entropy"}
+        return attention_mass(q, k, *masks, lse=lse, **options)
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
         pick = [None if t is None else t[b] for t in (segment_ids, turn_ids, lse)]
         mass[b] = _chunked_row(
-            q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b], *pick, scale, softcap, window, sinks
+            q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b], *pick, scale, softcap, window, sinks, head_weights
         )
     return mass
 
@@ -144,7 +158,8 @@ _mass_operator = torch.library.custom_op(
     _compute_mass,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_ids, "
-    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
+    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str head_weights, "
+    "str impl) -> Tensor",
 )
 
 
@@ -153,13 +168,16 @@ def _(q, k, prompt_mask, *_):
     return torch.empty(prompt_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-def _chunked_row(q, k, prompt, queries, keys, segments, turns, lse, scale, softcap, window, sinks) -> Tensor:
+def _chunked_row(
+    q, k, prompt, queries, keys, segments, turns, lse, scale, softcap, window, sinks, head_weights
+) -> Tensor:
     """Mass of one sequence. q (Hq, S, d), k (Hk, S, d); masks and ids (S,); lse (Hq, S) or None -> (S,)."""
     Hq, S, d = q.shape
     Hk = k.shape[0]
     G = Hq // Hk
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.zeros(S, dtype=dtype, device=q.device)
+    weighted, weights = torch.zeros_like(mass), torch.zeros_like(mass)  # of "entropy"
     rows = queries.nonzero()[:, 0]
     # With the denominator given, only prompt columns matter; without it, every valid key does.
     columns = ((keys & prompt) if lse is not None else keys).nonzero()[:, 0]
@@ -191,12 +209,21 @@ def _chunked_row(q, k, prompt, queries, keys, segments, turns, lse, scale, softc
                 log_all = z.masked_fill(~visible, -torch.inf).logsumexp(-1)  # (G, R)
             else:
                 log_all = lse[heads, i].to(dtype)
+            if head_weights == "entropy":
+                log_p = torch.where(visible & log_all.isfinite()[..., None], z - log_all[..., None], 0)
+                entropy = -(log_p.exp() * log_p).sum(-1)  # (G, R); a key that is not seen adds exp(0) · 0
+                count = visible.sum(-1).to(dtype)  # (R,)
+                weight = torch.where(count > 1, 1 - entropy / count.clamp(min=2).log(), 0).clamp_(min=0)
             if sinks is not None:
                 log_all = torch.logaddexp(log_all, sinks[heads].to(dtype)[:, None])
             log_all = torch.where(log_all.isfinite(), log_all, torch.inf)  # a row that sees nothing has no mass
             z.masked_fill_(~counts, -torch.inf)
-            mass[i] += z.sub_(log_all[..., None]).exp_().sum((0, 2)) / Hq
-    return mass
+            head_mass = z.sub_(log_all[..., None]).exp_().sum(-1)  # (G, R)
+            mass[i] += head_mass.sum(0) / Hq
+            if head_weights == "entropy":
+                weighted[i] += (weight * head_mass).sum(0)
+                weights[i] += weight.sum(0)
+    return torch.where(weights > 0, weighted / weights, mass)
 
 
 def uniform_prompt_mass(

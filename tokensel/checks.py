@@ -3,6 +3,8 @@ what was found and, where there is one, the fix."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -74,11 +76,28 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_same_device(hidden=hidden, weight=weight, bias=bias)
 
 
+def check_same_vocabulary(**weights: Tensor) -> None:
+    """weight [V, D] of two models, by their names: D may differ, V may not."""
+    (first, reference), (name, weight) = weights.items()
+    if weight.shape[0] != reference.shape[0]:
+        raise ValueError(
+            f"{name} weight has {weight.shape[0]} vocabulary rows but {first} weight has {reference.shape[0]}; "
+            "both models need the same tokenizer"
+        )
+
+
+def may_wait(like: Tensor) -> bool:
+    """Whether a check may look at values of a tensor's device: always on a CPU, elsewhere if TOKENSEL_CHECK=1 asks for
+    errors at once and by name, at the price of waiting for the device in every call."""
+    return like.device.type == "cpu" or os.environ.get("TOKENSEL_CHECK") == "1"
+
+
 def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
     """int64 labels of `shape`, each in [0, vocabulary) or `ignore_index`.
 
-    The range is checked at once on a CPU, and by an asynchronous device-side assertion elsewhere, so that the
-    check never makes the host wait for the device. A compiled graph has no place for it.
+    The range is checked at once on a CPU or with TOKENSEL_CHECK=1, else by an asynchronous device-side assertion, so
+    that the host never waits for the device. A compiled graph has no place for it. Whatever the labels are, no
+    implementation but `reference` reads memory by them without a mask: a label that no logit has gives nll = inf.
     """
     check_tensor("labels", labels)
     if labels.dtype != torch.int64:
@@ -87,8 +106,8 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore
     if torch.compiler.is_compiling():
         return
     inside = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
-    if labels.device.type != "cpu":
-        torch._assert_async(inside.all(), "labels: a value is outside [0, V) and is not ignore_index")
+    if not may_wait(labels):
+        torch._assert_async(inside.all(), "labels: outside [0, V) and not ignore_index; TOKENSEL_CHECK=1 names it")
     elif not bool(inside.all()):
         where = (~inside).nonzero()[0].tolist()
         raise ValueError(

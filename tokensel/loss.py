@@ -235,7 +235,7 @@ def selected_cross_entropy(
     if denominator is None:
         denominator = coefficient.abs().sum()
     elif not isinstance(denominator, Tensor):
-        denominator = torch.tensor(denominator, dtype=dtype, device=hidden.device)
+        denominator = torch.full((), denominator, dtype=dtype, device=hidden.device)  # a copy would make the host wait
     elif denominator.numel() != 1:
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokensel import scores
-from tokensel.checks import check_number, check_positive
+from tokensel.checks import check_number, check_positive, may_wait
 from tokensel.select import (
     AdaptiveThreshold,
     AsGiven,
@@ -105,7 +105,7 @@ def _check_finite(name: str, value: Tensor, response: Tensor) -> None:
     if torch.compiler.is_compiling():
         return  # a compiled graph has no place for the check
     finite = value.isfinite() | ~response
-    if value.device.type != "cpu":
+    if not may_wait(value):
         torch._assert_async(finite.all(), f"{name}: not finite on a response token")
     elif not bool(finite.all()):
         where = (~finite).nonzero()[0].tolist()

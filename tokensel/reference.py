@@ -22,6 +22,11 @@ def head_logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def contrast_logits(positive: Tensor, negative: Tensor, beta: float) -> Tensor:
+    """(1 + beta) z_positive - beta z_negative: [N, V], [N, V] -> [N, V] (cDPO, arXiv 2411.19943)."""
+    return (1 + beta) * positive - beta * negative
+
+
 def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
     """Fields of TokenStats from [N, V] logits in their own dtype; an ignored row has seen no vocabulary."""
     valid = labels != ignore_index
@@ -67,8 +72,12 @@ def prompt_mass(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    head_weights: str,
 ) -> Tensor:
-    """Mean over heads of the attention probability on prompt keys: [B, Hq, S, d], [B, Hk, S, d] -> [B, S]."""
+    """Mean over heads of the attention probability on prompt keys: [B, Hq, S, d], [B, Hk, S, d] -> [B, S].
+
+    "entropy": head h counts w_h = 1 - H_h / log n, H_h the entropy of its softmax over the n visible keys, no sink.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     z = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))  # (B, Hq, S, S)
@@ -76,11 +85,19 @@ def prompt_mass(
         z = softcap * torch.tanh(z / softcap)
     visible = visible_keys(key_mask, segment_ids, window)  # (B, S, S)
     z = z.masked_fill(~visible[:, None], -torch.inf)
+    p = torch.softmax(z, dim=-1).nan_to_num(0.0)
+    entropy = torch.special.entr(p).sum(-1)  # (B, Hq, S)
     if sinks is not None:  # a sink only adds to the denominator
         z = torch.cat([z, sinks.to(dtype)[None, :, None, None].expand(*z.shape[:3], 1)], dim=-1)
     p = torch.softmax(z, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]  # a row that sees nothing has no mass
     prompt = visible & prompt_mask[:, None, :]
     if turn_ids is not None:
         prompt &= turn_ids[:, :, None] != turn_ids[:, None, :]
-    mass = (p * prompt[:, None]).sum(-1).mean(1)  # (B, S)
-    return torch.where(query_mask, mass, 0)
+    mass = (p * prompt[:, None]).sum(-1)  # (B, Hq, S)
+    mean = mass.mean(1)  # (B, S)
+    if head_weights == "entropy":
+        count = visible.sum(-1)[:, None].to(dtype)  # (B, 1, S)
+        weight = torch.where(count > 1, 1 - entropy / count.clamp(min=2).log(), 0).clamp(min=0)
+        total = weight.sum(1)
+        mean = torch.where(total > 0, (weight * mass).sum(1) / total, mean)
+    return torch.where(query_mask, mean, 0)

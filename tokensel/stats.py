@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tokensel import reference
-from tokensel.checks import check_head, check_labels, check_positive, check_same_device, check_tensor, resolve_impl
+from tokensel.checks import (
+    check_head,
+    check_labels,
+    check_number,
+    check_positive,
+    check_same_device,
+    check_same_vocabulary,
+    check_tensor,
+    resolve_impl,
+)
 from tokensel.parallel import VocabShard, local_head
 from tokensel.products import exact_products, on_gpu, product
 
@@ -216,8 +225,9 @@ def _models_stats(
     ignore_index: int,
     impl: str,
     workspace_mib: float,
+    contrast: float | None = None,
 ) -> list[TokenStats]:
-    """The statistics of each (hidden, weight) on the same labels."""
+    """The statistics of each (hidden, weight) on the same labels, or with `contrast` of the two models' contrast."""
     local = []
     for hidden, weight in models:
         x, w, b, shard = local_head(hidden, weight, bias)
@@ -227,6 +237,10 @@ def _models_stats(
         local.append((x, w))
     models, bias = local, b
     impl = resolve_impl(impl, models[0][0], shard)
+    dtypes = {hidden.dtype for hidden, _ in models}
+    if len(dtypes) > 1 and (impl == "fused" or contrast is not None):
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise TypeError(f"both models must have one dtype here; got {found}; cast one of them")
     check_positive("softcap", softcap)
     check_positive("workspace_mib", workspace_mib)
     y = labels.reshape(-1)  # (N,)
@@ -235,11 +249,11 @@ def _models_stats(
     hidden, weight = [h.reshape(-1, h.shape[-1]) for h, _ in models], [w for _, w in models]  # (N, D), (V, D)
     # torch.compile sees one operator; eager code needs none, and can be looked into
     compute = torch.ops.tokensel.models_stats if torch.compiler.is_compiling() else _compute_stats
-    options = (float(logit_scale), entropy, ignore_index, impl, float(workspace_mib))
+    options = (float(logit_scale), entropy, ignore_index, impl, float(workspace_mib), contrast)
     with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
         fields = compute(hidden, weight, y, bias, softcap, *options)
-    per_model = len(fields) // len(models)
-    found = [TokenStats(*fields[i : i + per_model]) for i in range(0, len(fields), per_model)]
+    count = 5 if entropy else 2
+    found = [TokenStats(*fields[i : i + count]) for i in range(0, len(fields), count)]
     if shard is not None:
         found = [_merge_ranks(stats, shard) for stats in found]
     return [_reshape(stats, labels.shape) for stats in found]
@@ -263,18 +277,21 @@ def _compute_stats(
     ignore_index: int,
     impl: str,
     workspace_mib: float,
+    contrast: float | None,
 ) -> list[Tensor]:
-    """The fields of each model's TokenStats, one model after the other, (N,) each."""
+    """The fields of each model's TokenStats, one model after the other, (N,) each; of the contrast's, if asked for."""
     models = list(zip(hidden, weight, strict=True))
     head = (bias, softcap, logit_scale)
     if impl == "fused":
-        found = _fused_stats(models, labels, *head, entropy, ignore_index)
+        found = _fused_stats(models, labels, *head, entropy, ignore_index, contrast)
     elif impl == "chunked" and on_gpu(hidden[0]):
-        found = _gpu_chunked_stats(models, labels, *head, entropy, ignore_index, workspace_mib)
+        found = _gpu_chunked_stats(models, labels, *head, entropy, ignore_index, workspace_mib, contrast)
     elif impl == "chunked":
-        found = [_chunked_stats(x, w, labels, *head, entropy, ignore_index, workspace_mib) for x, w in models]
+        together = [models] if contrast is not None else [[model] for model in models]
+        found = [_chunked_stats(m, labels, *head, entropy, ignore_index, workspace_mib, contrast) for m in together]
     else:
         logits = (reference.head_logits(x, w, *head) for x, w in models)
+        logits = logits if contrast is None else [reference.contrast_logits(*logits, contrast)]
         found = [_reference_stats(z, labels, entropy, ignore_index) for z in logits]
     return [field for stats in found for field in vars(stats).values() if field is not None]
 
@@ -284,13 +301,14 @@ _stats_operator = torch.library.custom_op(
     _compute_stats,
     mutates_args=(),
     schema="(Tensor[] hidden, Tensor[] weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, "
-    "bool entropy, int ignore_index, str impl, float workspace_mib) -> Tensor[]",
+    "bool entropy, int ignore_index, str impl, float workspace_mib, float? contrast) -> Tensor[]",
 )
 
 
 @_stats_operator.register_fake
-def _(hidden, weight, labels, bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib):
-    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in hidden for _ in range(5 if entropy else 2)]
+def _(hidden, weight, labels, bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib, contrast):
+    results = hidden if contrast is None else hidden[:1]
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in results for _ in range(5 if entropy else 2)]
     return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for dtype in dtypes]
 
 
@@ -307,11 +325,12 @@ def _fused_stats(
     logit_scale: float,
     entropy: bool,
     ignore_index: int,
+    contrast: float | None,
 ) -> list[TokenStats]:
     """One launch for all models; shares of the vocabulary are joined here, in their order."""
     from tokensel_kernels.vocab_stats import hidden_sums
 
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "contrast": contrast}
     sums = hidden_sums(models, labels, moments=entropy, ignore_index=ignore_index, **options)
     return _stats_of_sums(sums, labels, ignore_index)
 
@@ -347,8 +366,7 @@ def _reshape(stats: TokenStats, shape: torch.Size) -> TokenStats:
 
 
 def _chunked_stats(
-    hidden: Tensor,
-    weight: Tensor,
+    models: list[tuple[Tensor, Tensor]],
     labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
@@ -356,24 +374,33 @@ def _chunked_stats(
     entropy: bool,
     ignore_index: int,
     workspace_mib: float,
+    contrast: float | None,
 ) -> TokenStats:
+    """Of one model, or of the contrast of two."""
+    hidden, weight = models[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     V = weight.shape[0]
     stats = _empty(labels, dtype, entropy)
     kept = (labels != ignore_index).nonzero()[:, 0]
-    R, C = vocabulary_blocks(len(kept), V, workspace_mib)
-    workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
-    wide = torch.empty(C, weight.shape[1], dtype=dtype, device=hidden.device)
+    R, C = vocabulary_blocks(len(kept), V, workspace_mib, models=len(models))
+    workspace = torch.empty(len(models), R * C, dtype=dtype, device=hidden.device)
+    wide = [torch.empty(C, w.shape[1], dtype=dtype, device=w.device) for _, w in models]
     with exact_products(hidden.dtype):
         for rows in kept.split(R):
-            x, y = hidden[rows].to(dtype), labels[rows]
+            inputs, y = [x[rows].to(dtype) for x, _ in models], labels[rows]
             running: TokenStats | None = None
             for start in range(0, V, C):
-                w = widened(weight[start : start + C], wide)  # (C, D)
                 b = None if bias is None else bias[start : start + C].to(dtype)
-                out = workspace[: len(rows) * len(w)].view(len(rows), len(w))
-                block = block_stats(logits_block(x, w, b, softcap, logit_scale, out), y - start, entropy)
-                running = block if running is None else TokenStats.merge([running, block])
+                block = []
+                for x, (_, head), space, room in zip(inputs, models, workspace, wide, strict=True):
+                    w = widened(head[start : start + C], room)  # (C, D)
+                    out = space[: len(rows) * len(w)].view(len(rows), len(w))
+                    block.append(logits_block(x, w, b, softcap, logit_scale, out))
+                z, *other = block
+                if contrast is not None:
+                    z.mul_(1 + contrast).sub_(other[0], alpha=contrast)
+                part = block_stats(z, y - start, entropy)
+                running = part if running is None else TokenStats.merge([running, part])
             _store(stats, rows, running)
     return stats
 
@@ -387,6 +414,7 @@ def _gpu_chunked_stats(
     entropy: bool,
     ignore_index: int,
     workspace_mib: float,
+    contrast: float | None,
 ) -> list[TokenStats]:
     """Blocks of all models' logits in one workspace, which a kernel reads once.
 
@@ -397,8 +425,9 @@ def _gpu_chunked_stats(
     N, V = len(labels), models[0][1].shape[0]
     R, C = vocabulary_blocks(N, V, workspace_mib, columns=GPU_COLUMNS, models=len(models))
     workspace = torch.empty(len(models), R * C, dtype=torch.float32, device=labels.device)
-    sums = torch.empty(5 if entropy else 3, len(models), -(-V // C), N, dtype=torch.float32, device=labels.device)
-    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    results = 1 if contrast is not None else len(models)
+    sums = torch.empty(5 if entropy else 3, results, -(-V // C), N, dtype=torch.float32, device=labels.device)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index, "contrast": contrast}
     for first in range(0, N, R):
         rows = slice(first, min(first + R, N))
         for share, start in enumerate(range(0, V, C)):
@@ -434,14 +463,48 @@ def token_stats_pair(
     Returns:
         (TokenStats of the current model, TokenStats of the history model).
     """
-    if current[1].shape[0] != history[1].shape[0]:
-        raise ValueError(
-            f"history weight has {history[1].shape[0]} vocabulary rows but current weight has {current[1].shape[0]}; "
-            "both models need the same tokenizer"
-        )
+    check_same_vocabulary(current=current[1], history=history[1])
     options = (bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib)
     now, before = _models_stats([current, history], labels, *options)
     return now, before
+
+
+@torch.no_grad()
+def token_stats_contrast(
+    positive: tuple[Tensor, Tensor],
+    negative: tuple[Tensor, Tensor],
+    labels: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    workspace_mib: float = 256,
+) -> TokenStats:
+    """`token_stats` of the contrast of two models, softmax((1 + beta) z_positive - beta z_negative), without logits.
+
+    cDPO's contrastive estimate of how much a token belongs to the positive model and not to the negative one is the
+    label's probability, exp(-nll); 1 minus it marks critical tokens (arXiv 2411.19943). Log-probabilities in place of
+    the logits z would give the same softmax.
+
+    Args:
+        positive: (hidden [..., D], weight [V, D]) of the model trained on right answers.
+        negative: (hidden [..., D'], weight [V, D']) of the one trained on wrong answers; D' may differ, V may not.
+            `bias` is added to both.
+        beta: not negative; 0 is the positive model alone.
+        labels, bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib: as in `token_stats`.
+    Returns:
+        TokenStats of the contrast; `lse`, `target_logit` and `top1` are in units of its logits.
+    """
+    check_number("beta", beta)
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and not negative; got {beta}")
+    check_same_vocabulary(positive=positive[1], negative=negative[1])
+    options = (bias, softcap, logit_scale, entropy, ignore_index, impl, workspace_mib, float(beta))
+    return _models_stats([positive, negative], labels, *options)[0]
 
 
 @torch.no_grad()
