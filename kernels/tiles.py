@@ -114,15 +114,19 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
                     need(name in ("warps", "stages") or value >= 16, at, "at least 16", value)
                 table.setdefault(family, {}).setdefault(kind, {})[SIZES[size]] = KINDS[kind](**entry)
     for family, kinds in table.items():
-        for size, bytes_ in SIZES.items():
-            try:
-                written, read = kinds["gradient"][bytes_], kinds["matmul"][bytes_]
-            except KeyError:
-                continue
-            # the logits' gradient is zero to the end of its tiles, and no further; the products after it read steps
-            fits = written.rows % read.depth == written.columns % read.depth == 0
-            need(fits, f"depth of {family} matmul {size}", "a divisor of rows and columns of gradient", read.depth)
+        for size, number in SIZES.items():
+            depth = misfit(kinds, number)
+            need(not depth, f"depth of {family} matmul {size}", "a divisor of rows and columns of gradient", depth)
     return table
+
+
+def misfit(kinds: dict[str, dict[int, ProductTile | AttentionTile]], size: int) -> int | None:
+    """The depth of the products after the logits' gradient, if it does not divide that gradient's tile: it is zero to
+    the end of its tiles and no further, and they read steps of their depth."""
+    written, read = (kinds.get(kind, {}).get(size) for kind in ("gradient", "matmul"))
+    if written and read and (written.rows % read.depth or written.columns % read.depth):
+        return read.depth
+    return None
 
 
 def write_tiles(path: str | Path, table: Table) -> None:
@@ -159,7 +163,7 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 
 
-def _family(device: torch.device) -> tuple[str, int]:
+def chip_family(device: torch.device) -> tuple[str, int]:
     """(chip family, processors) of the device that kernels run on.
 
     Raises:
@@ -190,14 +194,14 @@ def _gpu_family(device: torch.device) -> tuple[str, int]:
 
 def product_tile(like: Tensor, kind: str) -> ProductTile:
     """The table's tile for a tensor's device and type."""
-    family, processors = _family(like.device)
+    family, processors = chip_family(like.device)
     return dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
 
 
 def attention_tile(like: Tensor, group: int, kind: str) -> tuple[int, dict]:
     """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
     power of two."""
-    tile = TILES[_family(like.device)[0]][kind][like.element_size()]
+    tile = TILES[chip_family(like.device)[0]][kind][like.element_size()]
     constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
     return max(1, attention_rows(tile, like.shape[-1]) // group), constants
 
@@ -209,7 +213,7 @@ def attention_rows(tile: AttentionTile, head_size: int) -> int:
 
 def row_columns(like: Tensor) -> int:
     """Columns that a kernel which streams rows takes at a time: 16 bytes a thread of eight warps."""
-    return 128 if _family(like.device)[0] == "interpreter" else 4096 // like.element_size()
+    return 128 if chip_family(like.device)[0] == "interpreter" else 4096 // like.element_size()
 
 
 def aligned(matrix: Tensor) -> Tensor:

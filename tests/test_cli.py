@@ -337,7 +337,7 @@ def test_an_unknown_flag_is_named(capsys, no_loading):
 
 def test_an_unknown_command_is_named(capsys):
     assert main(["tran"]) == 2
-    known = "score, select, train, methods, report and kernels"
+    known = "score, select, train, methods, report, kernels and tune"
     assert error_of(capsys) == f"unknown command 'tran'; there are {known} (tokensel --help)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import types
@@ -705,11 +706,11 @@ def test_a_chip_that_is_too_old_is_named(no_interpreter, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**chip))
     tiles._gpu_family.cache_clear()
     with pytest.raises(ValueError, match="compute capability 8.0 or newer; Tesla V100 has 7.0; use impl='chunked'"):
-        tiles._family(torch.device("cuda", 0))
+        tiles.chip_family(torch.device("cuda", 0))
     for major, family in ((8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")):
         tiles._gpu_family.cache_clear()
         chip["major"] = major
-        assert tiles._family(torch.device("cuda", 0)) == (family, 80)
+        assert tiles.chip_family(torch.device("cuda", 0)) == (family, 80)
     tiles._gpu_family.cache_clear()
 
 
@@ -781,6 +782,69 @@ def test_a_bad_file_of_tiles_is_named(content, message, tmp_path, monkeypatch):
     file.unlink()
     with pytest.raises(ValueError, match="mine.json cannot be read: .*No such file"):
         tiles._load()
+
+
+def test_tuning_takes_the_fastest_tile_that_runs(tmp_path, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from tokensel_kernels import tune
+
+    family = tiles.chip_family(torch.device(DEVICE))[0]
+    start = tiles.ProductTile(16, 64, 16, 4, 3, precision="widened")
+    table = {kind: {4: start} for kind in tiles.KINDS}
+    table |= {kind: {4: tiles.AttentionTile(16, 16, 4, 1, "widened")} for kind in ("attention", "entropy_attention")}
+    monkeypatch.setitem(tiles.TILES, family, table)
+    timed = tune.calls(20, 70, 24, 8, torch.float32, DEVICE)
+    once, said = set(timed), []
+
+    def milliseconds(call):  # rows of 32, few stages and depths of 64 are fast, but attention holds no more than 16
+        kind = next(kind for kind in timed if timed[kind] is call)
+        if kind in once:
+            once.remove(kind), call()
+        tile = table[kind][4]
+        if kind == "attention" and tile.rows > 16:
+            raise OutOfResources(1, 2, "shared memory")
+        return abs(tile.rows - 32) / 16 + tile.stages + abs(getattr(tile, "depth", 64) - 64) / 16
+
+    timed = {kind: (lambda call=call: call()) for kind, call in timed.items()}  # two kinds have one call
+    found = tune.tune(timed, family, 4, milliseconds=milliseconds, tell=said.append)[family]
+    assert not once and set(found) == set(tiles.KINDS)
+    best = dataclasses.replace(start, rows=32, depth=64, stages=1)
+    for kind in ("stats", "full_stats", "full_contrast", "gradient"):
+        assert found[kind][4] == best == table[kind][4]
+    assert found["matmul"][4] == dataclasses.replace(best, depth=32)  # gradients of 32 rows are zero no further
+    assert found["attention"][4].rows == 16 and found["entropy_attention"][4].rows == 32
+    assert any("attention: AttentionTile(rows=32" in line and "does not run: out of resource" in line for line in said)
+    tiles.write_tiles(tmp_path / "tuned.json", {"sm_90": found})
+    written = tiles.read_tiles(tmp_path / "tuned.json")["sm_90"]
+    assert written["stats"][4] == dataclasses.replace(best, precision="ieee")
+
+
+def test_a_tile_of_the_table_that_does_not_run_is_an_error(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from tokensel_kernels import tune
+
+    def fail(error):
+        raise error
+
+    family = tiles.chip_family(torch.device(DEVICE))[0]
+    timed = {"stats": lambda: None}
+    with pytest.raises(RuntimeError, match="the table's own tile of stats, ProductTile.* does not run"):
+        tune.tune(timed, family, 4, milliseconds=lambda call: fail(OutOfResources(1, 2, "shared memory")))
+    with pytest.raises(RuntimeError, match="an illegal memory access"):  # not the tile's fault
+        tune.tune(timed, family, 4, milliseconds=lambda call: fail(RuntimeError("an illegal memory access")))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_tuning_needs_a_gpu(tmp_path, capsys):
+    from tokensel.cli import main
+
+    assert main(["tune", "--output", str(tmp_path / "mine.json")]) == 2
+    assert "tokensel tune times kernels on the GPU at hand, and PyTorch finds none" in capsys.readouterr().err
+    (tmp_path / "mine.json").touch()
+    assert main(["tune", "--output", str(tmp_path / "mine.json")]) == 2
+    assert "mine.json exists; move it away" in capsys.readouterr().err
 
 
 # The whole step

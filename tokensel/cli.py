@@ -22,6 +22,7 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel methods [NAME]                         list the methods, or explain one and its parameters
   tokensel report RUN [RUN ...]                   draw which tokens a run kept, and why, as a page
   tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
+  tokensel tune --output FILE                     time other tiles on this GPU; TOKENSEL_TILES=FILE takes the fastest
   tokensel --version
 
 A first run on your own data, a JSONL file of {{"prompt": ..., "completion": ...}},
@@ -532,6 +533,43 @@ def report(argv: list[str]) -> Path:
     return page
 
 
+def tune(settings) -> None:
+    """Times tiles around the known-good ones on the GPU at hand, and writes the fastest to a file that
+    TOKENSEL_TILES=FILE makes the kernels take. Some minutes."""
+    import torch
+
+    if Path(settings.output).exists():
+        raise ValueError(f"output {settings.output} exists; move it away or choose another name")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "tokensel tune times kernels on the GPU at hand, and PyTorch finds none; the tiles that are shipped need "
+            "no tuning (tokensel kernels --arch CHIP reports them)"
+        )
+    from tokensel_kernels import tiles, tune
+
+    if tiles.interpreting():
+        raise ValueError("kernels are interpreted, not timed, under TRITON_INTERPRET=1; unset it")
+    dtype = getattr(torch, settings.dtype)
+    device = torch.device("cuda", torch.cuda.current_device())
+    shapes = (settings.rows, settings.vocabulary, settings.hidden, settings.sequence)
+    found = tune.tune(tune.calls(*shapes, dtype, device), tiles.chip_family(device)[0], dtype.itemsize)
+    tiles.write_tiles(settings.output, found)
+    print(f"{settings.output}: use it with TOKENSEL_TILES={settings.output}")
+
+
+def _parse_tune(argv: list[str]):
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(prog="tokensel tune", description=tune.__doc__)
+    parser.add_argument("--output", required=True, help="file to write; must not exist yet")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rows", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size")
+    parser.add_argument("--sequence", type=int, default=8192, help="length that attention mass is timed at")
+    return parser.parse_args(argv)
+
+
 def _parse_kernels(argv: list[str]) -> tuple[str, str | None]:
     from argparse import ArgumentParser
 
@@ -569,10 +607,12 @@ def main(argv: list[str] | None = None) -> int:
             report(rest)
         elif command == "kernels":
             kernels(*_parse_kernels(rest))
+        elif command == "tune":
+            tune(_parse_tune(rest))
         else:
             raise ValueError(
-                f"unknown command {command!r}; there are score, select, train, methods, report and kernels "
-                "(tokensel --help)"
+                f"unknown command {command!r}; there are score, select, train, methods, report, kernels "
+                "and tune (tokensel --help)"
             )
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):
