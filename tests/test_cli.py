@@ -194,6 +194,32 @@ def test_the_same_command_gives_the_same_weights(tmp_path, model_dir, data):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, and this is about a CPU")
+def test_every_implementation_trains_the_same_model(tmp_path, model_dir):
+    """`impl` in the YAML: losses and weights after two steps on a recorded history."""
+    pytest.importorskip("triton")
+    data, found = write(tmp_path / "few.jsonl", ROWS[:2]), {}
+    for impl in ("reference", "chunked", "fused"):
+        store, out = tmp_path / f"{impl}.parquet", tmp_path / impl
+        assert score(model_dir, data, store, impl=impl) == 0
+        settings = {"model_name_or_path": model_dir, "dataset_name": data, "output_dir": str(out), "impl": impl}
+        settings |= {"method": "sstoken", "history": "recorded", "history_store": str(store)}
+        settings |= TRAIN | {"use_cpu": True, "per_device_train_batch_size": 1}
+        settings["method_args"] = "rel_floor=0.1"  # REL of the first step is rounding alone, which would be stretched
+        settings |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "seed": 1}
+        file = tmp_path / f"{impl}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        assert main(["train", str(file)]) == 0
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        found[impl] = ([entry["loss"] for entry in log if "loss" in entry], load_file(out / "model.safetensors"))
+    losses, weights = found.pop("reference")
+    before = load_file(f"{model_dir}/model.safetensors")
+    assert len(losses) == 2 and not any(torch.equal(weights[name], before[name]) for name in weights)
+    for other_losses, other_weights in found.values():
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=2e-6)
+
+
 def test_the_store_holds_the_models_own_losses(tmp_path, model_dir, data, capsys):
     store = tmp_path / "h.parquet"
     assert score(model_dir, data, store, batch_size=5) == 0
