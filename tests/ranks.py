@@ -59,17 +59,21 @@ def build(tied=False, checkpointing=False, dtype=torch.float64):
     return model.train()
 
 
-def train(model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0, backward=torch.Tensor.backward):
+def train(
+    model, batches, *, rank=0, ranks=1, optimizer=None, first_step=0, backward=torch.Tensor.backward, history=None
+):
     """Optimizer steps with the loss's denominator over all ranks. -> (global losses, this rank's weights of tokens)"""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     method = tokensel.methods.get(SSTOKEN[0], **SSTOKEN[1])
     losses, selections = [], []
     for step, batch in enumerate(batches, first_step):
         mine = share(batch, rank, ranks)
+        if history is not None:
+            mine = {name: value for name, value in mine.items() if name != "history_nll"}
         kept = method.count(*responses(mine["labels"], mine["attention_mask"])).double()
         if ranks > 1:
             dist.all_reduce(kept)
-        output = model(**mine, selection=tokensel.Selection(method, denominator=kept, step=step))
+        output = model(**mine, selection=tokensel.Selection(method, history=history, denominator=kept, step=step))
         backward(output.loss * ranks)  # gradients are averaged over ranks, the denominator is global
         optimizer.step()
         optimizer.zero_grad()
@@ -125,6 +129,16 @@ def tensor_parallel(model, **head):
     return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
 
 
+class Shrunken:
+    """A live history that runs the model: its hidden states, smaller."""
+
+    signal, shares_head = "history_nll", True
+
+    def hidden(self, seam, batch):
+        with torch.no_grad():
+            return 0.7 * seam.backbone(batch)
+
+
 # name: how the head hands out the logits that somebody asks it for
 TENSOR_PARALLEL = {
     "tp": {},
@@ -148,6 +162,9 @@ def spread(directory):
     tokensel.apply_to(model)  # with whole logits, afterwards will do as well
     losses, selections = train(model.train(), global_batches())
     found["tp-patched-after"] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
+    model = tensor_parallel(build())
+    losses, selections = train(model, global_batches(), history=Shrunken())
+    found["tp-live-history"] = {"losses": losses, "selections": selections, "weights": full_weights(model)}
     try:
         tokensel.apply_to(tensor_parallel(causal_lm()))
     except ValueError as error:

@@ -97,10 +97,11 @@ def test_two_ranks_of_zero3_train_as_one_process(found, name):
     check_against_one_process([rank["zero3"][name] for rank in found], options, tolerance)
 
 
-@pytest.mark.parametrize("name", [*ranks.TENSOR_PARALLEL, "tp-patched-after"])
+@pytest.mark.parametrize("name", [*ranks.TENSOR_PARALLEL, "tp-patched-after", "tp-live-history"])
 def test_two_tensor_parallel_ranks_train_as_one_process(found, name):
     model = ranks.build()
-    losses, selections = ranks.train(model, ranks.global_batches())
+    history = ranks.Shrunken() if name == "tp-live-history" else None
+    losses, selections = ranks.train(model, ranks.global_batches(), history=history)
     for rank in found:
         assert rank["spread"][name]["losses"] == pytest.approx(losses, rel=TIGHT, abs=0)
         assert largest_difference(rank["spread"][name]["weights"], ranks.full_weights(model)) < TIGHT

@@ -31,6 +31,18 @@ def test_the_raw_loop_trains():
         assert (int(kept), int(responses)) == (80, 128)
 
 
+def test_fsdp2_trains_on_two_ranks():
+    path = EXAMPLES / "fsdp2.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(path.read_text().splitlines()) <= 60
+    found = re.findall(r"^step +(\d+) +loss (\S+) +kept 160 on 2 ranks$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in found] == [0, 5, 10, 15]
+    assert all(0 < float(loss) < 2 * math.log(512) for _, loss in found)
+
+
 def load_quickstart():
     spec = importlib.util.spec_from_file_location("quickstart_example", EXAMPLES / "quickstart.py")
     module = importlib.util.module_from_spec(spec)
