@@ -382,6 +382,24 @@ def summed_magnitude(name, inputs, labels, keep, exact, softcap=None, logit_scal
     return product[name]().max()
 
 
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_gradients_of_far_off_logits(tma, shift, monkeypatch):
+    """What stands past the kept rows and past the vocabulary must not overflow into what is summed."""
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")
+        for kind in ("gradient", "matmul"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], 4, small)
+    hidden, weight, labels, bias = make()
+    keep = torch.rand(len(labels), device=DEVICE) < 0.6
+    inputs = (hidden, weight, torch.full_like(bias, shift))
+    ours, eager = (gradients(inputs, labels, keep, impl)[1:] for impl in ("fused", "reference"))
+    exact = gradients([t.double() for t in inputs], labels, keep.double(), "reference")[1:]
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        spacing = torch.finfo(torch.float32).eps * 1e4  # of the logits and their lse
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 2 * spacing * c.abs().max()
+
+
 def test_gradients_of_strided_inputs():
     hidden, weight, labels, bias = make()
     keep = torch.rand(len(labels), device=DEVICE) < 0.6
