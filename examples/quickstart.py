@@ -19,9 +19,10 @@ import yaml
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
 from tokensel import cli, planted, report
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.data import encode_rows, load_rows
 from tokensel.planted import NoiseCollator, PlantedNoiseTrainer, held_out_nll
-from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+from tokensel.trainer import SelectiveTrainer
 from tokensel.watch import selected_samples
 
 METHODS = ("full", "random", "sstoken", "history_excess")

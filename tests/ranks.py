@@ -24,10 +24,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.parallel import context_parallel_prompt_mass
 from tokensel.step import responses
 from tokensel.store import HistoryWriter
-from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+from tokensel.trainer import SelectiveTrainer
 
 STEPS, RANKS, LEARNING_RATE = 3, 2, 0.5
 SSTOKEN = ("sstoken", {"gamma": 0.5, "rho": 0.6})

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokensel
 from tokensel import cli, methods
+from tokensel.arguments import SelectionArguments
 from tokensel.cli import last_complete_checkpoint, main
 from tokensel.planted import make_model, make_rows, make_tokenizer
 from tokensel.store import HistoryStore
-from tokensel.trainer import SelectionArguments
 
 ROWS = make_rows(12, seed=5)
 LIMIT = 64

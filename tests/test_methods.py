@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +228,10 @@ def test_a_method_of_ones_own_is_known_by_its_name(monkeypatch):
 
     assert "hardest" in methods.names()
     assert methods.get("hardest", rho=0.25)(signals()).nonzero()[:, 0].tolist() == [3, 5, 8]
+
+
+def test_the_readme_lists_every_method():
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in methods.describe():
+        rule = row["score and rule"].rstrip(".")
+        assert f"| `{row['method']}` | {rule} | {row['scope']} | {row['needs']} |" in page

@@ -20,13 +20,12 @@ from transformers import (
 )
 
 import tokensel.trainer as trainer_module
+from tokensel.arguments import SelectiveTrainingArguments, parse_mapping
 from tokensel.planted import make_model, make_rows, make_tokenizer, plant_noise
 from tokensel.store import HistoryMissError, HistoryWriter
 from tokensel.trainer import (
     SelectiveTrainer,
-    SelectiveTrainingArguments,
     TokenSelectionMixin,
-    parse_mapping,
 )
 
 TOKENIZER = make_tokenizer(make_rows(80, seed=7), vocab_size=384)

@@ -17,10 +17,11 @@ from test_trainer import PLAIN, TIGHT, TOKENIZER, build, largest_difference, los
 from transformers import DataCollatorForSeq2Seq, MixtralConfig, MixtralForCausalLM
 
 import tokensel
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.planted import make_rows
 from tokensel.sft import SelectiveSFTConfig, SelectiveSFTTrainer
 from tokensel.store import HistoryMissError
-from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments, TokenSelectionMixin
+from tokensel.trainer import SelectiveTrainer, TokenSelectionMixin
 
 # Assistant text in generation markers, each turn closed by </s>
 TEMPLATE = (
@@ -332,7 +333,7 @@ def test_liger_keeps_its_layers_and_loses_its_loss(tmp_path):
     # Liger's kernels need a GPU; what it would patch is decided by this configuration
     trainer = make(tmp_path, use_liger_kernel=False)
     args = dataclasses.replace(trainer.args, use_liger_kernel=True, liger_kernel_config={"rope": False})
-    tokensel.trainer._refuse_other_losses(args)
+    tokensel.arguments.refuse_other_losses(args)
     assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 

@@ -10,10 +10,11 @@ import transformers
 from tiny import VOCABULARY, causal_lm
 
 from tokensel import Selection, apply_to, methods
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.cli import main
 from tokensel.data import WeightsCollator, encode_rows
 from tokensel.planted import make_model, make_rows, make_tokenizer
-from tokensel.trainer import SelectiveTrainer, SelectiveTrainingArguments
+from tokensel.trainer import SelectiveTrainer
 
 TOKENIZER = make_tokenizer(make_rows(60, seed=5), vocab_size=VOCABULARY)
 TOKENIZER.chat_template = (

@@ -345,9 +345,9 @@ def score(settings: ScoreArguments) -> dict[str, float]:
 def select(settings: SelectArguments) -> dict[str, float]:
     """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
     from tokensel import offline
+    from tokensel.arguments import SelectionArguments, parse_recorded
     from tokensel.journal import Journal
     from tokensel.store import HistoryWriter
-    from tokensel.trainer import SelectionArguments, parse_recorded
 
     _check_new(settings.output)
     method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
@@ -597,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "select":
             select(*_parse([SelectArguments], rest, "tokensel select", ("method", "recorded", "output")))
         elif command == "train":
-            from tokensel.trainer import SelectiveTrainingArguments
+            from tokensel.arguments import SelectiveTrainingArguments
 
             required = ("model_name_or_path", "dataset_name", "output_dir")
             train(*_parse([RunArguments, SelectiveTrainingArguments], rest, "tokensel train", required))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -428,3 +428,41 @@ def _documents_on_host(batch: dict) -> tuple[Tensor, list[int], list[int]]:
     keys = document_keys(input_ids, segments, mask)[valid][starts]
     ends = torch.cat([starts.nonzero()[:, 0], valid.sum()[None]])
     return valid, keys.tolist(), ends.diff().tolist()
+
+
+def live_history(settings, model: nn.Module, tokenizer, needs: Iterable[str], sharded: bool) -> LiveHistory | None:
+    """The history that `SelectionArguments` ask for, or None where it is recorded or there is none.
+
+    Args:
+        settings: the trainer's arguments. needs: of the method. sharded: whether FSDP or DeepSpeed splits the weights.
+    Raises:
+        ValueError: a history that the run cannot have.
+    """
+    name = settings.history
+    if name in ("adapter_ema", "frozen", "ema") and sharded:
+        raise ValueError(
+            f"history={name!r} copies weights, which is not supported where FSDP or DeepSpeed shards them; use "
+            "history 'recorded', 'last_seen' or 'adapter_off'"
+        )
+    decay = 0.99 if settings.history_decay is None else settings.history_decay
+    offload = settings.history_device == "cpu"
+    device = settings.history_device if settings.history_device and not offload else None
+    if name == "adapter_off":
+        return AdapterOff(model)
+    if name == "adapter_ema":
+        return AdapterEMA(model, decay)
+    if name in ("frozen", "ema"):
+        return ModelCopy(model, 1.0 if name == "frozen" else decay, device, offload)
+    if name == "last_seen":
+        if settings.max_steps <= 0 and settings.num_train_epochs <= 1:
+            raise ValueError(
+                "history='last_seen' knows nothing of a document before its second visit; set num_train_epochs above "
+                f"1 (it is {settings.num_train_epochs}) or use another history"
+            )
+        return LastSeen()
+    if name == "reference":
+        reference = load_reference(settings.history_model_name_or_path, tokenizer, eight_bit=settings.history_8bit)
+        # a method that knows no reference compares with it as with a history
+        signal = "reference_nll" if "reference_nll" in needs else "history_nll"
+        return OtherModel(reference, signal, device or settings.device, offload)
+    return None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from trl import SFTConfig, SFTTrainer
 
-from tokensel.trainer import SelectionArguments, TokenSelectionMixin
+from tokensel.arguments import SelectionArguments
+from tokensel.trainer import TokenSelectionMixin
 
 
 @dataclass

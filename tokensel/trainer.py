@@ -6,251 +6,32 @@ the batch, the history and the denominator to it, and logs what came out.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from tokensel import methods
+from tokensel.arguments import SelectionArguments, parse_recorded, refuse_contradictions, refuse_other_losses
 from tokensel.documents import IGNORE_INDEX
-from tokensel.history import (
-    AdapterEMA,
-    AdapterOff,
-    LastSeen,
-    LiveHistory,
-    ModelCopy,
-    OtherModel,
-    RecordedLosses,
-    RecordedWeights,
-    load_reference,
-)
-from tokensel.methods import TokenSelector
+from tokensel.history import RecordedLosses, RecordedWeights, live_history
+from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
 from tokensel.model import apply_to, refuse_patched
 from tokensel.parallel import check_ranks_agree
-from tokensel.select import constant_samples, responses_per_sample
 from tokensel.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput, predictable, responses
 from tokensel.store import HistoryStore, content_of
 from tokensel.watch import SampleRecorder
 
-HISTORIES = ("none", "recorded", "last_seen", "adapter_off", "adapter_ema", "frozen", "ema", "reference")
-_HISTORY_SETTINGS = {  # and the histories that read them
-    "history_decay": ("adapter_ema", "ema"),
-    "history_device": ("frozen", "ema", "reference"),
-    "history_8bit": ("reference",),
-}
 STATE_FILE = "selection_state.safetensors"
-DENOMINATORS = ("step", "micro_batch")
-
-
-@dataclass
-class SelectionArguments:
-    """What `TokenSelectionMixin` reads from the trainer's arguments."""
-
-    method: str = field(default="sstoken", metadata={"help": f"Selection method: {', '.join(methods.names())}."})
-    method_args: str | None = field(
-        default=None,
-        metadata={"help": "The method's parameters, as a mapping in YAML or 'gamma=0.5,rho=0.6' as a flag."},
-    )
-    history: str = field(
-        default="none",
-        metadata={
-            "help": "Where the history's losses come from. At no cost: 'recorded' (a file made by `tokensel score`) or "
-            "'last_seen' (what a document's losses were when it was last trained on, from the second epoch on). By one "
-            "more forward a step: 'adapter_off' (the model without its adapters), 'adapter_ema' (an average of the "
-            "adapters' weights over the run), 'frozen' (the model as the run began), 'ema' (an average of all trained "
-            "weights) or 'reference' (another model with the same tokenizer). Or 'none'."
-        },
-    )
-    history_store: str | None = field(
-        default=None, metadata={"help": "The Parquet file that `tokensel score` wrote, for history 'recorded'."}
-    )
-    history_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "For 'adapter_ema' and 'ema': the share of itself that the average keeps in an optimizer step, in "
-            "[0, 1]; default 0.99, which looks back about 100 steps. 1 is frozen."
-        },
-    )
-    history_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "For 'frozen', 'ema' and 'reference': another device to run on, or 'cpu' to keep the weights on "
-            "the CPU and bring them over layer by layer in each pass. Default: where the model is."
-        },
-    )
-    history_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "For 'reference': directory or hub name of the model, with its tokenizer."}
-    )
-    history_8bit: bool = field(
-        default=False, metadata={"help": "For 'reference': hold its linear layers in 8 bits (needs torchao)."}
-    )
-    recorded: str | None = field(
-        default=None,
-        metadata={
-            "help": "Further recorded losses that a method needs, as a mapping in YAML or 'base=a.parquet,"
-            f"reference=b.parquet' as a flag; names: {', '.join(n.removesuffix('_nll') for n in RECORDED)}."
-        },
-    )
-    weights_store: str | None = field(
-        default=None,
-        metadata={
-            "help": "The Parquet file of weights that `tokensel select` wrote: what it dropped is not trained. With "
-            "method 'weighted' all that it kept is; another method selects among that."
-        },
-    )
-    layer: list[int] = field(
-        default_factory=lambda: [-1],
-        metadata={
-            "help": "Layers whose attention is measured, by methods that do (the mean of several); -1 is the last one "
-            "with full attention."
-        },
-    )
-    row: str = field(
-        default="token",
-        metadata={
-            "help": "Query row that measures a token's attention: its own ('token') or 'predictor', the one before."
-        },
-    )
-    prompt: str = field(
-        default="all",
-        metadata={
-            "help": "Keys that count as prompt: 'all' non-response tokens, the 'first' prompt, or the whole "
-            "'context' before the token's own answer."
-        },
-    )
-    sink: int = field(
-        default=0,
-        metadata={"help": "The first tokens of each document that do not count as prompt (attention sinks)."},
-    )
-    loss_denominator: str = field(
-        default="step",
-        metadata={
-            "help": "'step': one number of kept tokens for the optimizer step, over accumulation and ranks. "
-            "'micro_batch': mean over each micro-batch, then mean of means, as published."
-        },
-    )
-    record_samples: int = field(
-        default=0,
-        metadata={"help": "Record what becomes of this many training rows at each epoch's end, for `tokensel report`."},
-    )
-    impl: str = field(default="auto", metadata={"help": "Implementation: auto, chunked, fused or reference."})
-
-    def selection_settings(self) -> dict[str, object]:
-        """The settings above, which all ranks have to share; of files only which ones there are, not where."""
-        settings = {f.name: getattr(self, f.name) for f in fields(SelectionArguments)}
-        settings["method_args"] = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
-        settings["history_store"] = "none" if self.history_store is None else "a file"
-        settings["history_model_name_or_path"] = "none" if self.history_model_name_or_path is None else "a model"
-        del settings["history_device"]
-        settings["recorded"] = sorted(parse_mapping("recorded", self.recorded, "base=base.parquet"))
-        return settings
-
-    def build_method(self) -> TokenSelector:
-        """The method that `method` and `method_args` name.
-
-        Raises:
-            ValueError: an unknown method or parameter, or a value that is not a number, true, false, null or a word.
-        """
-        parameters = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
-        try:
-            return methods.get(self.method, **parameters)
-        except TypeError as error:
-            raise ValueError(f"method_args: {error}") from error
-
-
-def parse_mapping(name: str, text: str | dict | None, example: str) -> dict:
-    """'gamma=0.5,rho=0.6' (or a mapping, or JSON) -> {"gamma": 0.5, "rho": 0.6}.
-
-    Raises:
-        ValueError: neither a mapping nor text of these forms; names the setting and shows the example.
-    """
-    if not text:
-        return {}
-    if isinstance(text, dict):
-        return dict(text)
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a mapping or text such as {example}; got {text!r}")
-    if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} {text!r} is not JSON: {error}") from error
-    parsed = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip() or not value.strip():
-            raise ValueError(f"{name} must look like {example}; cannot read {part!r}")
-        try:
-            parsed[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[key.strip()] = value.strip()
-    return parsed
-
-
-def parse_recorded(text: str | dict | None) -> dict[str, str]:
-    """The setting `recorded` -> {"base": FILE, ...}.
-
-    Raises:
-        ValueError: not of that form, or losses that no method knows.
-    """
-    files = parse_mapping("recorded", text, "base=base.parquet,reference=reference.parquet")
-    for name in files:
-        if f"{name}_nll" not in RECORDED:
-            known = ", ".join(n.removesuffix("_nll") for n in RECORDED)
-            raise ValueError(f"recorded: unknown losses {name!r}; there are {known}")
-    return files
-
-
-@dataclass
-class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
-    """transformers.TrainingArguments and SelectionArguments in one."""
-
-
-def _refuse_other_losses(args: TrainingArguments | None) -> None:
-    """Refuses settings under which another loss than the selection step's would be trained; turns Liger's off.
-
-    The base trainers patch the model by these settings when they are built, so this comes before. A setting that a
-    trainer's arguments do not have is not looked at.
-    """
-    missing = [f.name for f in fields(SelectionArguments) if not hasattr(args, f.name)]
-    if missing:
-        raise TypeError(
-            f"args must have the fields of SelectionArguments ({missing[0]!r} is missing); got {type(args).__name__}. "
-            "Use SelectiveTrainingArguments, or SelectiveSFTConfig with TRL, or a dataclass that extends both yours "
-            "and SelectionArguments"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
-    loss_type = getattr(args, "loss_type", None)  # of TRL; "chunked_nll" is how it computes the same loss
-    if loss_type not in (None, "nll", "chunked_nll"):
-        raise ValueError(
-            f"loss_type must be 'nll': the loss is made inside the selection step; got {loss_type!r}. Choose by "
-            "method instead (method='dft' is TRL's loss_type='dft')"
-        )
-    if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
-        raise ValueError(
-            "packing_strategy='wrapped' loses the boundaries of documents: they are cut anywhere and see each other, "
-            "so neither a token's prompt nor its recorded history can be told. Use packing_strategy='bfd'"
-        )
-    if args.use_liger_kernel:
-        liger = args.liger_kernel_config or {}
-        if liger.get("fused_linear_cross_entropy"):
-            raise ValueError(
-                "liger_kernel_config turns fused_linear_cross_entropy on, which replaces the model's forward and with "
-                "it the selection step; take it out (Liger's kernels of the layers stay on)"
-            )
-        args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
 
 
 class TokenSelectionMixin:
@@ -269,7 +50,7 @@ class TokenSelectionMixin:
 
     def __init__(self, *args, **kwargs) -> None:
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
-        _refuse_other_losses(given.get("args"))
+        refuse_other_losses(given.get("args"))
         if isinstance(given.get("model"), nn.Module):
             refuse_patched(given["model"])
         self._of_trl = any(c.__module__.startswith("trl.") for c in type(self).__mro__)
@@ -285,18 +66,7 @@ class TokenSelectionMixin:
         # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
         check_ranks_agree(SelectionArguments.selection_settings(settings))
         self.selector = SelectionArguments.build_method(settings)
-        if settings.history not in HISTORIES:
-            raise ValueError(f"history must be one of {', '.join(HISTORIES)}; got {settings.history!r}")
-        if settings.loss_denominator not in DENOMINATORS:
-            raise ValueError(
-                f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"
-            )
-        for name, needed_by in (("history_store", "recorded"), ("history_model_name_or_path", "reference")):
-            if (settings.history == needed_by) != (getattr(settings, name) is not None):
-                raise ValueError(f"history={needed_by!r} and {name} go together; set both or neither")
-        for name, users in _HISTORY_SETTINGS.items():
-            if getattr(settings, name) not in (None, False) and settings.history not in users:
-                raise ValueError(f"{name} is for history {' or '.join(users)}, but history is {settings.history!r}")
+        refuse_contradictions(settings)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
@@ -304,7 +74,8 @@ class TokenSelectionMixin:
         files = parse_recorded(settings.recorded)
         if settings.history == "recorded":
             files["history"] = settings.history_store
-        self.live_history = self._live_history(settings.history)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.live_history = live_history(settings, self.model, self.processing_class, self.selector.needs, sharded)
         if self.live_history is not None and self.live_history.signal.removesuffix("_nll") in files:
             raise ValueError(
                 f"recorded and history={settings.history!r} both give {self.live_history.signal}; drop one"
@@ -336,37 +107,6 @@ class TokenSelectionMixin:
         if settings.record_samples:
             self.add_callback(SampleRecorder(self, settings.record_samples))
         self.add_callback(_AfterStep(self))
-
-    def _live_history(self, name: str) -> LiveHistory | None:
-        settings = self.args
-        if name in ("adapter_ema", "frozen", "ema") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"history={name!r} copies weights, which is not supported where FSDP or DeepSpeed shards them; use "
-                "history 'recorded', 'last_seen' or 'adapter_off'"
-            )
-        decay = 0.99 if settings.history_decay is None else settings.history_decay
-        offload = settings.history_device == "cpu"
-        device = settings.history_device if settings.history_device and not offload else None
-        if name == "adapter_off":
-            return AdapterOff(self.model)
-        if name == "adapter_ema":
-            return AdapterEMA(self.model, decay)
-        if name in ("frozen", "ema"):
-            return ModelCopy(self.model, 1.0 if name == "frozen" else decay, device, offload)
-        if name == "last_seen":
-            if settings.max_steps <= 0 and settings.num_train_epochs <= 1:
-                raise ValueError(
-                    "history='last_seen' knows nothing of a document before its second visit; set num_train_epochs "
-                    f"above 1 (it is {settings.num_train_epochs}) or use another history"
-                )
-            return LastSeen()
-        if name == "reference":
-            path = settings.history_model_name_or_path
-            model = load_reference(path, self.processing_class, eight_bit=settings.history_8bit)
-            # a method that knows no reference compares with it as with a history
-            signal = "reference_nll" if "reference_nll" in self.selector.needs else "history_nll"
-            return OtherModel(model, signal, device or settings.device, offload)
-        return None
 
     def _refuse_data_without_prompt(self, rows: int = 1000) -> None:
         """Attention to the prompt says nothing of language-modelling data, where every token is a response."""
@@ -556,28 +296,9 @@ class TokenSelectionMixin:
             loss = loss * self.accelerator.num_processes  # ranks' gradients are averaged, the denominator is global
         return (loss, output) if return_outputs else loss
 
-    @torch.no_grad()
     def record_selection(self, inputs: dict, output: SelectionOutput) -> None:
         """Adds a micro-batch to the metrics of the next log entry; override to look at selections as they happen."""
-        response, kept = output.response, output.weights > 0
-        dropped = response & ~kept
-        mask = inputs.get("attention_mask")
-        sums = {
-            "tokens": mask.sum() if mask is not None else torch.tensor(response.numel(), device=response.device),
-            "responses": response.sum(),
-            "kept": kept.sum(),
-            "kept_nll": (output.nll * kept).sum(),
-            "dropped_nll": (output.nll * dropped).sum(),
-            "samples": responses_per_sample(response, output.sample).sign().sum(),
-            "constant": constant_samples(output.score, response, output.sample),
-        }
-        if output.history_nll is not None:
-            rel = ((output.history_nll - output.nll) * response).double()
-            sums |= {"rel": rel.sum(), "rel_squared": (rel**2).sum()}
-        if output.mass is not None:
-            sums["mass"] = (output.mass * response).sum()
-        sums |= _token_metric_sums(output)
-        for name, value in sums.items():
+        for name, value in selection_sums(inputs, output).items():
             self._selection_sums[name] = self._selection_sums.get(name, 0) + value
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -588,7 +309,7 @@ class TokenSelectionMixin:
                 logs |= {name: round(value, 6) for name, value in metrics.items()}
         if self._evaluation_sums and not self.model.training:
             sums, self._evaluation_sums = self._over_ranks(self._evaluation_sums), {}
-            metrics = _token_metrics(sums) | {"num_tokens": self._selection_totals.get("tokens", 0)}
+            metrics = token_metrics(sums) | {"num_tokens": self._selection_totals.get("tokens", 0)}
             logs |= {f"eval_{name}": value for name, value in metrics.items()}
         super().log(logs, *args, **kwargs)
 
@@ -604,14 +325,14 @@ class TokenSelectionMixin:
         sums["seconds"], self._last_log = now - self._last_log, now
         for name, value in sums.items():
             self._selection_totals[name] = self._selection_totals.get(name, 0) + value
-        metrics = _ratios(sums)
+        metrics = selection_metrics(sums)
         if self._of_trl:
-            metrics |= _token_metrics(sums) | {"num_tokens": self._selection_totals["tokens"]}
+            metrics |= token_metrics(sums) | {"num_tokens": self._selection_totals["tokens"]}
         return metrics
 
     def selection_totals(self) -> dict[str, float]:
         """The logged metrics over the whole run: kept_share, responses, tokens_per_second, rel_mean, ..."""
-        return _ratios(self._selection_totals) | {"responses": self._selection_totals.get("responses", 0)}
+        return selection_metrics(self._selection_totals) | {"responses": self._selection_totals.get("responses", 0)}
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Mean loss over all response tokens, as if they had no weights; without logits where only it is asked for."""
@@ -622,7 +343,7 @@ class TokenSelectionMixin:
         with torch.no_grad(), self.compute_loss_context_manager():
             everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
             output = model(**inputs, selection=everything)
-        for name, value in _token_metric_sums(output).items():
+        for name, value in token_metric_sums(output).items():
             self._evaluation_sums[name] = self._evaluation_sums.get(name, 0) + value
         return output.loss.detach(), None, None
 
@@ -635,44 +356,6 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.trainer.after_optimizer_step()
-
-
-def _token_metric_sums(output: SelectionOutput) -> dict[str, Tensor]:
-    if output.entropy is None:
-        return {}
-    response = output.response
-    return {
-        "responses": response.sum(),
-        "entropy": (output.entropy * response).double().sum(),
-        "correct": (output.correct & response).sum(),
-    }
-
-
-def _token_metrics(s: dict[str, float]) -> dict[str, float]:
-    """The metrics of TRL's SFTTrainer, of all response tokens, whether they were kept or not."""
-    n = max(s["responses"], 1)
-    return {"entropy": s["entropy"] / n, "mean_token_accuracy": s["correct"] / n}
-
-
-def _ratios(s: dict[str, float]) -> dict[str, float]:
-    """Shares and means from sums over tokens; NLL and REL in nats."""
-    n = s.get("responses", 0)
-    if not n:
-        return {"kept_share": 0.0, "tokens_per_second": 0.0}
-    metrics = {
-        "kept_share": s["kept"] / n,
-        "kept_nll": s["kept_nll"] / max(s["kept"], 1),
-        "tokens_per_second": s["tokens"] / s["seconds"],
-    }
-    if n > s["kept"]:
-        metrics["dropped_nll"] = s["dropped_nll"] / (n - s["kept"])
-    if "rel" in s:
-        metrics["rel_mean"] = s["rel"] / n
-        metrics["rel_std"] = math.sqrt(max(s["rel_squared"] / n - metrics["rel_mean"] ** 2, 0))
-    if "mass" in s:
-        metrics["prompt_mass"] = s["mass"] / n
-    metrics["constant_score_share"] = s["constant"] / s["samples"]
-    return metrics
 
 
 class SelectiveTrainer(TokenSelectionMixin, Trainer):
