@@ -198,6 +198,19 @@ def test_stores_of_different_documents_are_refused(tmp_path, stores, capsys, cha
     assert not (tmp_path / "w.parquet").exists() and not (tmp_path / "w.parquet.partial").exists()
 
 
+def test_documents_are_read_from_any_place_on(stores):
+    documents = make_documents()
+    with offline.RecordedDataset({f"{name}_nll": stores[name] for name in ("base", "reference")}) as dataset:
+        for skip in range(len(documents) + 1):
+            chunks = list(dataset.chunks(skip))
+            assert [chunk.first for chunk in chunks] == [
+                skip + sum(len(c.keys) for c in chunks[:i]) for i in range(len(chunks))
+            ]
+            for name in ("base", "reference"):
+                values = [v for chunk in chunks for v in chunk.values[f"{name}_nll"].tolist() if v == v]
+                assert values == [float(v) for d in documents[skip:] for v in d[2][name][d[1]]]
+
+
 def test_stores_of_another_length_are_refused(tmp_path, stores, capsys):
     other = write(tmp_path / "other.parquet", make_documents(), "reference", max_length=9)
     assert select(tmp_path / "w.parquet", "token_cleaning", {"base": stores["base"], "reference": other}) == 2
@@ -434,6 +447,7 @@ def test_a_killed_score_goes_on_and_writes_the_same_bytes(tmp_path, model_dir, d
     whole, output = tmp_path / "whole.parquet", tmp_path / "h.parquet"
     assert main(arguments(model_dir, data, whole)) == 0
     all_rows = scored_rows.copy()
+    assert all_rows == sorted(all_rows, reverse=True)  # the longest first
     assert len(all_rows) == 30 and "35 rows (5 of them repeated)" in capsys.readouterr().out
     run_until_killed(3, arguments(model_dir, data, output))
     assert not output.exists()
