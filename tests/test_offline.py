@@ -570,6 +570,42 @@ def test_t_shirt_end_to_end(tmp_path, model_dir, data):
     assert sorted(map(tuple, kept)) == [(0.0,)] * 15 + [(1.0,)] * 15  # whole samples
 
 
+# The contrast of two models
+
+
+def test_the_contrast_is_the_softmax_of_twice_one_minus_the_other(tmp_path, model_dir, data, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    wrong = make_model(tokenizer, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=1)
+    wrong.save_pretrained(tmp_path / "wrong")
+    tokenizer.save_pretrained(tmp_path / "wrong")
+    settings = {"contrast_model_name_or_path": tmp_path / "wrong"}
+    assert main(arguments(model_dir, data, tmp_path / "c.parquet", **settings)) == 0, capsys.readouterr().err
+    store = HistoryStore.open(tmp_path / "c.parquet", content="contrast_nll")
+    right = AutoModelForCausalLM.from_pretrained(model_dir)
+    for row in encode_rows(load_rows(data), tokenizer, LIMIT)[0].select(range(5)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            z = 2 * right(ids).logits.double() - wrong(ids).logits.double()
+        expected = -z[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        response = labels[0, 1:] != -100
+        found = store.lookup(ids, labels)[0, 1:].double()
+        torch.testing.assert_close(found[response], expected[response], rtol=1e-5, atol=1e-5)
+
+
+def test_a_contrast_that_cannot_be_made_is_refused(tmp_path, model_dir, data, capsys):
+    settings = {"contrast_model_name_or_path": model_dir, "without_prompt": "true"}
+    assert main(arguments(model_dir, data, tmp_path / "c.parquet", **settings)) == 2
+    assert "without_prompt and contrast_model_name_or_path" in capsys.readouterr().err
+    other = make_tokenizer(make_rows(60, seed=5), vocab_size=300)
+    make_model(other, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=1).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    settings = {"contrast_model_name_or_path": tmp_path / "other"}
+    assert main(arguments(model_dir, data, tmp_path / "c.parquet", **settings)) == 2
+    assert f"{tmp_path / 'other'} has another tokenizer than {model_dir}" in capsys.readouterr().err
+
+
 # Training on what was selected
 
 

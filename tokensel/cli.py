@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +84,10 @@ class ScoreArguments(DataArguments):
         metadata={
             "help": "Score the response tokens alone, behind the tokenizer's BOS (EOS where it has none), for t_shirt."
         },
+    )
+    contrast_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Score under softmax(2 z - z'), z' of this model of wrong answers, for critical_tokens."},
     )
 
 
@@ -212,6 +216,20 @@ def _load_model(settings: DataArguments):
         raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
 
 
+def _load_contrast(settings: ScoreArguments, tokenizer):
+    from transformers import AutoTokenizer
+
+    from tokensel.store import tokenizer_fingerprint
+
+    name = settings.contrast_model_name_or_path
+    if tokenizer_fingerprint(AutoTokenizer.from_pretrained(name)) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"contrast_model_name_or_path {name} has another tokenizer than {settings.model_name_or_path}; a contrast "
+            "is of two models with the same tokens"
+        )
+    return _load_model(replace(settings, model_name_or_path=name))
+
+
 def _encode(name: str, split: str, tokenizer, max_length: int, **weights: float):
     from tokensel.data import RowError, encode_rows, load_rows, place_of_row
 
@@ -279,6 +297,8 @@ def score(settings: ScoreArguments) -> dict[str, float]:
 
     check_positive("batch_size", settings.batch_size)
     _check_new(settings.output)
+    if settings.without_prompt and settings.contrast_model_name_or_path:
+        raise ValueError("without_prompt and contrast_model_name_or_path make stores of different kinds; choose one")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -300,8 +320,16 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         "max_length": settings.max_length,
         "without_prompt": settings.without_prompt,
     }
+    content, negative = "nll", None
+    if settings.contrast_model_name_or_path:
+        content = "contrast_nll"
+        model_of_wrong = _load_contrast(settings, tokenizer)
+        belongs_to["contrast_model_name_or_path"] = settings.contrast_model_name_or_path
+        belongs_to["contrast_weights"] = offline.weights_fingerprint(model_of_wrong)
+        negative = apply_to(model_of_wrong.to(device).eval(), layer=None)
     first_token = None
     if settings.without_prompt:
+        content = "alone_nll"
         first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     losses = offline.losses_under(
         apply_to(model.to(device).eval(), layer=None),
@@ -309,6 +337,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         device,
         settings.impl,
         first_token,
+        negative,
     )
     with Journal(settings.output, belongs_to) as journal:
         _tell_resumed(journal)
@@ -321,7 +350,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
             model=settings.model_name_or_path,
             max_length=settings.max_length,
             dataset=settings.dataset_name,
-            content="alone_nll" if settings.without_prompt else "nll",
+            content=content,
             if_disk_is_full=journal.advice,
         )
         order = identity.keys[identity.documents()]

@@ -23,6 +23,7 @@ from tokensel.methods import TokenSelector
 from tokensel.model import Seam
 from tokensel.select import TopSamples, TopShare
 from tokensel.signals import MEASURED, RECORDED, TokenSignals
+from tokensel.stats import token_stats_contrast
 from tokensel.store import HistoryWriter, StoreReader, content_of
 
 # Recording losses: `tokensel score`
@@ -83,14 +84,50 @@ def without_prompt(row: dict, first_token: int) -> dict:
     return {"input_ids": [first_token, *response], "labels": [IGNORE_INDEX, *response]}
 
 
+def contrast_nll(positive: Seam, negative: Seam, inputs: dict, labels: Tensor, impl: str) -> Tensor:
+    """Negative log-likelihood under softmax(2 z_positive - z_negative) (cDPO, arXiv 2411.19943), as `Seam.token_nll`.
+
+    Args:
+        inputs: input_ids and attention_mask [B, S]; labels: [B, S], label-aligned.
+    Returns:
+        [B, S] float32, nats, 0 where ignored.
+    Raises:
+        ValueError: heads that differ in vocabulary, bias, softcap or scale.
+    """
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # row t predicts token t + 1
+    if positive.head_options != negative.head_options:
+        found = f"{positive.head_options} and {negative.head_options}"
+        raise ValueError(f"the heads of the two models must have equal softcap and scale; got {found}")
+    negative_hidden = negative.backbone(inputs)
+
+    def contrast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        def with_negative(_, negative_weight: Tensor, negative_bias: Tensor | None) -> Tensor:
+            biases = [b for b in (bias, negative_bias) if b is not None]
+            if len(biases) == 1 or len(biases) == 2 and not torch.equal(*biases):
+                raise ValueError("the heads of the two models have different biases, which is not supported")
+            models = (hidden, weight), (negative_hidden, negative_weight)
+            return token_stats_contrast(*models, following, bias=bias, impl=impl, **positive.head_options).nll
+
+        return negative.call_head(with_negative, negative_hidden)
+
+    nll = positive.call_head(contrast, positive.backbone(inputs))
+    return nn.functional.pad(nll[:, :-1], (1, 0))
+
+
 def losses_under(
-    seam: Seam, collate: Callable[[list[dict]], dict], device: str, impl: str, first_token: int | None = None
+    seam: Seam,
+    collate: Callable[[list[dict]], dict],
+    device: str,
+    impl: str,
+    first_token: int | None = None,
+    negative: Seam | None = None,
 ) -> Callable[[list[dict]], list[Tensor]]:
     """The function from rows to losses that `record_losses` takes: those under a model that `apply_to` has patched.
 
     Args:
         collate: pads rows to tensors.
         first_token: given, the losses are those of the responses behind this token alone (`without_prompt`).
+        negative: given, the losses are those under the contrast of `seam` with this model (`contrast_nll`).
     """
 
     @torch.no_grad()
@@ -99,7 +136,10 @@ def losses_under(
             rows = [without_prompt(row, first_token) for row in rows]
         batch = collate(rows).to(device)
         labels = batch.pop("labels")  # (B, S)
-        nll = seam.token_nll(batch, labels, impl=impl)
+        if negative is None:
+            nll = seam.token_nll(batch, labels, impl=impl)
+        else:
+            nll = contrast_nll(seam, negative, batch, labels, impl)
         return [values[mine] for values, mine in zip(nll.cpu(), (labels != IGNORE_INDEX).cpu(), strict=True)]
 
     return losses
