@@ -162,7 +162,7 @@ class Journal:
             self._file.write(_HEADER.pack(_MAGIC, len(keys), len(values), zlib.crc32(body)))
             self._file.write(body)
             self._file.flush()  # the kernel has it: a killed process loses nothing
-        self._remember(keys, lengths, start)
+        self._remember(keys.copy(), lengths.copy(), start)  # views would keep what they were cut from alive
 
     def documents(self, order: numpy.ndarray | None = None) -> Iterator[tuple[int, numpy.ndarray]]:
         """(key, values) of recorded documents, read one at a time. order: keys; None = as recorded."""
