@@ -347,7 +347,34 @@ def test_a_first_token_or_a_padding_label_is_no_response():
     assert response.tolist() == [[False, True, False, True]] and sample.tolist() == [[0, 0, 2, 2]]
 
 
+def test_sink_tokens_are_no_prompt_and_heads_may_count_by_their_entropy():
+    batch = packed(samples())
+    model = causal_lm(attention="eager")
+    with torch.no_grad():
+        eager = model(**batch, output_attentions=True, use_cache=False).attentions[-1][0].double()  # (H, T, T)
+    apply_to(model)
+    start = torch.where(batch["position_ids"] == 0, torch.arange(56), 0).cummax(-1).values[0]
+    prompt = (batch["labels"][0] == -100) & (start[:, None] == start)  # (T, T)
+    response = run(model, batch, "attention").response[0]
+    for sink in (0, 1, 2):
+        mass = run(model, batch, "attention", sink=sink).mass[0].double()
+        counts = prompt & (batch["position_ids"][0] >= sink)
+        expected = (eager * counts).sum(-1).mean(0)
+        torch.testing.assert_close(mass[response], expected[response], rtol=1e-5, atol=1e-6)
+    mass = run(model, batch, "attention", head_weights="entropy").mass[0].double()
+    per_head = (eager * prompt).sum(-1)  # (H, T)
+    seen = (torch.arange(56) - start + 1).double()
+    focus = 1 + torch.special.xlogy(eager, eager).sum(-1) / seen.log()
+    expected = (focus * per_head).sum(0) / focus.sum(0)
+    torch.testing.assert_close(mass[response], expected[response], rtol=1e-4, atol=1e-6)
+    assert (mass - per_head.mean(0))[response].abs().max() > 1e-3
+
+
 def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="head_weights must be one of mean, entropy; got 'max'"):
+        Selection(methods.get("full"), head_weights="max")
+    with pytest.raises(ValueError, match="sink must not be negative"):
+        Selection(methods.get("full"), sink=-1)
     with pytest.raises(ValueError, match="row must be one of token, predictor; got 'own'"):
         Selection(methods.get("full"), row="own")
     with pytest.raises(ValueError, match="prompt must be one of all, first, context; got 'last'"):

@@ -100,6 +100,12 @@ class SelectionArguments:
         default=0,
         metadata={"help": "The first tokens of each document that do not count as prompt (attention sinks)."},
     )
+    head_weights: str = field(
+        default="mean",
+        metadata={
+            "help": "How heads count in the attention signal: 'mean' alike, or by 'entropy', the focused ones more."
+        },
+    )
     loss_denominator: str = field(
         default="step",
         metadata={

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from tokensel.attention import prompt_attention_mass, uniform_prompt_mass
+from tokensel.attention import HEAD_WEIGHTS, prompt_attention_mass, uniform_prompt_mass
 from tokensel.documents import (
     IGNORE_INDEX,
     PROMPTS,
@@ -95,6 +95,7 @@ class Selection:
             position before, which predicts it.
         prompt: which keys are prompt: "all", "first" or "context" (`tokensel.documents.prompt_keys`).
         sink: the first tokens of each document that do not count as prompt (attention sinks stay in the denominator).
+        head_weights: how heads count in the mass, "mean" or "entropy" (`prompt_attention_mass`).
         step, samples_seen: optimizer steps and samples done, for seeded draws and `rel_warmup`.
         impl: of statistics, mass and loss.
         score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
@@ -109,6 +110,7 @@ class Selection:
     row: str = "token"
     prompt: str = "all"
     sink: int = 0
+    head_weights: str = "mean"
     step: int = 0
     samples_seen: int = 0
     impl: str = "auto"
@@ -122,6 +124,8 @@ class Selection:
                 f"method {self.method.name!r} ranks the whole dataset: run `tokensel select --method "
                 f"{self.method.name}` and train with --method weighted on its output, or set scope='batch'"
             )
+        if self.head_weights not in HEAD_WEIGHTS:
+            raise ValueError(f"head_weights must be one of {', '.join(HEAD_WEIGHTS)}; got {self.head_weights!r}")
         if self.sink < 0:
             raise ValueError(f"sink must not be negative (tokens); got {self.sink}")
         if self.row not in ROWS:
@@ -223,9 +227,13 @@ class Selection:
             queries = _left(response, False) if predictor else response
             mass, uniform = [], []
             for layer in captured():
-                heads = prompt_attention_mass(
-                    layer.q, layer.k, prompt, query_mask=queries, impl=self.impl, **masks, **layer.options
-                )
+                if layer.group is not None and self.head_weights != "mean":
+                    raise ValueError(
+                        f"head_weights={self.head_weights!r} is not supported where ranks share the heads of a layer; "
+                        "use head_weights='mean'"
+                    )
+                options = {**masks, **layer.options, "head_weights": self.head_weights, "impl": self.impl}
+                heads = prompt_attention_mass(layer.q, layer.k, prompt, query_mask=queries, **options)
                 mass.append(mean_over_ranks(heads, layer.group))
                 uniform.append(uniform_prompt_mass(prompt, window=layer.options["window"], **masks))
             for name, values in (("mass", mass), ("uniform_mass", uniform)):

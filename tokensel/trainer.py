@@ -212,6 +212,7 @@ class TokenSelectionMixin:
             row=settings.row,
             prompt=settings.prompt,
             sink=settings.sink,
+            head_weights=settings.head_weights,
             step=self.state.global_step,
             samples_seen=self.state.global_step * samples_per_step,
             impl=settings.impl,
