@@ -82,8 +82,10 @@ class Case:
     def costs(self) -> list[Estimate]:
         """Operations and bytes by the algorithm, one entry a call (bytes are of bfloat16)."""
         m, N = self.shape, self.tokens * self.batch
-        stats, logits, *backward = estimates(N, m.vocabulary, m.hidden, rho=self.rho)
-        mass, _ = attention_estimates(self.tokens, m.heads, m.key_heads, m.head_size)
+        calls = {call.kernel.split(",")[0]: call for call in estimates(N, m.vocabulary, m.hidden, rho=self.rho)}
+        stats, logits = calls["hidden_stats"], calls["logits_stats"]
+        backward = [calls[f"{part}_gradient"] for part in ("logits", "hidden", "head")]
+        mass, *_ = attention_estimates(self.tokens, m.heads, m.key_heads, m.head_size)
         if self.work == "training_step":  # recorded history: one model's statistics
             head = [dataclasses.replace(stats, operations=stats.operations / 2, bytes=stats.bytes / 2), *backward]
             attention = 6.0 * self.batch * self.tokens**2 * m.heads * m.head_size * m.layers
