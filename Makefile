@@ -24,7 +24,7 @@ quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show wh
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/.installed  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-matrix: $(MATRIX:%=test-matrix-%)  ## run the tests of model and trainers with old and new releases (`make -k`: all)
 

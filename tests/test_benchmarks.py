@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,10 +150,10 @@ def _extra_memory(work, way):
 
 def test_gradients_are_not_counted_as_a_ways_memory():
     logits = 64 * 32000 * 4 / 2**20
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
-        extra, gradients = fresh.submit(_extra_memory, "selection_step", "published").result()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        extra, gradients = fresh.apply(_extra_memory, ("selection_step", "published"))
         assert 2 * logits < extra < 6 * logits < 3 * logits + gradients
-        extra, _ = fresh.submit(_extra_memory, "pair_stats", "published").result()
+        extra, _ = fresh.apply(_extra_memory, ("pair_stats", "published"))
         assert logits < extra  # no gradient is left, none is taken off
 
 

@@ -183,17 +183,15 @@ def plant_noise(
 
 
 class NoiseCollator:
-    """Pads the columns `noise` (known positions of planted tokens) and `token_weights` beside what another collator
-    makes."""
+    """Pads the column `noise`, the known positions of planted tokens, beside what another collator makes."""
 
     def __init__(self, collator) -> None:
         self.collator = collator
 
     def __call__(self, features: list[dict]) -> dict:
-        own = [name for name in ("noise", "token_weights") if name in features[0]]
-        batch = self.collator([{k: v for k, v in f.items() if k not in own} for f in features])
-        for name in own:
-            batch[name] = torch.nn.utils.rnn.pad_sequence([torch.tensor(f[name]) for f in features], batch_first=True)
+        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
+        noise = [torch.tensor(f["noise"]) for f in features]
+        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
         return batch
 
 
