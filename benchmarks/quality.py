@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     found |= {"study": options.study, "seeds": options.seeds, "scale": options.scale}
     found |= {"machine": machine(torch.device("cpu")), "minutes": (time.perf_counter() - started) / 60}
     path = options.output / f"quality.{options.study}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(table(found))
     print(f"\n{found['minutes']:.1f} minutes; wrote {path}")
     if options.output == RESULTS:
