@@ -20,7 +20,7 @@ import tokensel
 from benchmarks.cases import Case
 from benchmarks.inputs import AttentionInputs, HeadInputs, LogitsInputs, ModelInputs
 from tokensel.model import Seam
-from tokensel.products import exact_products
+from tokensel.products import exact_products, gradient_product_dtype
 from tokensel.stats import vocabulary_blocks
 
 
@@ -200,25 +200,29 @@ def _head_floor(work: str, s: HeadInputs) -> Callable:
     blocks and precision."""
     x, old_x, w, old_w = (t.detach() for t in (s.hidden, s.old_hidden, s.weight, s.old_weight))
     kept = x[: int(s.given_keep.sum())]
+    narrow_kept, narrow_w = kept, w  # what the gradient of the logits is multiplied with
     (N, D), V = x.shape, len(w)
     R, C = N, V
     if s.device.type == "cpu":
+        narrow = gradient_product_dtype(s.dtype)
+        narrow_kept, narrow_w = kept.to(narrow), w.to(narrow)
         x, old_x, w, old_w, kept = (t.float() for t in (x, old_x, w, old_w, kept))
         R, C = vocabulary_blocks(N, V, 256)
-    z, dx, dw = x.new_empty(R, C), torch.zeros_like(kept), x.new_empty(C, D)
+    z, narrow_z = x.new_empty(R, C), torch.randn(R, C, device=s.device).to(narrow_kept.dtype)
+    dx, dw = torch.zeros_like(narrow_kept), narrow_kept.new_empty(C, D)
     models = [] if work == "kept_backward" else [(x, w), (old_x, old_w)]
     backward = work != "pair_stats"
 
     def run() -> None:
-        with exact_products(s.hidden.dtype):
+        with exact_products(s.dtype):
             for start in range(0, V, C):
                 columns = slice(start, start + C)
                 for rows, head in [*models, *([(kept, w)] if backward else [])]:
                     for part in rows.split(R):
                         torch.mm(part, head[columns].T, out=z[: len(part), : len(head[columns])])
                 for first in range(0, len(kept) if backward else 0, R):
-                    part, head = kept[first : first + R], w[columns]
-                    dz = z[: len(part), : len(head)]
+                    part, head = narrow_kept[first : first + R], narrow_w[columns]
+                    dz = narrow_z[: len(part), : len(head)]
                     dx[first : first + R].addmm_(dz, head)
                     torch.mm(dz.T, part, out=dw[: len(head)])
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokensel.loss
@@ -260,6 +261,35 @@ def test_half_gradients_of_many_row_blocks_are_as_exact_as_of_one(monkeypatch):
     exact, eager = (definition(inputs, labels, keep, dtype=d) for d in (torch.float64, torch.float32))
     ours, exact, eager = ([x.detach(), *gradients(x, inputs)] for x in (loss, exact, eager))
     assert_within_budget(ours, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("workspace_mib", [256, 0.5], ids=["one block of rows", "many"])
+@pytest.mark.parametrize("units", [False, True], ids=["emulated bfloat16", "bfloat16 units"])
+def test_bfloat16_gradients_are_within_twice_the_error_of_bfloat16_autograd(units, workspace_mib, monkeypatch):
+    """Over five blocks of the vocabulary, each of which rounds its part of dX where the CPU has bfloat16 products."""
+    monkeypatch.setattr("tokensel.products.multiplies_bfloat16", lambda: units)
+    monkeypatch.setattr("tokensel.loss._WORKSPACE_MIB", workspace_mib)
+    inputs, labels, keep = make(N=300, V=9000, D=72, dtype=torch.bfloat16)
+
+    class ProductTypes(TorchDispatchMode):
+        seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name in ("aten::mm", "aten::addmm_"):
+                self.seen.append(args[-1].dtype)
+            return function(*args, **(kwargs or {}))
+
+    loss = selected_cross_entropy(*inputs[:2], labels, keep, bias=inputs[2])
+    with ProductTypes() as products:
+        ours = gradients(loss, inputs)
+    logits, behind = products.seen[::3], products.seen[1::3] + products.seen[2::3]
+    assert set(logits) == {torch.float32} and set(behind) == {torch.bfloat16 if units else torch.float32}
+    eager, exact = (
+        gradients(definition(inputs, labels, keep, dtype=d), inputs) for d in (inputs[0].dtype, torch.float64)
+    )
+    for name, a, b, c in zip(("hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        error, allowed = ((t.double() - c).norm() for t in (a, b))
+        assert error <= 2 * allowed, f"{name}: error {error:.3g}, of bfloat16 autograd {allowed:.3g}"
 
 
 def test_leading_dimensions_and_strides_do_not_matter():

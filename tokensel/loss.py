@@ -6,6 +6,8 @@ blocks of the vocabulary, so each block of dW is written once and no logits of w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,7 +23,7 @@ from tokensel.checks import (
     resolve_impl,
 )
 from tokensel.parallel import local_head
-from tokensel.products import add_product, exact_products, on_gpu, product
+from tokensel.products import add_product, exact_products, gradient_product_dtype, on_gpu, product
 from tokensel.stats import (
     GPU_COLUMNS,
     SMALLEST_EXPONENT,
@@ -133,31 +135,40 @@ def _chunked_gradients(hidden, weight, bias, labels, coefficient, lse, softcap, 
         d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
     R, C = vocabulary_blocks(len(kept), V, _WORKSPACE_MIB)
+    narrow = gradient_product_dtype(hidden.dtype)
     workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
+    rounded = torch.empty(R * C if narrow != dtype else 0, dtype=narrow, device=hidden.device)
     wide, wide_gradient = torch.empty(2, C, D, dtype=dtype, device=hidden.device)
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
-    x = hidden[kept].to(dtype)  # (K, D)
+    x = hidden[kept]  # (K, D)
+    x, wide_x = x.to(narrow), x.to(dtype)
     y, log_z = labels[kept], lse[kept]
     upstream = coefficient[kept] * logit_scale  # (K,)
-    d_x = torch.zeros_like(x) if want_hidden else None
+    d_x = torch.zeros_like(wide_x) if want_hidden else None
+    # dW is summed over the blocks of rows in its own place if that is wide enough for their number
+    in_place = weight.dtype == (narrow if len(kept) <= R else dtype)
     with exact_products(hidden.dtype):
         for start in range(0, V, C):
-            w = widened(weight[start : start + C], wide)  # (C, D)
+            wide_w = widened(weight[start : start + C], wide)  # (C, D)
+            w = wide_w if narrow == dtype else weight[start : start + C]
             b = None if bias is None else bias[start : start + C].to(dtype)
-            if want_weight:  # summed in its own place if that is wide enough
-                dw = d_weight[start : start + C] if d_weight.dtype == dtype else wide_gradient[: len(w)]
+            if want_weight:
+                dw = d_weight[start : start + C] if in_place else wide_gradient[: len(w)]
             for first in range(0, len(kept), R):
                 rows = slice(first, first + R)
-                out = workspace[: len(x[rows]) * len(w)].view(-1, len(w))
-                z = logits_block(x[rows], w, b, softcap, logit_scale, out)
+                shape = len(x[rows]), len(w)
+                out = workspace[: math.prod(shape)].view(shape)
+                z = logits_block(wide_x[rows], wide_w, b, softcap, logit_scale, out)
                 dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], softcap)  # (R, C)
-                if want_hidden:
-                    d_x[rows].addmm_(dz, w)
-                if want_weight:
-                    dw.addmm_(dz.T, x[rows], beta=min(first, 1))  # 0 for the first rows: what was there does not count
                 if want_bias:
                     d_bias[start : start + C] += dz.sum(0)
-            if want_weight and dw.dtype != d_weight.dtype:
+                if narrow != dtype:
+                    dz = rounded[: math.prod(shape)].view(shape).copy_(dz)
+                if want_hidden:
+                    add_product(d_x[rows], dz, w)
+                if want_weight:
+                    add_product(dw, dz.T, x[rows], beta=min(first, 1))
+            if want_weight and not in_place:
                 d_weight[start : start + C] = dw
     if want_hidden:
         d_hidden[kept] = d_x.to(hidden.dtype)
