@@ -141,6 +141,9 @@ def widened(block: Tensor, wide: Tensor) -> Tensor:
 SMALLEST_EXPONENT = -80.0
 
 
+_CACHE_BYTES = 2**22  # of logits at once, which are read several times
+
+
 def block_stats(z: Tensor, labels: Tensor, moments: bool) -> TokenStats:
     """Statistics of a block of logits, which is overwritten. z (R, C); labels (R,) counted from the block's start."""
     inside = (labels >= 0) & (labels < z.shape[1])
@@ -559,8 +562,11 @@ def _chunked_logits_stats(
 ) -> TokenStats:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     stats = _empty(labels, dtype, entropy)
-    rows_at_once, _ = vocabulary_blocks(len(labels), logits.shape[1], workspace_mib, columns=logits.shape[1])
+    V = logits.shape[1]
+    rows_at_once, _ = vocabulary_blocks(len(labels), V, workspace_mib, columns=V)
+    rows_at_once = min(rows_at_once, max(1, _CACHE_BYTES // (4 * V)))
+    workspace = torch.empty(rows_at_once, V, dtype=dtype, device=logits.device)
     for rows in (labels != ignore_index).nonzero()[:, 0].split(rows_at_once):
-        copy = logits[rows].to(dtype)  # indexing copies, so the caller's logits are never overwritten
+        copy = workspace[: len(rows)].copy_(logits[rows])  # the caller's logits are never overwritten
         _store(stats, rows, block_stats(copy, labels[rows], entropy))
     return stats
