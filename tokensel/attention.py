@@ -8,8 +8,8 @@ from torch import Tensor
 from tokensel import reference
 from tokensel.checks import check_positive, check_same_device, check_shape, check_tensor, resolve_impl
 
-# A block of scores is [group · rows, keys] float32 of one key head; 8 MiB stays near the cache.
-_BLOCK_ELEMENTS = 8 * 2**20 // 4
+# A block of scores is [group · rows, keys] float32 of one key head; 2 MiB stay near the cache.
+_BLOCK_ELEMENTS = 2 * 2**20 // 4
 HEAD_WEIGHTS = ("mean", "entropy")
 FUSED_HEAD_SIZE = 256  # the largest that the kernels are compiled and tested for
 
@@ -198,15 +198,13 @@ def _chunked_row(
                 visible &= i[:, None] - j[None, :] < window
             if segments is not None:
                 visible &= segments[i][:, None] == segments[j][None, :]
-            counts = visible & prompt[j]
-            if turns is not None:
-                counts &= turns[i][:, None] != turns[j][None, :]
             rows_q = q[heads, i].to(dtype).reshape(-1, d) * scale
             z = (rows_q @ k_head[:last].T).view(G, len(i), last)  # (G, R, C)
             if softcap is not None:
                 z.div_(softcap).tanh_().mul_(softcap)
             if lse is None:
-                log_all = z.masked_fill(~visible, -torch.inf).logsumexp(-1)  # (G, R)
+                z.masked_fill_(~visible, -torch.inf)
+                log_all = z.logsumexp(-1) if head_weights == "entropy" or sinks is not None else None  # (G, R)
             else:
                 log_all = lse[heads, i].to(dtype)
             if head_weights == "entropy":
@@ -214,11 +212,17 @@ def _chunked_row(
                 entropy = -(log_p.exp() * log_p).sum(-1)  # (G, R); a key that is not seen adds exp(0) · 0
                 count = visible.sum(-1).to(dtype)  # (R,)
                 weight = torch.where(count > 1, 1 - entropy / count.clamp(min=2).log(), 0).clamp_(min=0)
-            if sinks is not None:
-                log_all = torch.logaddexp(log_all, sinks[heads].to(dtype)[:, None])
-            log_all = torch.where(log_all.isfinite(), log_all, torch.inf)  # a row that sees nothing has no mass
-            z.masked_fill_(~counts, -torch.inf)
-            head_mass = z.sub_(log_all[..., None]).exp_().sum(-1)  # (G, R)
+            if log_all is None:  # PyTorch's softmax goes over a row while it is in the nearest cache
+                p = torch.softmax(z, -1, out=z).masked_fill_(~visible, 0)  # a row that sees nothing has no mass
+            else:
+                log_all = log_all if sinks is None else torch.logaddexp(log_all, sinks[heads].to(dtype)[:, None])
+                log_all = torch.where(log_all.isfinite(), log_all, torch.inf)
+                p = z.masked_fill_(~visible, -torch.inf).sub_(log_all[..., None]).exp_()
+            if turns is None:
+                head_mass = p @ prompt[j].to(dtype)  # (G, R)
+            else:
+                other_turn = prompt[j] & (turns[i][:, None] != turns[j][None, :])
+                head_mass = p.mul_(other_turn).sum(-1)
             mass[i] += head_mass.sum(0) / Hq
             if head_weights == "entropy":
                 weighted[i] += (weight * head_mass).sum(0)
