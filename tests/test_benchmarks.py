@@ -1,4 +1,4 @@
-"""The benchmark suite itself: that it measures what it says, keeps what it has, and that README shows its results."""
+"""The benchmark suite itself: that it measures what it says, and keeps what it has."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, measure, peers, report
+from benchmarks import cases, measure, peers
 from benchmarks.cases import SETS, Case
 from benchmarks.inputs import INPUTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("[cg]pu.json"))
 CPU = torch.device("cpu")
 ONCE = {"rounds": (1, 1)}
 
@@ -172,72 +171,3 @@ def test_growth_is_measured_beside_the_published_way_alone():
 def test_case_names_are_unique():
     for chosen in SETS.values():
         assert len({case.name for case in chosen}) == len(chosen)
-
-
-def write_results(path: Path, **machine) -> Path:
-    content = {
-        "machine": {"device": "cpu", "cpu": "A", "cores": 2, "threads": 2, "torch": "2", "commit": "c", **machine}
-    }
-    path.write_text(json.dumps(content | {"load": 0, "records": []}))
-    return path
-
-
-def test_results_of_two_machines_are_never_mixed(tmp_path):
-    here, there = write_results(tmp_path / "here.json"), write_results(tmp_path / "there.json", cpu="B")
-    assert len(report.load([here, here])) == 1
-    with pytest.raises(ValueError, match=r"there.json is of another machine.*cpu: A and B"):
-        report.load([here, there])
-    assert set(report.load([here, write_results(tmp_path / "gpu.json", device="cuda", gpu="G")])) == {"cpu", "cuda"}
-
-
-def test_a_file_that_holds_no_results_is_named(tmp_path):
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json holds no results"):
-        report.load([tmp_path / "other.json"])
-
-
-def test_what_was_not_measured_says_so(tmp_path):
-    results = report.load([write_results(tmp_path / "empty.json")])
-    rows = [target.row(results) for target in report.TARGETS]
-    assert (
-        len(rows) == 18 and {row["measured"] for row in rows} == {"not measured"} and {row[""] for row in rows} == {""}
-    )
-
-
-def test_a_target_is_met_by_its_worst_case_alone(tmp_path):
-    results = report.load([write_results(tmp_path / "some.json")])
-    target = report.Target("cpu", "t", True, 1.15, lambda _: [1.0, None, 1.2])
-    assert target.row(results)[""] == "**not met**" and target.row(results)["measured"] == "1.2"
-    assert report.Target("cpu", "t", False, 1.0, lambda _: [1.0, 1.2]).row(results)[""] == "met"
-
-
-def test_the_report_writes_plots_and_rewrites_the_readme(tmp_path, clock, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    only = {name: peers.WAYS["selection_step"][name] for name in ("tokensel chunked", "published")}
-    monkeypatch.setitem(peers.WAYS, "selection_step", only)
-    case = Case("step", "selection_step", "tiny", 40, "float32")
-    path = write_results(Path("cpu.json"))
-    content = json.loads(path.read_text())
-    content["records"] = [measure.measure_case(case, CPU, clock, **ONCE)]
-    path.write_text(json.dumps(content))
-    readme = Path("README.md")
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(path), "--readme", str(readme)])
-    text, printed = readme.read_text(), capsys.readouterr().out
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| published |" in text and "not measured" in text and "/ floor" in printed
-    assert len(list(Path().glob("cpu_*.svg"))) == len(list(Path().glob("cpu_*.png"))) == 3
-    with pytest.raises(ValueError, match="no lines <!-- benchmarks"):
-        report.rewritten("nothing", "block")
-
-
-def test_readme_and_pictures_show_the_committed_results():
-    assert RESULTS, "run `make bench`"
-    results = report.load([path.relative_to(ROOT) for path in RESULTS])
-    for found in results.values():
-        for picture in (ROOT / found.folder).glob(f"{found.machine['device']}_*.*g"):
-            assert found.digest.encode() in picture.read_bytes(), f"{picture.name} shows other results: make bench"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.readme_block(results) in text, (
-        "run python -m benchmarks.report benchmarks/results/[cg]pu.json --readme README.md"
-    )
