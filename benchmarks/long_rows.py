@@ -4,20 +4,22 @@
 
 A Llama of two layers, 256 wide, with a vocabulary of 32,000, in float32; ssToken with a recorded history. The published
 way holds full logits of both models (of one here, as the history is recorded) and the last layer's full attention.
-Writes benchmarks/results/long_rows.json, docs/long_rows.png and the README's table of it.
+Writes benchmarks/results/long_rows.json after every length, and at its end docs/long_rows.png and the README's table.
+Started again after an interruption it goes on (`--fresh` does not); a length that fails is recorded with its reason.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from benchmarks.measure import limited_memory, machine, peak_extra_mib
-from benchmarks.quality import README, RESULTS, into_readme
+from benchmarks.quality import README, RESULTS, attempt, begun, into_readme, write
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 CPU = torch.device("cpu")
@@ -88,22 +90,38 @@ def peak_of(way: str, length: int) -> float | None:
         raise
 
 
-def measure() -> dict:
-    """Peaks by way and length, each in a process of its own."""
-    peaks: dict = {way: {} for way in WAYS}
+def measure(found: dict, save: Callable[[], None]) -> None:
+    """Fills found["peak_mib"] with the peaks by way and length that it lacks, each in a process of its own."""
+    peaks = found.setdefault("peak_mib", {})
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for way in WAYS:
+            there = peaks.setdefault(way, {})
             for length in tqdm(LENGTHS, desc=way, unit="length"):
-                peaks[way][str(length)] = fresh.apply(peak_of, (way, length))
-    return {"peak_mib": peaks, "machine": machine(CPU)}
+                if isinstance(there.get(str(length), {}), dict):  # not there, or failed
+                    there[str(length)] = fresh.apply(attempt, (peak_of, way, length))
+                    save()
 
 
 def table(found: dict) -> str:
+    """MiB by length; below it how many are not there yet, and why others failed."""
     lines = ["| tokens of the row | " + " | ".join(map(str, LENGTHS)) + " |", "| --- |" + " --: |" * len(LENGTHS)]
-    for way, peaks in found["peak_mib"].items():
-        cells = ("out of memory" if peaks[str(n)] is None else f"{peaks[str(n)]:,.0f}" for n in LENGTHS)
+    notes, done = [], 0
+    for way in WAYS:
+        peaks, cells = found["peak_mib"].get(way, {}), []
+        for length in map(str, LENGTHS):
+            peak = peaks.get(length)
+            done += length in peaks
+            if isinstance(peak, dict):
+                notes.append(f"- failed: {way}, {length}: {peak['failed']}")
+                cells.append("failed")
+            elif peak is None:
+                cells.append("out of memory" if length in peaks else "not measured")
+            else:
+                cells.append(f"{peak:,.0f}")
         lines.append(f"| {way}, MiB | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    if done < (total := len(WAYS) * len(LENGTHS)):
+        notes.insert(0, f"- unfinished: {done} of {total} lengths")
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def plot(found: dict, path: Path) -> None:
@@ -112,9 +130,9 @@ def plot(found: dict, path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for way, peaks in found["peak_mib"].items():
-        known = {n: peaks[str(n)] for n in LENGTHS if peaks[str(n)] is not None}
+        known = {n: peaks[str(n)] for n in LENGTHS if isinstance(peaks[str(n)], float)}
         axes.loglog(list(known), list(known.values()), "o-", label=way, base=2)
-        if len(known) < len(LENGTHS):
+        if known and None in peaks.values():
             last = max(known)
             axes.annotate("out of memory beyond", (last, known[last]), (6, 2), textcoords="offset points", fontsize=8)
     axes.set_xlabel("tokens of the row")
@@ -124,9 +142,26 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for long_rows.json")
+    parser.add_argument("--fresh", action="store_true", help="measure again what long_rows.json already has")
+    options = parser.parse_args(argv)
+    path, settings = options.output / "long_rows.json", {"machine": machine(CPU)}
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        found = settings if options.fresh else begun(path, settings)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        measure(found, lambda: write(path, found))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
+    print(table(found))
+    if options.output == RESULTS:
+        plot(found, README.parent / "docs/long_rows.png")
+        into_readme("long rows", table(found))
+
+
 if __name__ == "__main__":
-    result = measure()
-    (RESULTS / "long_rows.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, README.parent / "docs/long_rows.png")
-    into_readme("long rows", table(result))
-    print(table(result))
+    main()

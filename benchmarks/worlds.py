@@ -41,6 +41,7 @@ class World:
 
     folder: Path
     seed: int
+    scale: int = 1  # width, steps and rows to learn from, times this
 
     @property
     def tokenizer(self):
@@ -103,9 +104,11 @@ def losses_of(model):
 def build_world(folder: Path, seed: int, *, kind: str, share: float, base_steps: int = 60, scale: int = 1) -> World:
     """Clean and noisy made-up rows, and a base trained on clean ones."""
     folder.mkdir(parents=True)
-    world = World(folder, seed)
-    made = iter(make_rows(sum(ROWS.values()), seed=seed))
-    parts = {name: list(itertools.islice(made, size)) for name, size in ROWS.items()}
+    world = World(folder, seed, scale)
+    # more steps over the same rows would be more epochs; the held-out rows only measure
+    sizes = {name: size if name == "held_out" else size * scale for name, size in ROWS.items()}
+    made = iter(make_rows(sum(sizes.values()), seed=seed))
+    parts = {name: list(itertools.islice(made, size)) for name, size in sizes.items()}
     tokenizer = make_tokenizer(parts["base"])
     for name, rows in parts.items():
         noise = {"kind": kind, "share": share} if name == "noisy" else {"kind": "none", "share": 0}
@@ -153,8 +156,8 @@ def record_everything(world: World) -> None:
         for i, j in enumerate(order)
     ]
     models = {"base": world.folder / "base"}
-    models["reference"] = further(world, "reference", clean, STEPS)
-    models["shuffled"] = further(world, "shuffled", shuffled, STEPS)
+    models["reference"] = further(world, "reference", clean, STEPS * world.scale)
+    models["shuffled"] = further(world, "shuffled", shuffled, STEPS * world.scale)
     loaded = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in models.items()}
     for name, model in loaded.items():
         record(world, name, losses_of(model))
