@@ -151,7 +151,8 @@ def main() -> None:
         )
         history = [entry for entry in trainer.state.log_history if "rel_mean" in entry]
         curves = {key: [[e["step"], e[key]] for e in history] for key in ("rel_mean", "rel_std", "kept_share")}
-        runs.append({"name": name, "samples": selected_samples(trainer, shown_rows(noisy)), "curves": curves})
+        samples = selected_samples(trainer, shown_rows(noisy))
+        runs.append({"name": name, "scope": trainer.selector.scope, "samples": samples, "curves": curves})
 
     print("\n[5/5] what came out", flush=True)
     notes = [

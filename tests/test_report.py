@@ -11,7 +11,7 @@ import pytest
 
 from tokensel.report import format_table, plot_rel, write_selection_page
 
-FIELDS = ("tokens", "response", "kept", "score", "nll", "history_nll", "rel", "mass", "rank", "noise")
+FIELDS = ("tokens", "response", "kept", "weight", "score", "nll", "history_nll", "rel", "mass", "rank", "noise")
 
 
 def make_sample(title, tokens=("<s>", "What", "?", " four", ".")):
@@ -21,6 +21,7 @@ def make_sample(title, tokens=("<s>", "What", "?", " four", ".")):
         "tokens": list(tokens),
         "response": [False] * (n - 2) + [True] * 2,
         "kept": [False] * (n - 1) + [True],
+        "weight": [None] * (n - 2) + [0.0, 1.0],
         "score": [None] * (n - 2) + [0.25, 0.75],
         "nll": [None] * (n - 2) + [2.5, 0.1234567],
         "history_nll": [None] * (n - 2) + [2.0, 1.0],
@@ -145,7 +146,7 @@ def test_the_page_embeds_every_run_sample_and_number(tmp_path):
         ["random row 0", "random row 1"],
     ]
     sample, given = data[0]["samples"][0], runs[0]["samples"][0]
-    for field in ("tokens", "response", "kept", "score", "rank", "noise", "history_nll", "mass"):
+    for field in ("tokens", "response", "kept", "weight", "score", "rank", "noise", "history_nll", "mass"):
         assert sample[field] == given[field], field
     assert sample["nll"] == [None, None, None, 2.5, pytest.approx(0.1234567, abs=1e-5)]
     assert [x for x, _ in data[1]["curves"]["rel_mean"]] == [5, 10, 15, 20]

@@ -198,6 +198,10 @@ def refuse_contradictions(settings: SelectionArguments) -> None:
         raise ValueError(
             f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"
         )
+    if not isinstance(settings.record_samples, int) or settings.record_samples < 0:
+        raise ValueError(
+            f"record_samples must be a number of training rows, 0 for none; got {settings.record_samples!r}"
+        )
     for name, needed_by in (("history_store", "recorded"), ("history_model_name_or_path", "reference")):
         if (settings.history == needed_by) != (getattr(settings, name) is not None):
             raise ValueError(f"history={needed_by!r} and {name} go together; set both or neither")
