@@ -82,15 +82,18 @@ class Case:
     def costs(self) -> list[Estimate]:
         """Operations and bytes by the algorithm, one entry a call (bytes are of bfloat16)."""
         m, N = self.shape, self.tokens * self.batch
-        calls = {call.kernel.split(",")[0]: call for call in estimates(N, m.vocabulary, m.hidden, rho=self.rho)}
+        # the first quarter of a sequence is prompt and does not go through the head
+        rows = self.batch * (self.tokens - self.tokens // 4) if self.work == "training_step" else N
+        calls = {call.kernel.split(",")[0]: call for call in estimates(rows, m.vocabulary, m.hidden, rho=self.rho)}
         stats, logits = calls["hidden_stats"], calls["logits_stats"]
         backward = [calls[f"{part}_gradient"] for part in ("logits", "hidden", "head")]
         mass, *_ = attention_estimates(self.tokens, m.heads, m.key_heads, m.head_size)
         if self.work == "training_step":  # recorded history: one model's statistics
             head = [dataclasses.replace(stats, operations=stats.operations / 2, bytes=stats.bytes / 2), *backward]
+            mass = dataclasses.replace(mass, operations=self.batch * mass.operations, bytes=self.batch * mass.bytes)
             attention = 6.0 * self.batch * self.tokens**2 * m.heads * m.head_size * m.layers
             weights = 2.0 * m.backbone_parameters
-            return [Estimate("backbone", self.name, 3 * weights * N + attention, 3 * weights), *head]
+            return [Estimate("backbone", self.name, 3 * weights * N + attention, 3 * weights), *head, mass]
         return {
             "pair_stats": [stats],
             "stats_from_logits": [logits],

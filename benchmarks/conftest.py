@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("tokensel benchmarks")
     group.addoption("--set", default="cpu", choices=sorted(cases.SETS), help="which cases (default: cpu)")
     group.addoption("--case", action="append", default=[], help="only cases of this name; * matches anything")
-    group.addoption("--results", type=Path, help="JSON file, written anew after every case")
+    group.addoption("--results", type=Path, help="JSON file, written after every case; one of the same state goes on")
+    group.addoption("--fresh", action="store_true", help="measure every case anew, whatever --results has")
     group.addoption("--minutes", type=float, default=float("inf"), help="start no case after so many")
 
 
@@ -53,11 +55,29 @@ class Results:
         self.clock = measure.Clock(config.device, flush_mib=1 if smoke else 256)
         self.rounds = {"rounds": (1, 1)} if smoke else {}
         self.content = {"machine": measure.machine(config.device), "load": os.getloadavg()[0], "records": []}
+        if self.path and self.path.exists() and not config.getoption("--fresh"):
+            find = config.pluginmanager.get_plugin
+            with find("capturemanager").global_and_fixture_disabled():  # on the terminal, not in a test's output
+                self.content = self.continued(find("terminalreporter").write_line)
+
+    def continued(self, say: Callable[[str], None]) -> dict:
+        """What an interrupted run of this machine and commit has left, or the new content."""
+        try:
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            machine, finished = old["machine"], len(old["records"])
+        except (ValueError, KeyError, TypeError):
+            machine, finished = None, 0
+        if machine == self.content["machine"]:
+            say(f"\n{self.path}: {finished} cases are kept; --fresh measures them anew")
+            return old
+        say(f"\n{self.path} is of another machine, commit or version: every case is measured anew")
+        return self.content
 
     def of(self, case: cases.Case) -> dict:
         records = self.content["records"]
-        if records and records[-1]["name"] == case.name:
-            return records[-1]
+        for record in records:
+            if record["name"] == case.name:
+                return record
         if time.monotonic() > self.until:
             pytest.skip("no time left (--minutes)")
         record = measure.measure_case(case, self.device, self.clock, **self.rounds)

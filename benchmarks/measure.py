@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -21,14 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokensel
 from benchmarks.cases import Case
 from benchmarks.inputs import INPUTS, Inputs
-from benchmarks.peers import FLOORS, Absent, ways_of
+from benchmarks.peers import FLOORS, Absent, native_floor, ways_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ENOUGH = 3.0  # seconds of rounds
-LONG = 1.0  # seconds; a run that takes longer needs no warm-up, so the first of them counts
-SLOW = 30.0  # seconds; a way that takes longer is not run again
+# Seconds of a first run, and how often a way that takes longer is run again at most; a quicker one as the others are.
+MOST = {120.0: 0, 30.0: 1, 10.0: 2}
 # The largest errors that tokensel may make; what others make is printed beside their times.
 LIMITS = {"nll": 2e-3, "loss": 2e-3, "kept": 0, "d_hidden": 2e-2, "d_weight": 2e-2, "mass": 2e-3}
+# Of a whole model's step, whose bfloat16 layers move a few tokens across the edge of what is kept.
+LIMITS |= {"kept_count": 0, "kept_share": 5e-2, "d_head": 5e-2, "d_layer": 1e-1}
 
 
 def machine(device: torch.device) -> dict:
@@ -38,11 +41,13 @@ def machine(device: torch.device) -> dict:
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    # what the suite itself writes changes nothing that is measured
-    paths = ["tokensel", "kernels", "benchmarks/*.py"]
-    status = [*git, "status", "--porcelain", "-uno", "--", *paths]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("TOKENSEL_COMMIT", "")
+    if not commit and shutil.which("git"):
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        # what the suite itself writes changes nothing that is measured
+        status = [*git, "status", "--porcelain", "-uno", "--", "tokensel", "kernels", "benchmarks/*.py"]
+        if subprocess.run(status, capture_output=True, text=True).stdout.strip():
+            commit += "+changes"
     found = {
         "device": device.type,
         "cpu": cpu,
@@ -52,7 +57,7 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tokensel": tokensel.__version__,
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "commit": commit or "unknown",
     }
     for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -146,14 +151,23 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def _reason(error: Exception) -> str:
+    reason = "out of memory" if _is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+    return reason.splitlines()[0][:200]
+
+
 def measure_case(case: Case, device: torch.device, clock: Clock, rounds: tuple[int, int] = (3, 20)) -> dict:
     """Everything about a case that goes into the results. A way that fails is recorded, and the others go on.
 
-    rounds: at least and at most; as many as fit in ENOUGH.
+    rounds: at least and at most; as many as fit in ENOUGH, fewer of a slow way (MOST).
     """
+    record = {"name": case.name, "case": asdict(case), "operations": case.operations, "bytes": case.bytes}
+    torch.compiler.reset()  # or an earlier case's shape would make this one's code that of dynamic shapes
     with limited_memory(device):
-        inputs = INPUTS[case.work](case, device)
-        record = {"name": case.name, "case": asdict(case), "operations": case.operations, "bytes": case.bytes}
+        try:
+            inputs = INPUTS[case.work](case, device)
+        except Exception as error:  # recorded, or every way would try again
+            return record | {"floor": None, "ways": {name: {"failed": _reason(error)} for name in ways_of(case)}}
         found: dict[str, dict] = {}
         runs: dict[str, Callable] = {}
         for name, prepare in ways_of(case).items():
@@ -164,34 +178,61 @@ def measure_case(case: Case, device: torch.device, clock: Clock, rounds: tuple[i
             except (Absent, ImportError) as error:
                 found[name]["absent"] = str(error)
             except Exception as error:  # others' code may fail in its own ways: recorded, and shown in the table
-                reason = "out of memory" if _is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-                found[name]["failed"] = reason.splitlines()[0][:200]
+                found[name]["failed"] = _reason(error)
             if "first_run" not in found[name]:
                 runs.pop(name, None)
             _forget(inputs)
         if case.group == "memory":
             return record | {"ways": found}
+        floors: dict[str, dict] = {"floor": {}, "native_floor": {}}
+        for name, prepare in {"floor": FLOORS[case.work], "native_floor": native_floor}.items():
+            try:
+                if run := prepare(inputs):
+                    floors[name]["first_run"], _, _ = clock.time(run)
+                    runs[name] = run
+            except Exception as error:
+                floors[name]["failed"] = _reason(error)
+        _rounds({name: (found | floors)[name] for name in runs}, runs, inputs, clock, rounds)
         scale = case.operations / (2 * inputs.square**3) if case.work in ("attention_mass", "training_step") else 1.0
-        runs["floor"], floor = FLOORS[case.work](inputs), {}
-        floor["first_run"], _, _ = clock.time(runs["floor"])
-        results = {name: (found | {"floor": floor})[name] for name in runs}
-        for result in results.values():
-            result |= {"seconds": [result["first_run"]] if result["first_run"] > LONG else [], "parts": {}}
-        started = time.perf_counter()
-        for done in range(rounds[1]):
-            if done >= rounds[0] - 1 and time.perf_counter() - started > ENOUGH:
-                break
-            for name, result in results.items():
-                if result["first_run"] < SLOW:
-                    seconds, parts, _ = clock.time(runs[name])
-                    result["seconds"].append(seconds)
-                    for part, value in parts.items():
-                        result["parts"].setdefault(part, []).append(value)
-                    inputs.clear()
-        for result in results.values():
+        floor = floors["floor"].get("median")
+        record |= {"floor": floor and scale * floor, "ways": found}
+        if case.work in ("pair_stats", "kept_backward", "selection_step"):
+            native = floors["native_floor"]
+            record["native_floor"] = native.get("median") if native else record["floor"]
+        return record
+
+
+def _rounds(results: dict[str, dict], runs: dict[str, Callable], inputs: Inputs, clock: Clock, rounds: tuple) -> None:
+    """Runs all ways in turn on the same new values, round after round, and adds seconds and medians to their results.
+    The first runs, poisoned and not interleaved, count for nothing."""
+    most = {
+        name: next((runs for seconds, runs in MOST.items() if result["first_run"] > seconds), rounds[1])
+        for name, result in results.items()
+    }
+    for result in results.values():
+        result |= {"seconds": [], "parts": {}}
+    started = time.perf_counter()
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - started > ENOUGH:
+            break
+        inputs.redraw()
+        for name, result in results.items():
+            if done >= most[name] or "failed" in result:
+                continue
+            try:
+                seconds, parts, _ = clock.time(runs[name])
+            except Exception as error:  # what the others have is kept
+                result["failed"] = _reason(error)
+                _forget(inputs)
+                continue
+            result["seconds"].append(seconds)
+            for part, value in parts.items():
+                result["parts"].setdefault(part, []).append(value)
+            inputs.clear()
+    for result in results.values():
+        if result["seconds"] and "failed" not in result:
             result["median"] = statistics.median(result["seconds"])
-            result["parts"] = {part: statistics.median(values) for part, values in result["parts"].items()}
-        return record | {"floor": scale * floor["median"], "ways": found}
+        result["parts"] = {part: statistics.median(values) for part, values in result["parts"].items()}
 
 
 def _first_run(name: str, run: Callable, inputs: Inputs, clock: Clock) -> dict:
@@ -211,7 +252,7 @@ def _first_run(name: str, run: Callable, inputs: Inputs, clock: Clock) -> dict:
     extra, seconds, out = measured((lambda: clock.time(run)) if compiles else poisoned)
     errors = inputs.errors(out) if out is not None else {}
     del out
-    if compiles or seconds < SLOW / 10:
+    if compiles or seconds < ENOUGH:
         inputs.clear()
         extra, seconds, _ = measured(lambda: clock.time(run))
     return {"first_run": seconds, "extra_mib": max(0.0, extra), "errors": errors}

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokensel
 from benchmarks.cases import Case
-from benchmarks.inputs import AttentionInputs, HeadInputs, LogitsInputs, ModelInputs
+from benchmarks.inputs import AttentionInputs, HeadInputs, Inputs, LogitsInputs, ModelInputs, eager_mass
 from tokensel.model import Seam
 from tokensel.products import exact_products, gradient_product_dtype
 from tokensel.stats import vocabulary_blocks
@@ -79,7 +79,7 @@ class Published:
 @dataclass(frozen=True)
 class LinearLoss:
     """A linear cross-entropy of others. One call with a gradient for every row would form all rows' gradients, so
-    losses come first, without, and a second call on the kept rows: its fastest use."""
+    losses come first, without, and a second call on the kept rows: its fastest use (but see `_quack`)."""
 
     each: Callable[[Tensor, Tensor, Tensor], Tensor]  # (N, D), (V, D), (N,) -> (N,)
     mean: Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> scalar
@@ -139,6 +139,7 @@ def _quack(device: torch.device) -> LinearLoss:
     _need_gpu(device)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
 
+    # not its fastest use: its chunked form gives no loss of each row, and this one holds bfloat16 logits, [N, V]
     def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy_func(hidden, weight, None, labels, reduction="none")
 
@@ -195,15 +196,15 @@ def _selection_step(make: Callable, s: HeadInputs) -> Callable:
     return run
 
 
-def _head_floor(work: str, s: HeadInputs) -> Callable:
+def _head_floor(work: str, s: HeadInputs, native: bool = False) -> Callable:
     """The matrix products of the work and nothing else: on a GPU the library's own, whole; on a CPU in tokensel's
-    blocks and precision."""
+    blocks and precision, or as on a GPU (`native`): in the inputs' type, half precision in and half precision out."""
     x, old_x, w, old_w = (t.detach() for t in (s.hidden, s.old_hidden, s.weight, s.old_weight))
     kept = x[: int(s.given_keep.sum())]
     narrow_kept, narrow_w = kept, w  # what the gradient of the logits is multiplied with
     (N, D), V = x.shape, len(w)
     R, C = N, V
-    if s.device.type == "cpu":
+    if s.device.type == "cpu" and not native:
         narrow = gradient_product_dtype(s.dtype)
         narrow_kept, narrow_w = kept.to(narrow), w.to(narrow)
         x, old_x, w, old_w, kept = (t.float() for t in (x, old_x, w, old_w, kept))
@@ -262,17 +263,8 @@ def _logits_floor(s: LogitsInputs) -> Callable:
 
 def _mass_tokensel(impl: str, with_lse: bool, s: AttentionInputs) -> Callable:
     _tokensel_impl(impl, s.device)
-    lse = s.flash()[1].float() if with_lse else None
+    lse = s.lse if with_lse else None
     return lambda: {"mass": tokensel.prompt_attention_mass(s.q, s.k, s.prompt, lse=lse, impl=impl)}
-
-
-def eager_mass(q: Tensor, k: Tensor, prompt: Tensor) -> Tensor:
-    """q, k [B, Hq, S, d], prompt [B, S] -> [B, S]."""
-    S, d = q.shape[2:]
-    z = (q @ k.transpose(-1, -2)).float() * d**-0.5  # (B, Hq, S, S)
-    causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
-    p = z.masked_fill(~causal, -torch.inf).softmax(-1).mean(1)  # (B, S, S)
-    return (p * prompt[:, None]).sum(-1) * ~prompt
 
 
 def _mass_eager(s: AttentionInputs) -> Callable:
@@ -296,6 +288,16 @@ def _flash(s: AttentionInputs) -> Callable:
 
     def run() -> None:
         s.flash()
+
+    return run
+
+
+def _cudnn(s: AttentionInputs) -> Callable:
+    """The same by cuDNN, the faster one on a Hopper GPU."""
+    _need_gpu(s.device)
+
+    def run() -> None:
+        torch.ops.aten._scaled_dot_product_cudnn_attention(s.q, s.k, s.k, None, False, 0.0, True)
 
     return run
 
@@ -342,7 +344,7 @@ class _SameModel:
 
 
 def _selective_step(impl: str, history: str, s: ModelInputs) -> Callable:
-    """ssToken with a recorded history or a live one."""
+    """ssToken with a recorded history or a live one, whose second forward the floor does not hold."""
     _tokensel_impl(impl, s.device)
     method = tokensel.methods.get("sstoken", gamma=0.5, rho=s.rho)
     live = _SameModel() if history == "live" else None
@@ -352,31 +354,20 @@ def _selective_step(impl: str, history: str, s: ModelInputs) -> Callable:
     def run() -> dict:
         out = s.model(input_ids=s.input_ids, labels=s.labels, selection=select, use_cache=False, **recorded)
         out.loss.backward()
-        return {"loss": out.loss.detach(), "keep": out.weights[:, 1:] != 0}
+        return {"loss": out.loss.detach(), "keep": out.weights[:, 1:] != 0, "live": live is not None}
 
     return run
 
 
 def _published_step(s: ModelInputs) -> Callable:
     """As the published code: full logits, and the last layer's [S, S] attention computed again from its input."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    attention, norm = s.model.model.layers[-1].self_attn, s.model.model.layers[-1].input_layernorm
-    positions = torch.arange(s.input_ids.shape[1], device=s.device)[None]
-
-    @torch.no_grad()
-    def mass(x: Tensor) -> Tensor:
-        q, k = (
-            p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, *s.model.model.rotary_emb(x, positions))
-        return eager_mass(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), s.labels == -100)
+    mass = torch.no_grad()(s.mass)
 
     def run() -> dict:
         out = s.model(input_ids=s.input_ids, use_cache=False, output_hidden_states=True)
         logits = out.logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), s.labels[:, 1:].flatten(), reduction="none").view_as(s.response)
-        keep = s.keep(nll.detach(), mass(norm(out.hidden_states[-2]))[:, 1:])
+        keep = s.keep(nll.detach(), mass(out.hidden_states[-2])[:, 1:])
         loss = (nll * keep).sum() / keep.sum()
         loss.backward()
         return {"loss": loss.detach(), "keep": keep}
@@ -402,6 +393,7 @@ WAYS: dict[str, dict[str, Callable]] = {
         "published": _mass_eager,
         "SDPA, indicator": _mass_indicator,
         "flash forward": _flash,
+        "cuDNN forward": _cudnn,
     },
     "training_step": {
         "tokensel chunked, recorded": functools.partial(_selective_step, "chunked", "recorded"),
@@ -419,6 +411,13 @@ FLOORS: dict[str, Callable] = {
     "attention_mass": _square_floor,
     "training_step": _square_floor,
 }
+
+
+def native_floor(s: Inputs) -> Callable | None:
+    """The floor of a head's work in the inputs' type, where it is another than FLOORS has: half precision on a CPU."""
+    if isinstance(s, HeadInputs) and s.device.type == "cpu" and s.dtype != torch.float32:
+        return _head_floor(s.case.work, s, native=True)
+    return None
 
 
 def ways_of(case: Case) -> dict[str, Callable]:
