@@ -567,6 +567,10 @@ def _chunked_logits_stats(
     rows_at_once = min(rows_at_once, max(1, _CACHE_BYTES // (4 * V)))
     workspace = torch.empty(rows_at_once, V, dtype=dtype, device=logits.device)
     for rows in (labels != ignore_index).nonzero()[:, 0].split(rows_at_once):
-        copy = workspace[: len(rows)].copy_(logits[rows])  # the caller's logits are never overwritten
+        copy = workspace[: len(rows)]  # the caller's logits are never overwritten
+        if logits.dtype == dtype:
+            torch.index_select(logits, 0, rows, out=copy)
+        else:
+            copy.copy_(logits[rows])
         _store(stats, rows, block_stats(copy, labels[rows], entropy))
     return stats
