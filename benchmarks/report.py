@@ -250,10 +250,9 @@ def overview_rows(results: Results) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict], left: int = 1) -> str:
+def markdown(rows: list[dict]) -> str:
     head = list(rows[0])
-    rule = [*["---"] * left, *["--:"] * (len(head) - left)]
-    lines = [head, rule, *[[str(row[column]) for column in head] for row in rows]]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *[[str(row[column]) for column in head] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -50,7 +50,10 @@ def launched(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(launched):
     """[rank][job][name]: what each rank left behind."""
-    return [{job: torch.load(launched[0] / f"{job}-{rank}.pt") for job in JOBS[:-1]} for rank in range(ranks.RANKS)]
+    return [
+        {job: torch.load(launched[0] / f"{job}-{rank}.pt", weights_only=True) for job in JOBS[:-1]}
+        for rank in range(ranks.RANKS)
+    ]
 
 
 def largest_difference(a, b):
