@@ -41,7 +41,7 @@ format: .venv/.dev  ## repair what `make lint` can repair by itself
 
 bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and README's figures (15 min)
 	$(BIN)/python -m pytest benchmarks --results benchmarks/results/cpu.json --fresh --minutes 14 --benchmark-disable; \
-	measured=$$?; $(BIN)/python -m benchmarks.report benchmarks/results/[cg]pu.json --readme README.md && exit $$measured
+	measured=$$?; $(BIN)/python -m benchmarks.speed.tables benchmarks/results/[cg]pu.json --readme README.md && exit $$measured
 
 bench-gpu:  ## GPU tests and benchmarks with the python3 that is there; needs no installation and no network (10 min)
 	benchmarks/gpu.sh

@@ -6,10 +6,10 @@ shadow the Hugging Face package of that name and break `import transformers` for
 `tests/test_packaging.py` guards this.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["tokensel", "tokensel_kernels"],
+    packages=[*find_packages(include=["tokensel*"]), "tokensel_kernels"],
     package_dir={"tokensel_kernels": "kernels"},
     package_data={"tokensel_kernels": ["tiles.json"]},
 )

@@ -17,11 +17,11 @@ from transformers import DataCollatorForSeq2Seq
 
 import tokensel
 from tokensel.data import encode_rows
-from tokensel.planted import make_model, make_rows, make_tokenizer
+from tokensel.testing import make_model, make_rows, make_tokenizer
 
 
 class SelectiveModule(lightning.LightningModule):
-    def __init__(self, model: torch.nn.Module, method: tokensel.TokenSelector) -> None:
+    def __init__(self, model: torch.nn.Module, method: tokensel.SelectionMethod) -> None:
         super().__init__()
         self.model = model
         tokensel.apply_to(model)  # here, so that a strategy wraps the patched model

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from tokensel import TokenSelector, TokenSignals, methods
-from tokensel.select import TopShare
+from tokensel import SelectionMethod, TokenSignals, methods
+from tokensel.select.rules import TopShare
 
 
 @methods.register
-def surprise(rho: float = 0.6) -> TokenSelector:
+def surprise(rho: float = 0.6) -> SelectionMethod:
     """nll - entropy: tokens that are less likely than the model itself expected, top rho of each sample."""
-    return TokenSelector("surprise", {"nll", "entropy"}, lambda s: s.nll - s.entropy, TopShare(rho))
+    return SelectionMethod("surprise", {"nll", "entropy"}, lambda s: s.nll - s.entropy, TopShare(rho))
 
 
 if __name__ == "__main__":

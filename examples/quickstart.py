@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 from tokensel import cli, planted, report
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.data import encode_rows, load_rows
-from tokensel.planted import NoiseCollator, PlantedNoiseTrainer, held_out_nll
+from tokensel.report.watch import selected_samples
+from tokensel.testing import NoiseCollator, PlantedNoiseTrainer, held_out_nll
 from tokensel.trainer import SelectiveTrainer
-from tokensel.watch import selected_samples
 
 METHODS = ("full", "random", "sstoken", "history_excess")
 SHOWN = 5  # noisy rows on the page, and a clean one
@@ -152,7 +152,7 @@ def main() -> None:
         history = [entry for entry in trainer.state.log_history if "rel_mean" in entry]
         curves = {key: [[e["step"], e[key]] for e in history] for key in ("rel_mean", "rel_std", "kept_share")}
         samples = selected_samples(trainer, shown_rows(noisy))
-        runs.append({"name": name, "scope": trainer.selector.scope, "samples": samples, "curves": curves})
+        runs.append({"name": name, "scope": trainer.method.scope, "samples": samples, "curves": curves})
 
     print("\n[5/5] what came out", flush=True)
     notes = [

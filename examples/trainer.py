@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 
 import tokensel
 from tokensel.data import encode_rows
-from tokensel.planted import make_model, make_rows, make_tokenizer
+from tokensel.testing import make_model, make_rows, make_tokenizer
 
 text = make_rows(64, seed=0)  # {"prompt", "completion"}
 tokenizer = make_tokenizer(text)

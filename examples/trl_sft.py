@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import tokensel
-from tokensel.planted import make_model, make_rows, make_tokenizer
+from tokensel.testing import make_model, make_rows, make_tokenizer
 
 text = make_rows(64, seed=0)
 tokenizer = make_tokenizer(text)

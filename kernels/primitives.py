@@ -66,7 +66,7 @@ def head_logits(
     HAS_SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """softcap · tanh(logit_scale · (product + bias) / softcap), as `tokensel.reference.head_logits`. (ROWS, COLUMNS)"""
+    """softcap · tanh(logit_scale · (product + bias) / softcap), as `tokensel.ops.reference.head_logits`. (ROWS, COLUMNS)"""
     if HAS_BIAS:
         c = column + tl.arange(0, COLUMNS)
         product += tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]

@@ -135,9 +135,9 @@ class Shrunken:
 
     signal, shares_head = "history_nll", True
 
-    def hidden(self, seam, batch):
+    def hidden(self, patched, batch):
         with torch.no_grad():
-            return 0.7 * seam.backbone(batch)
+            return 0.7 * patched.backbone(batch)
 
 
 # name: how the head hands out the logits that somebody asks it for

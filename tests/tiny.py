@@ -1,4 +1,4 @@
-"""Tiny random causal language models of the families that the seam is tested on, and small batches for them."""
+"""Tiny random causal language models of the families that the patched is tested on, and small batches for them."""
 
 from __future__ import annotations
 

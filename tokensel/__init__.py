@@ -7,16 +7,29 @@ trainers, of which two need TRL) is loaded when it is first asked for, so that `
 from __future__ import annotations
 
 import importlib
+import warnings
+from typing import TYPE_CHECKING
 
-from tokensel import methods
-from tokensel.attention import prompt_attention_mass, uniform_prompt_mass
-from tokensel.loss import selected_cross_entropy
-from tokensel.methods import TokenSelector, TokenSignals
-from tokensel.stats import TokenStats, token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
+from tokensel import _moved
+from tokensel.ops.loss import selected_cross_entropy
+from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
+from tokensel.ops.stats import TokenStats, token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
+from tokensel.select import methods
+from tokensel.select.methods import SelectionMethod
+from tokensel.select.signals import TokenSignals
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from tokensel.arguments import SelectionArguments, SelectiveTrainingArguments
+    from tokensel.history import AdapterEMA, AdapterOff, LastSeen, ModelCopy, OtherModel
+    from tokensel.model import apply_to, remove
+    from tokensel.sft import SelectiveSFTConfig, SelectiveSFTTrainer
+    from tokensel.step import Selection, SelectionOutput
+    from tokensel.store import HistoryStore
+    from tokensel.trainer import SelectiveTrainer, TokenSelectionMixin
 
-_NEEDS_TRANSFORMERS = {
+__version__ = "0.2.0"
+
+_LAZY = {  # name -> module
     "AdapterEMA": "history",
     "AdapterOff": "history",
     "HistoryStore": "store",
@@ -36,22 +49,47 @@ _NEEDS_TRANSFORMERS = {
 }
 
 __all__ = [
-    "TokenSelector",
+    "AdapterEMA",
+    "AdapterOff",
+    "HistoryStore",
+    "LastSeen",
+    "ModelCopy",
+    "OtherModel",
+    "Selection",
+    "SelectionArguments",
+    "SelectionMethod",
+    "SelectionOutput",
+    "SelectiveSFTConfig",
+    "SelectiveSFTTrainer",
+    "SelectiveTrainer",
+    "SelectiveTrainingArguments",
+    "TokenSelectionMixin",
     "TokenSignals",
     "TokenStats",
+    "apply_to",
     "methods",
     "prompt_attention_mass",
+    "remove",
     "selected_cross_entropy",
     "token_stats",
     "token_stats_contrast",
     "token_stats_from_logits",
     "token_stats_pair",
     "uniform_prompt_mass",
-    *_NEEDS_TRANSFORMERS,
 ]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> object:
-    if name not in _NEEDS_TRANSFORMERS:
-        raise AttributeError(f"module 'tokensel' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tokensel.{_NEEDS_TRANSFORMERS[name]}"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"tokensel.{_LAZY[name]}"), name)
+    if name in _moved.NAMES:
+        new = _moved.NAMES[name]
+        warnings.warn(f"tokensel.{name} is now tokensel.{new}; the old name goes with 0.3", FutureWarning, stacklevel=2)
+        return globals()[new]
+    raise AttributeError(f"module 'tokensel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

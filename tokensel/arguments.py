@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 
 from tokensel import methods
-from tokensel.methods import TokenSelector
-from tokensel.signals import RECORDED
+from tokensel.select.methods import SelectionMethod
+from tokensel.select.signals import RECORDED
 
 HISTORIES = ("none", "recorded", "last_seen", "adapter_off", "adapter_ema", "frozen", "ema", "reference")
 _HISTORY_SETTINGS = {  # and the histories that read them
@@ -129,7 +129,7 @@ class SelectionArguments:
         settings["recorded"] = sorted(parse_mapping("recorded", self.recorded, "base=base.parquet"))
         return settings
 
-    def build_method(self) -> TokenSelector:
+    def build_method(self) -> SelectionMethod:
         """The method that `method` and `method_args` name.
 
         Raises:

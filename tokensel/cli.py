@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import tokensel
-from tokensel.checks import check_positive
+from tokensel.ops.checks import check_positive
 
 DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection for LLM fine-tuning
 
@@ -506,12 +506,12 @@ def kernels(arch: str, json_file: str | None) -> list[dict]:
 
     from tqdm.auto import tqdm
 
-    from tokensel.checks import AUTO_RULE
-    from tokensel.report import format_table
-    from tokensel_kernels import inspect, roofline
+    from tokensel.ops.checks import AUTO_RULE
+    from tokensel.report.page import format_table
+    from tokensel_kernels import compiled, roofline
 
-    reports = list(tqdm(inspect.reports(arch), desc=f"compile for {arch}", unit="kernel"))
-    print(format_table([inspect.as_row(report) for report in reports]))
+    reports = list(tqdm(compiled.reports(arch), desc=f"compile for {arch}", unit="kernel"))
+    print(format_table([compiled.as_row(report) for report in reports]))
     shapes = ((8192, 128256, 4096), (8192, 151936, 3584))
     calls = [call for shape in shapes for call in roofline.estimates(*shape)]
     calls += [call for length in (8192, 131072) for call in roofline.attention_estimates(length)]
@@ -530,7 +530,7 @@ def list_methods(argv: list[str]) -> None:
     import inspect
 
     from tokensel import methods
-    from tokensel.report import format_table
+    from tokensel.report.page import format_table
 
     if not argv:
         columns = ("method", "scope", "needs", "score and rule")
@@ -549,8 +549,8 @@ def report(argv: list[str]) -> Path:
     """Draws runs that were trained with --record_samples as one self-contained page -> its path."""
     from argparse import ArgumentParser
 
-    from tokensel.report import write_selection_page
-    from tokensel.watch import load_run
+    from tokensel.report.page import write_selection_page
+    from tokensel.report.watch import load_run
 
     parser = ArgumentParser(prog="tokensel report", description=report.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a training")

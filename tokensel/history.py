@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokensel.checks import check_number
 from tokensel.documents import IGNORE_INDEX, document_keys, positions_in_document, segments_from_positions
-from tokensel.model import Seam, apply_to, remove, unwrap
+from tokensel.model import PatchedModel, apply_to, remove, unwrap
+from tokensel.ops.checks import check_number
 from tokensel.store import HistoryStore, tokenizer_fingerprint
 
 
@@ -95,7 +95,7 @@ class LiveHistory:
     Attributes:
         signal: name of the TokenSignals field that it answers for.
         shares_head: whether its head is the current model's, so that one launch serves both; it then has
-            `hidden(seam, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels, impl) -> [B, S]`, nats.
+            `hidden(patched, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels, impl) -> [B, S]`, nats.
     """
 
     signal: str = "history_nll"
@@ -133,10 +133,10 @@ class AdapterOff(LiveHistory):
         self.model = model
         self.switches = _adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
 
-    def hidden(self, seam: Seam, batch: dict) -> Tensor:
+    def hidden(self, patched: PatchedModel, batch: dict) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
         with self():
-            return seam.backbone(batch)
+            return patched.backbone(batch)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class OtherModel(LiveHistory):
         self.device = torch.device(device) if device is not None else self.model.get_output_embeddings().weight.device
         if offload or device is not None:
             self.model.to("cpu" if offload else self.device)
-        self.seam = apply_to(self.model, layer=None)  # nobody looks at its attention
+        self.patched = apply_to(self.model, layer=None)  # nobody looks at its attention
         if offload:
             from accelerate import cpu_offload
 
@@ -211,7 +211,7 @@ class OtherModel(LiveHistory):
     def token_nll(self, batch: dict, labels: Tensor, impl: str = "auto") -> Tensor:
         """Negative log-likelihood of label-aligned `labels` [B, S], nats, 0 where ignored -> [B, S]."""
         there = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        return self.seam.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
+        return self.patched.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
 
 
 def load_reference(
@@ -299,15 +299,15 @@ class ModelCopy(OtherModel):
             raise ValueError("the model has no trained parameter (requires_grad), so it has no history of its own")
         head = self.source.get_output_embeddings()
         twin = copy.deepcopy(self.source, own)
-        if hasattr(twin, "_tokensel_seam"):
+        if hasattr(twin, "_tokensel_patched"):
             remove(twin)
         super().__init__(twin, "history_nll", device, offload)
         self.shares_head = home is None and not any(p.requires_grad for p in head.parameters())
 
     @torch.no_grad()
-    def hidden(self, seam: Seam, batch: dict) -> Tensor:
+    def hidden(self, patched: PatchedModel, batch: dict) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
-        return self.seam.backbone(batch)
+        return self.patched.backbone(batch)
 
     def after_step(self, gather: Callable[[list], list] = list) -> None:
         """Moves the average towards the model's weights of now."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tokensel.select import constant_samples, responses_per_sample
+from tokensel.select.rules import constant_samples, responses_per_sample
 from tokensel.step import SelectionOutput
 
 

@@ -1,4 +1,4 @@
-"""The model seam (steps 1 to 3): q and k of chosen layers captured on the way, the language-model head as a place to
+"""The model patched (steps 1 to 3): q and k of chosen layers captured on the way, the language-model head as a place to
 call into. Nothing of the model is copied; `remove` puts everything back."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from tokensel.attention import prompt_attention_mass
+from tokensel.ops.prompt_mass import prompt_attention_mass
+from tokensel.ops.stats import token_stats
 from tokensel.parallel import replicated_as, spreading_group
-from tokensel.stats import token_stats
 
 # The private name under which one attention module finds the capturing function. The model's own config keeps its
 # name: masks are made from it, and a model-wide name without a mask entry would silently ignore padding.
@@ -135,7 +135,7 @@ class _PastHooks:
         return self._result
 
 
-class Seam:
+class PatchedModel:
     """What `apply_to` leaves on a causal language model.
 
     Attributes:
@@ -270,7 +270,7 @@ class Seam:
         self._before = (self.model.__dict__.get("forward"), head.__dict__.get("forward"))
         head.forward = patched_head
         self.model.forward = patched_forward
-        self.model._tokensel_seam = self
+        self.model._tokensel_patched = self
 
     def uninstall(self) -> None:
         for module, before in zip((self.model, self._head), self._before, strict=True):
@@ -281,7 +281,7 @@ class Seam:
         for module, capture in zip(self._attention, self._captures, strict=True):
             module.config = capture.config
             del module._tokensel_capture
-        del self.model._tokensel_seam
+        del self.model._tokensel_patched
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -559,12 +559,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def refuse_patched(model: nn.Module) -> PreTrainedModel:
     """The unwrapped model. Raises ValueError if it is patched already."""
     base = unwrap(model)
-    if hasattr(base, "_tokensel_seam"):
+    if hasattr(base, "_tokensel_patched"):
         raise ValueError(f"{type(base).__name__} is patched already; call tokensel.remove(model) first")
     return base
 
 
-def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
+def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> PatchedModel:
     """Gives a causal language model an opt-in `selection=` keyword in its forward.
 
     Without the keyword the model computes what it did, bit for bit. With it (`tokensel.Selection`) the head's logits
@@ -576,7 +576,7 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
             mass is the mean. None = capture nothing, for methods that do not measure attention: then models that do
             not use transformers' attention interface are supported, too.
     Returns:
-        The seam; `tokensel.remove(model)` undoes it.
+        The patched; `tokensel.remove(model)` undoes it.
     Raises:
         TypeError: not a transformers model; layer is neither an int nor a sequence of ints. ValueError: patched
         already, an adapter on the head or of virtual tokens, a layer that does not exist or is named twice, attention
@@ -589,14 +589,14 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Seam:
             f"{type(peft).__name__} puts virtual tokens before the batch's, whose losses and prompts would be off by "
             "their number; use LoRA"
         )
-    seam = Seam(base, layer)
-    seam.install()
+    patched = PatchedModel(base, layer)
+    patched.install()
     try:
-        seam.self_test()
+        patched.self_test()
     except BaseException:
-        seam.uninstall()
+        patched.uninstall()
         raise
-    return seam
+    return patched
 
 
 def remove(model: nn.Module) -> None:
@@ -606,6 +606,6 @@ def remove(model: nn.Module) -> None:
         ValueError: the model is not patched.
     """
     base = unwrap(model)
-    if not hasattr(base, "_tokensel_seam"):
+    if not hasattr(base, "_tokensel_patched"):
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to remove")
-    base._tokensel_seam.uninstall()
+    base._tokensel_patched.uninstall()

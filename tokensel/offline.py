@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from tokensel.documents import IGNORE_INDEX, document_keys, keys_at
 from tokensel.journal import Journal
-from tokensel.methods import TokenSelector
-from tokensel.model import Seam
-from tokensel.select import TopSamples, TopShare
-from tokensel.signals import MEASURED, RECORDED, TokenSignals
-from tokensel.stats import token_stats_contrast
+from tokensel.model import PatchedModel
+from tokensel.ops.stats import token_stats_contrast
+from tokensel.select.methods import SelectionMethod
+from tokensel.select.rules import TopSamples, TopShare
+from tokensel.select.signals import MEASURED, RECORDED, TokenSignals
 from tokensel.store import HistoryWriter, StoreReader, content_of
 
 # Recording losses: `tokensel score`
@@ -84,8 +84,8 @@ def without_prompt(row: dict, first_token: int) -> dict:
     return {"input_ids": [first_token, *response], "labels": [IGNORE_INDEX, *response]}
 
 
-def contrast_nll(positive: Seam, negative: Seam, inputs: dict, labels: Tensor, impl: str) -> Tensor:
-    """Negative log-likelihood under softmax(2 z_positive - z_negative) (cDPO, arXiv 2411.19943), as `Seam.token_nll`.
+def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, labels: Tensor, impl: str) -> Tensor:
+    """Negative log-likelihood under softmax(2 z_positive - z_negative) (cDPO, arXiv 2411.19943), as `PatchedModel.token_nll`.
 
     Args:
         inputs: input_ids and attention_mask [B, S]; labels: [B, S], label-aligned.
@@ -115,19 +115,19 @@ def contrast_nll(positive: Seam, negative: Seam, inputs: dict, labels: Tensor, i
 
 
 def losses_under(
-    seam: Seam,
+    patched: PatchedModel,
     collate: Callable[[list[dict]], dict],
     device: str,
     impl: str,
     first_token: int | None = None,
-    negative: Seam | None = None,
+    negative: PatchedModel | None = None,
 ) -> Callable[[list[dict]], list[Tensor]]:
     """The function from rows to losses that `record_losses` takes: those under a model that `apply_to` has patched.
 
     Args:
         collate: pads rows to tensors.
         first_token: given, the losses are those of the responses behind this token alone (`without_prompt`).
-        negative: given, the losses are those under the contrast of `seam` with this model (`contrast_nll`).
+        negative: given, the losses are those under the contrast of `patched` with this model (`contrast_nll`).
     """
 
     @torch.no_grad()
@@ -137,9 +137,9 @@ def losses_under(
         batch = collate(rows).to(device)
         labels = batch.pop("labels")  # (B, S)
         if negative is None:
-            nll = seam.token_nll(batch, labels, impl=impl)
+            nll = patched.token_nll(batch, labels, impl=impl)
         else:
-            nll = contrast_nll(seam, negative, batch, labels, impl)
+            nll = contrast_nll(patched, negative, batch, labels, impl)
         return [values[mine] for values, mine in zip(nll.cpu(), (labels != IGNORE_INDEX).cpu(), strict=True)]
 
     return losses
@@ -345,7 +345,7 @@ def cut_of_top(
     raise RuntimeError("the stream gave other scores when it was read again")
 
 
-def check_offline(method: TokenSelector, recorded: Iterable[str]) -> None:
+def check_offline(method: SelectionMethod, recorded: Iterable[str]) -> None:
     """Refuses methods that recorded losses alone cannot decide.
 
     Args:
@@ -353,7 +353,7 @@ def check_offline(method: TokenSelector, recorded: Iterable[str]) -> None:
     Raises:
         ValueError: says what the method needs, and how to use it instead.
     """
-    name, selector, recorded = method.name, method.selector, set(recorded)
+    name, rule, recorded = method.name, method.rule, set(recorded)
     during = f"use it during training: tokensel train --method {name}"
     for signal in MEASURED:
         if signal in method.needs:
@@ -368,14 +368,14 @@ def check_offline(method: TokenSelector, recorded: Iterable[str]) -> None:
     unused = sorted(recorded - method.needs)
     if unused and method.needs & RECORDED.keys():
         raise ValueError(f"method {name!r} does not use {', '.join(unused)}; leave it out of recorded")
-    if not isinstance(selector, (TopShare, TopSamples)):
+    if not isinstance(rule, (TopShare, TopSamples)):
         raise ValueError(f"method {name!r} weighs tokens and ranks none, so there is nothing to select; {during}")
-    if selector.scope not in ("sample", "dataset") or getattr(selector, "rho_min", None) is not None:
-        among = "micro-batch" if selector.scope == "sample" else selector.scope.replace("_", "-")
+    if rule.scope not in ("sample", "dataset") or getattr(rule, "rho_min", None) is not None:
+        among = "micro-batch" if rule.scope == "sample" else rule.scope.replace("_", "-")
         raise ValueError(f"method {name!r} chooses among the tokens of a {among} here; set scope=dataset, or {during}")
 
 
-def _signals(chunk: Chunk, method: TokenSelector) -> TokenSignals:
+def _signals(chunk: Chunk, method: SelectionMethod) -> TokenSignals:
     lengths = torch.from_numpy(chunk.lengths.astype(numpy.int64))
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (t,)
     sample = (lengths.cumsum(0) - lengths)[document]
@@ -399,18 +399,18 @@ class _Competitors(NamedTuple):
     owner: numpy.ndarray  # (r,) of each response token, which competitor decides about it
 
 
-def _competitors(chunk: Chunk, signals: TokenSignals, method: TokenSelector) -> _Competitors:
+def _competitors(chunk: Chunk, signals: TokenSignals, method: SelectionMethod) -> _Competitors:
     score, sample = method.score(signals)[signals.response].numpy(), signals.sample[signals.response]
     starts = chunk.lengths.cumsum(dtype=numpy.int64) - chunk.lengths
     document = chunk.first + numpy.searchsorted(starts, sample.numpy(), side="right") - 1
-    if isinstance(method.selector, TopSamples):  # the score of a sample stands on each of its tokens
+    if isinstance(method.rule, TopSamples):  # the score of a sample stands on each of its tokens
         places, first, owner = numpy.unique(document, return_index=True, return_inverse=True)
         return _Competitors(score[first], places, owner)
     position = signals.response.nonzero()[:, 0] - sample
     return _Competitors(score, document << 32 | position.numpy(), numpy.arange(len(score)))
 
 
-def select_tokens(method: TokenSelector, data: RecordedDataset, journal: Journal) -> None:
+def select_tokens(method: SelectionMethod, data: RecordedDataset, journal: Journal) -> None:
     """Puts the weights of all documents that the journal lacks into it: 1 = kept, 0 = dropped, NaN = not a response.
 
     Whole samples of a method of scope "sample" are ranked by themselves, otherwise all tokens of the dataset together.
@@ -431,9 +431,9 @@ def select_tokens(method: TokenSelector, data: RecordedDataset, journal: Journal
             yield _competitors(chunk, _signals(chunk, method), method)[:2]
 
     def quota(n: int) -> int:
-        kept = int(method.selector.quota(torch.tensor(n)))
+        kept = int(method.rule.quota(torch.tensor(n)))
         if not kept:
-            raise ValueError(f"rho={method.selector.rho} of {n} is less than one, so nothing would be kept; raise rho")
+            raise ValueError(f"rho={method.rule.rho} of {n} is less than one, so nothing would be kept; raise rho")
         return kept
 
     together = method.scope == "dataset"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokensel.checks import check_positive, check_shape, check_tensor
+from tokensel.ops.checks import check_positive, check_shape, check_tensor
 
 
 def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks with the same settings") -> None:

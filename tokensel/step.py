@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from tokensel.attention import HEAD_WEIGHTS, prompt_attention_mass, uniform_prompt_mass
 from tokensel.documents import (
     IGNORE_INDEX,
     PROMPTS,
@@ -18,12 +17,13 @@ from tokensel.documents import (
     token_keys,
 )
 from tokensel.history import LastSeen, LiveHistory, segments_and_mask
-from tokensel.loss import selected_cross_entropy
-from tokensel.methods import TokenSelector
-from tokensel.model import Seam
+from tokensel.model import PatchedModel
+from tokensel.ops.loss import selected_cross_entropy
+from tokensel.ops.prompt_mass import HEAD_WEIGHTS, prompt_attention_mass, uniform_prompt_mass
+from tokensel.ops.stats import token_stats, token_stats_pair
 from tokensel.parallel import mean_over_ranks, replicated_as
-from tokensel.signals import RECORDED, TokenSignals
-from tokensel.stats import token_stats, token_stats_pair
+from tokensel.select.methods import SelectionMethod
+from tokensel.select.signals import RECORDED, TokenSignals
 
 ROWS = ("token", "predictor")
 
@@ -104,7 +104,7 @@ class Selection:
         router_share: factor of the router's loss: 1 / micro-batches of an optimizer step, if `denominator` is its.
     """
 
-    method: TokenSelector
+    method: SelectionMethod
     history: LiveHistory | None = None
     denominator: Tensor | float | None = None
     row: str = "token"
@@ -138,9 +138,9 @@ class Selection:
                 "token stands before that answer; use row='token' or prompt='all'"
             )
 
-    def __call__(self, seam: Seam, **batch: Tensor) -> SelectionOutput:
+    def __call__(self, patched: PatchedModel, **batch: Tensor) -> SelectionOutput:
         """Runs the step inside the model's forward. batch: input_ids, labels, and what else the model takes; perhaps
-        recorded losses (`tokensel.signals.RECORDED`) and `token_weights`, all [B, S] and label-aligned."""
+        recorded losses (`tokensel.select.signals.RECORDED`) and `token_weights`, all [B, S] and label-aligned."""
         # 1. batch: token ids, labels, padding or packing boundaries, perhaps recorded losses and weights
         labels, given, chosen = (batch.pop(name, None) for name in ("labels", "token_weights", "chosen_weights"))
         losses = {name: batch.pop(name) for name in RECORDED if name in batch}
@@ -157,17 +157,17 @@ class Selection:
         history_hidden = None
         if self.history is not None and self.history.signal in self.method.needs:
             if self.history.shares_head:
-                history_hidden = self.history.hidden(seam, batch)  # (B, S, D)
+                history_hidden = self.history.hidden(patched, batch)  # (B, S, D)
             else:
                 losses[self.history.signal] = self.history.token_nll(batch, labels, self.impl)  # (B, S)
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
-        with seam.capture() as captured:
-            hidden, router_loss = seam.backbone_and_router_loss(batch)  # (B, S, D)
+        with patched.capture() as captured:
+            hidden, router_loss = patched.backbone_and_router_loss(batch)  # (B, S, D)
             signals = self._signals_beside_loss(captured, input_ids, labels, response, sample, padding, positions)
 
         def statistics_to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
-            head = {"bias": bias, "impl": self.impl, **seam.head_options}
+            head = {"bias": bias, "impl": self.impl, **patched.head_options}
             # 4. token statistics of both models, without logits
             moments = {"entropy": self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))}
             if history_hidden is None:
@@ -178,7 +178,7 @@ class Selection:
                 losses[self.history.signal] = _right(old.nll)
             if isinstance(self.history, LastSeen) and self.history.signal in losses:
                 known, now = losses[self.history.signal], _right(stats.nll)
-                training = seam.model.training and not self.score_only
+                training = patched.model.training and not self.score_only
                 losses[self.history.signal] = self.history.visit(batch, labels, known, now, remember=training)
             # 5. scores
             measured = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
@@ -204,7 +204,7 @@ class Selection:
                 found |= {"entropy": known.entropy, "correct": _right(stats.correct)}
             return SelectionOutput(loss, weights, response, sample, score, **found)
 
-        return seam.call_head(statistics_to_loss, hidden)
+        return patched.call_head(statistics_to_loss, hidden)
 
     def _denominator(self, response: Tensor, sample: Tensor, given: Tensor | None, weights: Tensor) -> Tensor | float:
         if self.denominator is not None:

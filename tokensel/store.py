@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tokensel.checks import check_same_device, check_shape, check_tensor
 from tokensel.documents import IGNORE_INDEX, document_index, document_keys, positions_in_document
 from tokensel.journal import FULL_DISK, naming_a_full_disk
+from tokensel.ops.checks import check_same_device, check_shape, check_tensor
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"tokensel"

@@ -26,10 +26,10 @@ from tokensel.history import RecordedLosses, RecordedWeights, live_history
 from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
 from tokensel.model import apply_to, refuse_patched
 from tokensel.parallel import check_ranks_agree
-from tokensel.signals import RECORDED, TokenSignals
+from tokensel.report.watch import SampleRecorder
+from tokensel.select.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput, predictable, responses
 from tokensel.store import HistoryStore, content_of
-from tokensel.watch import SampleRecorder
 
 STATE_FILE = "selection_state.safetensors"
 
@@ -65,7 +65,7 @@ class TokenSelectionMixin:
         settings = self.args
         # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
         check_ranks_agree(SelectionArguments.selection_settings(settings))
-        self.selector = SelectionArguments.build_method(settings)
+        self.method = SelectionArguments.build_method(settings)
         refuse_contradictions(settings)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -75,13 +75,13 @@ class TokenSelectionMixin:
         if settings.history == "recorded":
             files["history"] = settings.history_store
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.live_history = live_history(settings, self.model, self.processing_class, self.selector.needs, sharded)
+        self.live_history = live_history(settings, self.model, self.processing_class, self.method.needs, sharded)
         if self.live_history is not None and self.live_history.signal.removesuffix("_nll") in files:
             raise ValueError(
                 f"recorded and history={settings.history!r} both give {self.live_history.signal}; drop one"
             )
         known = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
-        for name in sorted(self.selector.needs & RECORDED.keys() - known):
+        for name in sorted(self.method.needs & RECORDED.keys() - known):
             raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
         self._refuse_data_without_prompt()
         self.selection(None)  # refuses settings that contradict each other before anything is loaded
@@ -97,7 +97,7 @@ class TokenSelectionMixin:
         if self.accelerator.num_processes > 1:
             stores = self.recorded | ({"weights": self.given_weights} if self.given_weights is not None else {})
             check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in stores.items()})
-        apply_to(self.model, settings.layer if "mass" in self.selector.needs else None)
+        apply_to(self.model, settings.layer if "mass" in self.method.needs else None)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
@@ -111,7 +111,7 @@ class TokenSelectionMixin:
     def _refuse_data_without_prompt(self, rows: int = 1000) -> None:
         """Attention to the prompt says nothing of language-modelling data, where every token is a response."""
         data = self.train_dataset
-        if "mass" not in self.selector.needs or not hasattr(data, "__getitem__"):
+        if "mass" not in self.method.needs or not hasattr(data, "__getitem__"):
             return
         found = 0
         for i in range(min(rows, len(data))):  # one row, wherever there are prompts
@@ -151,7 +151,7 @@ class TokenSelectionMixin:
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        if self.selector.scope == "batch":
+        if self.method.scope == "batch":
             batches = self._choose_across(batches)
         for b in batches:
             response, sample = responses(b["labels"], b.get("attention_mask"), b.get("position_ids"))
@@ -162,7 +162,7 @@ class TokenSelectionMixin:
                 prompts = 0 if given is None else torch.where(response, 0, given).abs().sum()
                 total += b["chosen_weights"].abs().sum() + prompts
             else:
-                total += self.selector.count(response, sample, given).to(device)
+                total += self.method.count(response, sample, given).to(device)
         if self.args.loss_denominator == "micro_batch":
             return batches, None
         return batches, self.accelerator.gather(total).sum()
@@ -194,7 +194,7 @@ class TokenSelectionMixin:
         batches, ranks, _ = everybody["score"].shape
         first = width * torch.arange(batches * ranks, device=self.args.device).view(batches, ranks, 1)
         signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
-        weights = self.selector.select(everybody["score"], signals)[:, self.accelerator.process_index]
+        weights = self.method.select(everybody["score"], signals)[:, self.accelerator.process_index]
         return [
             batch | {"chosen_weights": row[: output.score.numel()].view_as(output.score)}
             for batch, row, output in zip(prepared, weights, scored, strict=True)
@@ -206,7 +206,7 @@ class TokenSelectionMixin:
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of this step; set when it begins
         samples_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
         return Selection(
-            self.selector,
+            self.method,
             history=self.live_history,
             denominator=denominator,
             row=settings.row,
@@ -227,20 +227,20 @@ class TokenSelectionMixin:
         self._signature_columns += [c for c in ("token_weights",) if c not in self._signature_columns]
 
     def after_optimizer_step(self) -> None:
-        """Moves what follows the run: the history, and a selector with a state."""
+        """Moves what follows the run: the history, and a rule with a state."""
         if self.live_history is not None:
             self.live_history.after_step(gather_object)
-        if hasattr(self.selector.selector, "after_step"):
-            self.selector.selector.after_step(lambda sums: self.accelerator.reduce(sums, "sum"))
+        if hasattr(self.method.rule, "after_step"):
+            self.method.rule.after_step(lambda sums: self.accelerator.reduce(sums, "sum"))
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """The state of history and selector beside the optimizer's, before the file that makes a checkpoint whole."""
+        """The state of history and rule beside the optimizer's, before the file that makes a checkpoint whole."""
         super()._save_optimizer_and_scheduler(output_dir)
         state = self._selection_state()
         if self.args.should_save and state:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             file = os.path.join(output_dir, STATE_FILE)
-            save_file(state, f"{file}.tmp", {"history": self.args.history, "method": self.selector.name})
+            save_file(state, f"{file}.tmp", {"history": self.args.history, "method": self.method.name})
             os.replace(f"{file}.tmp", file)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -249,7 +249,7 @@ class TokenSelectionMixin:
             self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
 
     def _selection_state(self) -> dict[str, Tensor]:
-        parts = {"history": self.live_history, "selector": self.selector.selector}
+        parts = {"history": self.live_history, "selector": self.method.rule}
         return {
             f"{part}.{name}": tensor
             for part, owner in parts.items()
@@ -258,7 +258,7 @@ class TokenSelectionMixin:
         }
 
     def _load_selection_state(self, file: str) -> None:
-        settings = {"history": self.args.history, "method": self.selector.name}
+        settings = {"history": self.args.history, "method": self.method.name}
         if not os.path.isfile(file):
             raise ValueError(
                 f"{file} is missing: the checkpoint was made without history {settings['history']!r} and method "
@@ -272,7 +272,7 @@ class TokenSelectionMixin:
                 raise ValueError(
                     f"{file} was made with {name}={made[name]!r}, this run has {value!r}; resume with that"
                 )
-        for part, owner in (("history", self.live_history), ("selector", self.selector.selector)):
+        for part, owner in (("history", self.live_history), ("selector", self.method.rule)):
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
             if own:
                 owner.load_state_dict(own)

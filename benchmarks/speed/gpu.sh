@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# GPU tests and GPU benchmarks in one go, under ten minutes: benchmarks/gpu.sh [FOLDER]
+#
+# For a bare machine: a python3 (or $PYTHON) with PyTorch, Triton, Transformers, pytest, pytest-benchmark and
+# matplotlib; no network, and no installation of tokensel. Without git, TOKENSEL_COMMIT names the commit. Writes
+# tests.xml, gpu.json, the report and its plots into FOLDER, or $OUT, or benchmarks/results. Ends with the tests'
+# status, or the benchmarks'.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+python=${PYTHON:-python3}
+out=${1:-${OUT:-benchmarks/results}}
+mkdir -p "$out"
+
+missing=
+for module in pytest pytest_benchmark torch triton; do
+    "$python" -c "import $module" || missing+=" $module"
+done
+[ -z "$missing" ] || { echo "$python cannot import:$missing (or set PYTHON)" >&2; exit 2; }
+
+# What an installation does: kernels/ is found as tokensel_kernels.
+link=$(mktemp -d)
+trap 'rm -rf "$link"' EXIT
+ln -s "$PWD/kernels" "$link/tokensel_kernels"
+export PYTHONPATH="$PWD:$link${PYTHONPATH:+:$PYTHONPATH}"
+
+# An interrupt, so that pytest writes what it has; 180 + 330 s.
+timeout -s INT -k 10 180 "$python" -m pytest tests/test_kernels.py -q --junitxml "$out/tests.xml"
+tests=$?
+timeout -s INT -k 10 330 "$python" -m pytest benchmarks --set gpu --minutes 4.5 --results "$out/gpu.json" \
+    --benchmark-disable -q
+benchmarks=$?
+"$python" -m benchmarks.speed.tables "$out/gpu.json" | tee "$out/gpu.txt"
+exit $((tests ? tests : benchmarks))

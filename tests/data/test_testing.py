@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tokensel.testing import NOISE_KINDS, make_model, make_rows, make_tokenizer, plant_noise
+
+ROWS = make_rows(60, seed=3)
+TOKENIZER = make_tokenizer(ROWS, vocab_size=600)
+SENTENCES = (
+    "As always, please remember to check every detail with a qualified expert before you act on it.",
+    "Thank you for reaching out today; we hope that this reply has been of great value to you.",
+    "For more information, kindly visit our help pages or contact the friendly support team.",
+)
+
+
+def plant(kind, share=1.0, seed=0, rows=ROWS):
+    return plant_noise(rows, TOKENIZER, kind=kind, share=share, seed=seed)
+
+
+def clean_ids(row):
+    """(prompt, response without its end), tokenised here."""
+    prompt = TOKENIZER.convert_tokens_to_ids(["<s>"]) + TOKENIZER(row["prompt"], add_special_tokens=False)["input_ids"]
+    return prompt, TOKENIZER(row["completion"], add_special_tokens=False)["input_ids"]
+
+
+# Rows
+
+
+def test_rows_are_the_same_for_a_seed_and_others_for_another():
+    assert make_rows(40, seed=1) == make_rows(40, seed=1)
+    assert make_rows(40, seed=1) != make_rows(40, seed=2)
+    assert make_rows(60, seed=3)[:20] == make_rows(20, seed=3)
+    assert make_rows(0, seed=1) == []
+
+
+def test_rows_have_a_prompt_and_a_completion_of_several_sentences():
+    rows = make_rows(200, seed=0)
+    assert len(rows) == 200
+    for row in rows:
+        assert list(row) == ["prompt", "completion"]
+        assert row["prompt"].endswith("\n") and row["completion"].endswith(".") and ". " in row["completion"]
+    openings = {row["prompt"].split()[0] for row in rows}
+    assert {"Sort", "Continue", "How"} < openings  # every kind of task comes up
+
+
+def test_the_arithmetic_in_the_answers_is_right():
+    found = 0
+    for row in make_rows(300, seed=0):
+        for a, word, b, c in re.findall(r"(\d+) (times|minus) (\d+) is (\d+)", row["completion"]):
+            assert int(c) == (int(a) * int(b) if word == "times" else int(a) - int(b)), row
+            found += 1
+        if row["prompt"].startswith("Sort"):
+            given = [int(n) for n in re.findall(r"\d+", row["prompt"])]
+            answer = row["completion"].split("In order they are ")[1]
+            assert [int(n) for n in re.findall(r"\d+", answer)] == sorted(given)
+        if row["prompt"].startswith("Continue"):
+            a, b, c = (int(n) for n in re.findall(r"\d+", row["prompt"]))
+            answer = row["completion"].split("The next terms are ")[1]
+            assert [int(n) for n in re.findall(r"\d+", answer)] == [c + i * (b - a) for i in (1, 2, 3)]
+    assert found > 100
+
+
+# The tokenizer and the model
+
+
+def test_the_tokenizer_gives_back_any_text():
+    for text in [row["prompt"] + row["completion"] for row in ROWS] + [*SENTENCES, "Grüße, 你好 \t🙂\n\n  x "]:
+        ids = TOKENIZER(text)["input_ids"]
+        assert ids[0] == TOKENIZER.bos_token_id
+        assert TOKENIZER.decode(ids[1:], clean_up_tokenization_spaces=False) == text
+
+
+def test_the_tokenizer_has_its_special_tokens_first_and_the_size_asked_for():
+    assert TOKENIZER.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [0, 1, 2]
+    assert (TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id) == (0, 1, 2)
+    assert len(TOKENIZER) == 600
+    again = make_tokenizer(ROWS, vocab_size=600)
+    assert again.get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_the_tokenizer_survives_saving(tmp_path):
+    from transformers import AutoTokenizer
+
+    TOKENIZER.save_pretrained(tmp_path)
+    text = ROWS[0]["prompt"] + ROWS[0]["completion"]
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+
+
+def test_the_model_has_the_size_asked_for():
+    D, layers, heads, kv_heads, V = 48, 2, 4, 1, len(TOKENIZER)
+    model = make_model(TOKENIZER, hidden_size=D, layers=layers, heads=heads, kv_heads=kv_heads, seed=0)
+    F, kv = D * 8 // 3, D // heads * kv_heads
+    block = 2 * D * D + 2 * D * kv + 3 * D * F + 2 * D
+    assert sum(p.numel() for p in model.parameters()) == 2 * V * D + layers * block + D
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert model.config.max_position_embeddings == 512
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id)
+
+
+def test_the_model_depends_on_its_seed_alone_and_leaves_the_global_generator():
+    def build(seed):
+        return make_model(TOKENIZER, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=seed).state_dict()
+
+    torch.manual_seed(5)
+    first, after = build(1), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    second, other = build(1), build(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+# Noise
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_planting_is_the_same_for_a_seed(kind):
+    assert plant(kind, 0.5, seed=4) == plant(kind, 0.5, seed=4)
+    assert (plant(kind, 0.5, seed=4) == plant(kind, 0.5, seed=5)) is (kind == "none")
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_lists_are_of_one_length_and_the_prompt_and_the_end_stay(kind):
+    for row, planted in zip(ROWS, plant(kind), strict=True):
+        prompt, _ = clean_ids(row)
+        ids, labels, noise = planted["input_ids"], planted["labels"], planted["noise"]
+        P = len(prompt)
+        assert len(ids) == len(labels) == len(noise)
+        assert ids[:P] == prompt and labels[:P] == [-100] * P and noise[:P] == [0] * P
+        assert labels[P:] == ids[P:] and set(noise) <= {0, 1}
+        assert ids[-1] == TOKENIZER.eos_token_id and noise[-1] == 0
+        assert not set(ids[P:-1]) & set(TOKENIZER.all_special_ids)
+
+
+@pytest.mark.parametrize("kind, share", [("none", 1.0), ("boilerplate", 0.0), ("random", 0.0), ("mixed", 0.0)])
+def test_without_noise_the_rows_are_their_clean_tokens(kind, share):
+    for row, planted in zip(ROWS, plant(kind, share), strict=True):
+        prompt, response = clean_ids(row)
+        assert planted["input_ids"] == [*prompt, *response, TOKENIZER.eos_token_id]
+        assert not any(planted["noise"])
+
+
+def test_boilerplate_is_one_sentence_between_two_and_nothing_else_changes():
+    places = set()
+    for row, planted in zip(ROWS, plant("boilerplate"), strict=True):
+        prompt, response = clean_ids(row)
+        ids, noise = planted["input_ids"], planted["noise"]
+        assert [i for i, n in zip(ids, noise, strict=True) if not n] == [*prompt, *response, TOKENIZER.eos_token_id]
+        where = [t for t, n in enumerate(noise) if n]
+        assert where == list(range(where[0], where[-1] + 1))  # one run
+        assert TOKENIZER.decode([ids[t] for t in where]).strip() in SENTENCES
+        before, after = TOKENIZER.decode(ids[len(prompt) : where[0]]), TOKENIZER.decode(ids[where[-1] + 1 : -1])
+        assert before.endswith(".") and after.startswith(" ") and before + after == row["completion"]
+        places.add(before.count(". "))
+    assert len(places) > 1  # not always behind the first sentence
+
+
+def test_random_noise_replaces_thirty_percent_of_the_response_in_place():
+    drawn = []
+    for row, planted in zip(ROWS, plant("random"), strict=True):
+        prompt, response = clean_ids(row)
+        ids, noise = planted["input_ids"], planted["noise"]
+        clean = [*prompt, *response, TOKENIZER.eos_token_id]
+        assert len(ids) == len(clean) and sum(noise) == round(0.3 * len(response))
+        assert all(a == b for a, b, n in zip(ids, clean, noise, strict=True) if not n)
+        drawn += [i for i, n in zip(ids, noise, strict=True) if n]
+    assert len(set(drawn)) > 0.5 * len(drawn)  # spread over the vocabulary, not a few tokens
+    assert min(drawn) >= 3 and max(drawn) < len(TOKENIZER) and max(drawn) > 0.9 * len(TOKENIZER)
+
+
+def test_mixed_noise_is_both():
+    for row, planted in zip(ROWS, plant("mixed"), strict=True):
+        prompt, response = clean_ids(row)
+        kept = [i for i, n in zip(planted["input_ids"], planted["noise"], strict=True) if not n]
+        clean = iter([*prompt, *response, TOKENIZER.eos_token_id])
+        assert all(token in clean for token in kept)  # what is left is a subsequence of the clean tokens
+        total = len(planted["input_ids"]) - len(prompt) - 1
+        added = total - len(response)
+        assert added > 5 and sum(planted["noise"]) > added
+        assert sum(planted["noise"]) <= added + round(0.3 * total)
+
+
+@pytest.mark.parametrize("kind", ["boilerplate", "random"])
+def test_share_is_of_the_rows(kind):
+    rows = make_rows(400, seed=0)
+    noisy = [any(planted["noise"]) for planted in plant(kind, 0.25, rows=rows)]
+    assert 60 <= sum(noisy) <= 140  # 100 expected, four and a half standard deviations
+    assert all(any(planted["noise"]) for planted in plant(kind, 1.0))
+
+
+def test_rows_are_not_changed():
+    rows = make_rows(5, seed=0)
+    plant("mixed", rows=rows)
+    assert rows == make_rows(5, seed=0)
+
+
+def test_an_unknown_kind_and_a_share_outside_0_to_1_are_errors():
+    with pytest.raises(ValueError, match="kind must be one of none, boilerplate, random, mixed, swapped; got 'typos'"):
+        plant("typos")
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"share must be in \[0, 1\]; got {share}"):
+            plant("random", share)

@@ -1,0 +1,403 @@
+"""TRL's SFTTrainer under the mixin. Float64 and SGD, so that equal updates are equal to rounding (see test_trainer)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import datasets
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'tokensel[trl]'")
+
+from peft import LoraConfig, PromptTuningConfig
+from test_trainer import PLAIN, TIGHT, TOKENIZER, build, largest_difference, losses, record, weights
+from transformers import DataCollatorForSeq2Seq, MixtralConfig, MixtralForCausalLM
+
+import tokensel
+from tokensel.arguments import SelectiveTrainingArguments
+from tokensel.sft import SelectiveSFTConfig, SelectiveSFTTrainer
+from tokensel.store import HistoryMissError
+from tokensel.testing import make_rows
+from tokensel.trainer import SelectiveTrainer, TokenSelectionMixin
+
+# Assistant text in generation markers, each turn closed by </s>
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}:\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:\n{% endif %}"
+)
+CHAT_TOKENIZER = copy.deepcopy(TOKENIZER)
+CHAT_TOKENIZER.chat_template = TEMPLATE
+SOME = make_rows(12, seed=5)
+COMPLETIONS = datasets.Dataset.from_list(SOME)
+CHATS = datasets.Dataset.from_list(
+    [
+        {
+            "messages": [
+                {"role": "user", "content": a["prompt"]},
+                {"role": "assistant", "content": a["completion"]},
+                {"role": "user", "content": b["prompt"]},
+                {"role": "assistant", "content": b["completion"]},
+            ]
+        }
+        for a, b in zip(SOME[::2], SOME[1::2], strict=True)
+    ]
+)
+TEXTS = datasets.Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in SOME])
+
+
+class Mine(TokenSelectionMixin, trl.SFTTrainer):
+    """What a user writes; keeps every micro-batch's inputs and selection."""
+
+    def record_selection(self, inputs, output):
+        super().record_selection(inputs, output)
+        self.__dict__.setdefault("seen", []).append((dict(inputs), output))
+
+
+def settings(tmp_path, **changes):
+    ours = {"output_dir": str(tmp_path / "out"), "max_length": 256, "bf16": False, "learning_rate": 0.1}
+    return PLAIN | ours | changes
+
+
+def make(tmp_path, rows=COMPLETIONS, model=None, cls=Mine, tokenizer=CHAT_TOKENIZER, **changes):
+    names = ("eval_dataset", "peft_config", "compute_loss_func", "compute_metrics", "data_collator")
+    extra = {name: changes.pop(name) for name in names if name in changes}
+    args = SelectiveSFTConfig(**settings(tmp_path, **{"method": "random"} | changes))
+    model = build() if model is None else model
+    return cls(model, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer), **extra)
+
+
+def run(*args, **changes):
+    trainer = make(*args, **changes)
+    trainer.train()
+    return trainer
+
+
+def of_trl(tmp_path, rows=COMPLETIONS, model=None, **changes):
+    names = ("eval_dataset", "peft_config")
+    extra = {name: changes.pop(name) for name in names if name in changes}
+    args = trl.SFTConfig(**settings(tmp_path, **changes))
+    model = build() if model is None else model
+    return trl.SFTTrainer(model, args, train_dataset=rows, processing_class=copy.deepcopy(CHAT_TOKENIZER), **extra)
+
+
+def documents(inputs, output):
+    """[(token ids, kept)] of a batch's documents, whatever the layout."""
+    sample = output.sample.flatten()
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(sample, dtype=torch.bool) if mask is None else mask.flatten().bool()
+    ids, kept = inputs["input_ids"].flatten(), output.weights.flatten() > 0
+    return [(ids[w].tolist(), kept[w].tolist()) for w in ((sample == s) & valid for s in sample[valid].unique())]
+
+
+# The step
+
+
+LAYOUTS = {
+    "completions": (COMPLETIONS, {}),
+    "packed": (COMPLETIONS, {"packing": True, "per_device_train_batch_size": 1}),
+    "padding-free": (COMPLETIONS, {"padding_free": True, "max_length": None}),
+    "accumulated": (COMPLETIONS, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "chats": (CHATS, {"assistant_only_loss": True}),
+    # padded, older transformers count the first token of a row in the denominator, though nothing predicts it
+    "text": (TEXTS, {"padding_free": True, "max_length": None}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_takes_the_steps_of_trl(tmp_path, layout):
+    rows, changes = LAYOUTS[layout]
+    ours = run(tmp_path, rows, method="full", **changes)
+    theirs = of_trl(tmp_path, rows, **changes)
+    theirs.train()
+    # TRL's log-probabilities are float32; ours are of the model's type
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    assert largest_difference(weights(ours), weights(theirs)) < 1e-6
+    assert largest_difference(weights(ours), {n: p for n, p in build().named_parameters()}) > 1e-2
+    wanted = ["num_tokens"]
+    if layout != "accumulated":  # TRL means over micro-batches there, of whatever length
+        wanted += ["entropy", "mean_token_accuracy"]
+    entries = [[e for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
+    for mine, trls in zip(*entries, strict=True):
+        assert {n: mine[n] for n in wanted} == pytest.approx({n: trls[n] for n in wanted}, abs=1e-5)
+
+
+def test_a_step_is_that_of_the_selective_trainer(tmp_path):
+    history = record(tmp_path / "h.parquet", build(seed=2), rows=make(tmp_path).train_dataset)
+    chosen = {"method": "sstoken", "history": "recorded", "history_store": history}
+    sft = run(tmp_path, **chosen)
+    plain = SelectiveTrainer(
+        build(),
+        SelectiveTrainingArguments(output_dir=str(tmp_path / "plain"), **PLAIN | {"learning_rate": 0.1}, **chosen),
+        data_collator=DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt"),
+        train_dataset=make(tmp_path).train_dataset.select_columns(["input_ids", "labels"]),
+        processing_class=TOKENIZER,
+    )
+    plain.train()
+    assert losses(sft) == pytest.approx(losses(plain), abs=TIGHT)
+    assert largest_difference(weights(sft), weights(plain)) < TIGHT
+
+
+@pytest.mark.parametrize("packing", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packed_documents_are_selected_as_if_alone(tmp_path, packing):
+    """Scores hang on attention and on recorded losses found by the document's hash, so neither leaks nor shifts."""
+    rows = make(tmp_path, CHATS, assistant_only_loss=True).train_dataset
+    history = record(tmp_path / "h.parquet", build(seed=2), rows=rows, tokenizer=CHAT_TOKENIZER)
+    chosen = {"method": "sstoken", "history": "recorded", "history_store": history, "learning_rate": 0.0}
+    chosen |= {"assistant_only_loss": True}
+    together = run(tmp_path, CHATS, **chosen | packing, per_device_train_batch_size=2)
+    alone = run(tmp_path, CHATS, **chosen, per_device_train_batch_size=1)
+    found = [sorted(d for seen in t.seen for d in documents(*seen)) for t in (together, alone)]
+    assert max(len(documents(*seen)) for seen in together.seen) > 1
+    assert "attention_mask" not in together.seen[0][0]
+    assert found[0] == found[1] and len(found[0]) == len(CHATS)
+    masses = [sum(float((o.mass * o.response).sum()) for _, o in t.seen) for t in (together, alone)]
+    assert masses[0] == pytest.approx(masses[1], rel=1e-5)
+
+
+def test_the_prompt_of_a_second_turn_is_every_earlier_token_that_is_no_answer(tmp_path):
+    """Design: prompt keys of a response token = visible non-response tokens before it; only responses compete."""
+    model = build()
+    model.set_attn_implementation("eager")
+    trainer = run(tmp_path, CHATS, model, method="attention", assistant_only_loss=True, packing=True, learning_rate=0.0)
+    turns = {}
+    for inputs, output in trainer.seen:
+        with torch.no_grad():
+            seen = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], output_attentions=True)
+        attention = seen.attentions[-1].double().mean(1)[0]  # (T, T), of the last layer
+        sample, labels = output.sample[0], inputs["labels"][0]
+        for t in range(len(labels)):
+            mine = labels[t] != -100
+            assert bool(output.response[0, t]) == bool(mine)
+            assert mine or output.weights[0, t] == 0
+            if mine:
+                prompt = [s for s in range(t) if sample[s] == sample[t] and labels[s] == -100]
+                assert float(output.mass[0, t]) == pytest.approx(float(attention[t, prompt].sum()), abs=1e-6)
+        for s in sample.unique():
+            inside = sample == s
+            n = int((labels[inside] != -100).sum())
+            assert int((output.weights[0, inside] > 0).sum()) == math.ceil(0.6 * n - 1e-9)
+            text = CHAT_TOKENIZER.decode(inputs["input_ids"][0, inside & (labels != -100)])
+            turns[text] = text.count("</s>")
+    assert set(turns.values()) == {2} and len(turns) == len(CHATS)  # both answers of each chat, and nothing else
+    for chat in CHATS["messages"]:
+        assert "".join(m["content"] + "</s>" for m in chat if m["role"] == "assistant") in turns
+
+
+def test_chats_have_the_ids_and_labels_of_the_score_command(tmp_path):
+    """So that a store made by `tokensel score` answers for chats that TRL tokenises."""
+    from tokensel.data import encode_rows
+
+    ours, _ = encode_rows(CHATS, CHAT_TOKENIZER, max_length=256)
+    theirs = make(tmp_path, CHATS, assistant_only_loss=True).train_dataset
+    assert [list(r) for r in ours["input_ids"]] == [list(r) for r in theirs["input_ids"]]
+    assert [list(r) for r in ours["labels"]] == [list(r) for r in theirs["labels"]]
+
+
+def test_a_mixture_of_experts_keeps_its_routers_loss(tmp_path):
+    config = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    config |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=256)
+    model = MixtralForCausalLM(MixtralConfig(**config, router_aux_loss_coef=0.5))  # experts know no float64
+    changes = {"router_aux_loss_coef": 0.5, "max_steps": 2}
+    ours = run(tmp_path, model=copy.deepcopy(model), method="full", **changes)
+    theirs = of_trl(tmp_path, model=copy.deepcopy(model), **changes)
+    theirs.train()
+    without = run(tmp_path, model=model, method="full", **changes | {"router_aux_loss_coef": 0.0})
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    assert largest_difference(weights(ours), weights(theirs)) < 1e-5
+    assert losses(ours)[0] > losses(without)[0] + 0.1
+
+
+def test_the_routers_loss_does_not_grow_with_accumulation(tmp_path):
+    config = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    config |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=256)
+    share = []
+    for size, steps in ((4, 1), (1, 4)):
+        first = []
+        for weight in (0.5, 0.0):
+            torch.manual_seed(0)
+            model = MixtralForCausalLM(MixtralConfig(**config, router_aux_loss_coef=weight))
+            batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+            first.append(losses(run(tmp_path, model=model, method="full", router_aux_loss_coef=weight, **batches))[0])
+        share.append(first[0] - first[1])
+    assert share[0] > 0.1 and share[1] == pytest.approx(share[0], rel=0.1)  # each is a mean over its micro-batches
+
+
+def test_lora_trains_the_adapter_against_the_base_as_history(tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = run(tmp_path, peft_config=lora, method="rel", history="adapter_off", save_strategy="steps", save_steps=2)
+    before = dict(build().named_parameters())
+    for name, p in trainer.model.named_parameters():
+        if "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(p.double(), before[name])
+    assert any("lora_B" in n and p.abs().max() > 1e-4 for n, p in trainer.model.named_parameters())
+    steps = [e for e in trainer.state.log_history if "loss" in e]
+    assert steps[0]["rel_mean"] == pytest.approx(0, abs=1e-6) and abs(steps[-1]["rel_mean"]) > 1e-4
+    assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()
+
+
+# Evaluation and metrics
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_is_that_of_trl(tmp_path, packing):
+    held_out = datasets.Dataset.from_list(make_rows(6, seed=9))
+    changes = {"per_device_eval_batch_size": 2, "eval_dataset": held_out, "packing": packing}
+    ours = run(tmp_path, **changes, eval_strategy="steps", eval_steps=2, max_steps=2, learning_rate=0.0)
+    theirs = of_trl(tmp_path, **changes)
+    expected = theirs.evaluate()
+    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    # TRL averages over batches, which differ in length; so its entropy is that of its batches' means
+    tolerance = {"eval_loss": 1e-4, "eval_entropy": 0.02, "eval_mean_token_accuracy": 0.02}
+    (entry,) = [e for e in ours.state.log_history if "eval_loss" in e]
+    for name in names:
+        assert entry[name] == pytest.approx(expected[name], abs=tolerance[name])
+    tokens = sum(s[0].get("attention_mask", torch.ones_like(s[0]["input_ids"])).sum().item() for s in ours.seen)
+    assert entry["eval_num_tokens"] == tokens
+    few = datasets.Dataset.from_list(make_rows(2, seed=10))  # not mixed with the earlier evaluation's
+    assert ours.evaluate(few)["eval_entropy"] == make(tmp_path, packing=packing).evaluate(few)["eval_entropy"]
+
+
+def test_compute_metrics_sees_trls_logits(tmp_path):
+    held_out = datasets.Dataset.from_list(make_rows(4, seed=9))
+    shapes = []
+
+    def compute(prediction):
+        found = prediction.predictions
+        shapes.append((found[0] if isinstance(found, tuple) else found).shape)
+        return {"rows": len(prediction.label_ids)}
+
+    found = make(tmp_path, eval_dataset=held_out, compute_metrics=compute, loss_type="nll").evaluate()
+    assert found["eval_rows"] == 4 and shapes[0][0] == 4 and shapes[0][-1] == build().config.vocab_size
+    assert found["eval_mean_token_accuracy"] >= 0
+
+
+def test_metrics_are_means_over_all_response_tokens_of_a_log_entry(tmp_path):
+    trainer = run(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=0.0, method="random"
+    )
+    (first, second) = [e for e in trainer.state.log_history if "loss" in e]
+    model, tokens = build(), 0
+    for entry, seen in ((first, trainer.seen[:3]), (second, trainer.seen[3:])):
+        entropy, right, n = 0.0, 0, 0
+        for inputs, _ in seen:
+            with torch.no_grad():
+                p = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+            labels = inputs["labels"][:, 1:]
+            entropy += float(-(p.exp() * p).sum(-1)[:, :-1][labels != -100].sum())
+            right += int((p.argmax(-1)[:, :-1] == labels).sum())
+            n += int((labels != -100).sum())
+            tokens += int(inputs["attention_mask"].sum())
+        assert entry["entropy"] == pytest.approx(entropy / n, abs=2e-6)
+        assert entry["mean_token_accuracy"] == pytest.approx(right / n, abs=2e-6)
+        assert entry["num_tokens"] == tokens
+        assert entry["kept_share"] == pytest.approx(0.6, abs=0.02)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"packing": True, "packing_strategy": "wrapped"}, "loses the boundaries of documents.*'bfd'"),
+        ({"loss_type": "dft"}, "loss_type must be 'nll'.*method='dft'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor.*set it to 0"),
+        ({"compute_loss_func": lambda *a, **k: None}, "compute_loss_func is not supported"),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "fused_linear_cross_entropy.*take it out",
+        ),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}, "virtual tokens.*use LoRA"),
+    ],
+)
+def test_settings_that_train_another_loss_or_other_documents_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **changes)
+
+
+def test_wrapped_packing_is_no_matter_where_nothing_is_packed(tmp_path):
+    make(tmp_path, packing_strategy="wrapped")
+
+
+def test_trls_name_for_its_chunked_loss_is_accepted(tmp_path):
+    assert losses(run(tmp_path, loss_type="chunked_nll", max_steps=1)) == losses(run(tmp_path, max_steps=1))
+
+
+def test_liger_keeps_its_layers_and_loses_its_loss(tmp_path):
+    # Liger's kernels need a GPU; what it would patch is decided by this configuration
+    trainer = make(tmp_path, use_liger_kernel=False)
+    args = dataclasses.replace(trainer.args, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    tokensel.arguments.refuse_other_losses(args)
+    assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
+def test_training_goes_through_with_liger_applied(tmp_path):
+    pytest.importorskip("liger_kernel", reason="Liger is not installed")
+    layers = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)  # which need a GPU
+    applied = run(tmp_path, use_liger_kernel=True, liger_kernel_config=layers, max_steps=1)
+    assert losses(applied) == losses(run(tmp_path, max_steps=1))
+
+
+def test_a_forward_replaced_after_the_trainer_was_made_is_noticed(tmp_path):
+    trainer = make(tmp_path)
+    plain = type(trainer.model).forward.__get__(trainer.model)
+    trainer.model.forward = lambda *args, selection=None, **kwargs: plain(*args, **kwargs)  # as Liger's swallows it
+    with pytest.raises(TypeError, match="forward was replaced"):
+        trainer.train()
+
+
+def test_a_model_in_two_trainers_is_refused_until_it_is_removed_from_the_first(tmp_path):
+    first = make(tmp_path)
+    with pytest.raises(ValueError, match="patched already.*tokensel.remove"):
+        make(tmp_path, model=first.model)
+    tokensel.remove(first.model)
+    make(tmp_path, model=first.model)
+
+
+@pytest.mark.parametrize("args", [None, trl.SFTConfig(output_dir="unused", use_cpu=True, bf16=False)])
+def test_arguments_without_selection_are_refused(args):
+    with pytest.raises(TypeError, match="args must have the fields of SelectionArguments.*SelectiveSFTConfig"):
+        SelectiveSFTTrainer(build(), args, train_dataset=COMPLETIONS, processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize("method", ["attention", "sstoken"])
+def test_attention_to_the_prompt_of_data_without_prompts_is_refused(tmp_path, changes, method):
+    history = {} if method == "attention" else {"history": "recorded", "history_store": "unread.parquet"}
+    with pytest.raises(ValueError, match="have none: no label is -100.*assistant_only_loss"):
+        make(tmp_path, TEXTS, method=method, **history, **changes)
+
+
+def test_a_document_that_packing_has_cut_is_named(tmp_path):
+    rows = make(tmp_path).train_dataset
+    history = record(tmp_path / "h.parquet", build(seed=2), rows=rows)
+    longest = max(len(r) for r in rows["input_ids"])
+    trainer = make(
+        tmp_path, method="rel", history="recorded", history_store=history, packing=True, max_length=longest - 3
+    )
+    with pytest.raises(HistoryMissError):
+        trainer.train()
+
+
+def test_weights_of_the_data_that_trls_collator_drops_are_missed_loudly(tmp_path):
+    rows = make(tmp_path).train_dataset
+    rows = rows.map(lambda row: {"token_weights": [1.0] * len(row["input_ids"])})
+    for packing in ({}, {"packing": True}):
+        with pytest.raises(ValueError, match="drops the column token_weights.*skip_prepare_dataset"):
+            make(tmp_path, rows, method="weighted", **packing)
+
+    def collator(rows):
+        batch = DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt")([{k: r[k] for k in names} for r in rows])
+        width = batch["labels"].shape[1]
+        batch["token_weights"] = torch.tensor([r["token_weights"] + [0.0] * (width - len(r["labels"])) for r in rows])
+        return batch
+
+    names = ("input_ids", "labels")
+    kept = run(tmp_path, rows, method="weighted", data_collator=collator, dataset_kwargs={"skip_prepare_dataset": True})
+    assert all("token_weights" in inputs for inputs, _ in kept.seen)

@@ -1,0 +1,132 @@
+"""The compiler's report of the whole tile table, for chips that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tokensel_kernels.compiled import ARCHITECTURES, HEAD_SIZES
+from tokensel_kernels.roofline import attention_estimates, estimates
+
+PRODUCTS = {"hidden_stats", "contrast_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
+MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def reports(request, tmp_path_factory):
+    """What `tokensel kernels` writes; in a process of its own, where kernels are compiled and not interpreted."""
+    file = tmp_path_factory.mktemp("kernels") / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tokensel.cli", "kernels", "--arch", request.param, "--json", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "registers  spilled" in done.stdout and 'impl="auto" is: chunked on a CPU' in done.stdout
+    return request.param, json.loads(file.read_text())
+
+
+def test_no_kernel_spills_or_takes_more_than_the_chip_has(reports):
+    arch, found = reports
+    assert len(found) == 42 and {r["arch"] for r in found} == {arch}
+    for report in found:
+        where = f"{report['kernel']} ({report['case']}, {report['element']})"
+        assert report["spilled"] == 0, where
+        assert report["shared"] <= report["shared_limit"], where
+        assert report["narrow_offsets"] == 0, where
+        assert 0 < report["registers"] <= (512 if arch == "gfx942" else 255), where
+
+
+def test_half_precision_products_use_matrix_units(reports):
+    arch, found = reports
+    half = [r for r in found if r["element"] == "bf16"]
+    assert {r["kernel"] for r in half if MATRIX[arch] in r["instructions"]} == PRODUCTS
+    for report in half:
+        assert (MATRIX[arch] in report["instructions"]) == (report["kernel"] in PRODUCTS), report
+    sizes = [f"head size {d}" for d in HEAD_SIZES]
+    assert all(any(size in r["case"] for r in half) for size in sizes)
+
+
+def test_products_with_the_head_load_by_tensor_memory_where_there_is_one(reports):
+    arch, found = reports
+    users = {r["kernel"] for r in found if "TMA" in r["instructions"]}
+    assert users == (PRODUCTS - {"attention_mass"} if arch in ("sm_90", "sm_100") else set())
+
+
+def test_a_product_reads_only_what_the_kernel_before_it_wrote():
+    """The logits' gradient is zero to the end of its tiles; the products after it read steps of their depth."""
+    from tokensel_kernels.tiles import TILES
+
+    for family, kinds in TILES.items():
+        for size in (2, 4):
+            written, read = kinds["gradient"][size], kinds["matmul"][size]
+            assert written.rows % read.depth == written.columns % read.depth == 0, (family, size)
+
+
+NARROW_AND_WIDE = """
+import triton, triton.language as tl
+from triton.compiler import ASTSource
+from tokensel_kernels.compiled import ARCHITECTURES, narrow_offsets
+
+@triton.jit
+def clear(z_ptr, row_stride, ROWS: tl.constexpr, BITS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.arange(0, ROWS)[:, None] * row_stride  # of a tile: may be narrow
+    at = (rows.to(tl.int64) if BITS == 64 else rows)[:, None] * row_stride
+    tl.store(z_ptr + at + inside + tl.arange(0, 16)[None, :], 0.0)
+
+for bits in (32, 64):
+    signature = {"z_ptr": "*fp32", "row_stride": "i32", "ROWS": "constexpr", "BITS": "constexpr"}
+    source = ASTSource(clear, signature, {(2,): 16, (3,): bits}, {})
+    print(len(narrow_offsets(triton.compile(source, target=ARCHITECTURES["sm_80"]).asm["ttir"])))
+"""
+
+
+def test_offsets_in_32_bits_are_found(tmp_path):
+    """What the reports count is a product of a row and a stride that would wrap around past 2^31 elements."""
+    file = tmp_path / "narrow_and_wide.py"  # Triton reads a kernel's source from a file
+    file.write_text(NARROW_AND_WIDE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "0"], done.stderr
+
+
+def test_an_unknown_chip_is_named(capsys, monkeypatch):
+    from tokensel.cli import main
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--arch", "sm_12"]) == 2
+    assert "arch must be one of sm_80, sm_90, sm_100, gfx942; got 'sm_12'" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels", "--arch", "sm_90"]) == 2
+    assert "unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "V, D, pair, backward, logits", [(128256, 4096, 21.8, 19.6, 0.98), (151936, 3584, 22.6, 20.3, 1.16)]
+)
+def test_estimates_are_the_arithmetic_of_the_products(V, D, pair, backward, logits):
+    """Milliseconds on an H200 at N = 8192: two products, three of 60 %, two reads of bfloat16 logits."""
+    found = {e.kernel.partition(",")[0]: e.milliseconds() for e in estimates(8192, V, D)}
+    assert found["hidden_stats"] == found["contrast_stats"] == pytest.approx(pair, abs=0.06)
+    assert found["logits_stats"] == pytest.approx(logits, abs=0.01)
+    gradients = ("logits_gradient", "hidden_gradient", "head_gradient")
+    assert sum(found[name] for name in gradients) == pytest.approx(backward, abs=0.06)
+    # 60 %: float32 read and bfloat16 written, three of a bfloat16 block, against the two of logits_stats
+    assert found["block_gradient (chunked)"] == pytest.approx(logits * 0.6 * 3 / 2, abs=0.01)
+    assert found["gather_rows"] == pytest.approx(2 * 0.6 * 8192 * D * 2 / 4.3e9, rel=1e-6)
+
+
+def test_every_kernel_has_an_estimate(reports):
+    named = {e.kernel.split(",")[0].split(" ")[0] for e in (*estimates(64, 64, 64), *attention_estimates(64))}
+    assert named == {r["kernel"] for r in reports[1]}
+
+
+def test_a_given_lse_leaves_only_the_prompt_columns():
+    whole, by_entropy, given = attention_estimates(8192)
+    assert whole.operations / given.operations == pytest.approx(2.5)  # 1/4 + 3/8 of S columns against 1/4
+    assert whole.bytes == given.bytes and by_entropy.operations == whole.operations

@@ -1,0 +1,442 @@
+"""What each method must be: formulas in float64, hand-computed cases, limits, gradients and invariances."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import causal_lm, packed, padded, samples
+
+from tokensel import Selection, TokenSignals, apply_to, methods, selected_cross_entropy, token_stats
+from tokensel.select.rules import AdaptiveThreshold, spread_quota, top_share
+from tokensel.select.signals import RECORDED
+
+# Two samples of 5 and 3 response tokens, one prompt token before each.
+SAMPLE = torch.tensor([0] * 6 + [6] * 4)
+RESPONSE = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
+NLL = torch.tensor([9, 0.1, 2.0, 0.7, 3.0, 1.2, 9, 0.4, 5.0, 0.9]).double()
+
+
+def column(seed):
+    return torch.rand(10, generator=torch.Generator().manual_seed(seed)).double() * 4
+
+
+SIGNALS = dict(
+    nll=NLL,
+    entropy=column(1),
+    logp_var=column(2) + 0.1,
+    mass=column(3) / 4,
+    uniform_mass=column(4) / 4 + 0.1,
+    key=torch.arange(10) * 7919,
+    **{name: column(5 + i) for i, name in enumerate(RECORDED)},
+)
+GIVEN = TokenSignals(RESPONSE, SAMPLE, **SIGNALS)
+
+
+def given(**changes):
+    return TokenSignals(**{"response": RESPONSE, "sample": SAMPLE, **SIGNALS, **changes})
+
+
+def weights(name, signals=GIVEN, **parameters):
+    return methods.get(name, **parameters)(signals).double()
+
+
+def kept(name, signals=GIVEN, **parameters):
+    return weights(name, signals, **parameters).nonzero()[:, 0].tolist()
+
+
+def best(values, k, among=RESPONSE):
+    """Places of the k largest values, by Python."""
+    places = [i for i in range(10) if among[i]]
+    return sorted(sorted(places, key=lambda i: (-float(values[i]), i))[:k])
+
+
+# Formulas
+
+
+def test_rho1_keeps_the_batches_largest_excess_over_the_reference():
+    excess = NLL - SIGNALS["reference_nll"]
+    assert kept("rho1", rho=0.5) == best(excess, 4)
+    per_sample = sorted(best(excess, 3, RESPONSE & (SAMPLE == 0)) + best(excess, 2, RESPONSE & (SAMPLE == 6)))
+    assert kept("rho1", rho=0.5, scope="sample") == per_sample
+
+
+@pytest.mark.parametrize("name", ["token_cleaning", "token_cleaning_iterative"])
+def test_token_cleaning_keeps_what_the_reference_predicts_better_than_the_base(name):
+    k = 2 if name == "token_cleaning" else 3  # floor of 0.3 · 8, as published, or the ceiling
+    assert kept(name, rho=0.3) == best(SIGNALS["base_nll"] - SIGNALS["reference_nll"], k)
+
+
+def test_forgetting_unlearns_the_rest_by_its_own_count():
+    excess = SIGNALS["base_nll"] - SIGNALS["reference_nll"]
+    learnt = best(excess, 6)  # ceil(0.7 · 8)
+    assert kept("forgetting", given(step=0)) == learnt == kept("forgetting", given(step=9), lambda_max=0)
+    for step, strength in ((0, 0.0), (25, 0.05), (100, 0.2), (500, 0.2)):
+        w = weights("forgetting", given(step=step), lambda_max=0.2, lambda_steps=100)
+        method = methods.get("forgetting")
+        loss = (w * NLL).sum() / method.count(RESPONSE, SAMPLE)
+        others = [i for i in range(10) if RESPONSE[i] and i not in learnt]
+        torch.testing.assert_close(loss, NLL[learnt].mean() - strength * NLL[others].mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("by", ["nll", "entropy"])
+@pytest.mark.parametrize("alpha, k", [(0, 8), (0.1, 8), (0.125, 7), (0.25, 6), (0.9, 1)])
+def test_eslm_keeps_what_is_at_or_above_the_quantile(by, alpha, k):
+    assert kept("eslm", alpha=alpha, by=by) == best(SIGNALS[by], k)
+
+
+def test_eslm_is_the_quantile_where_it_is_one_of_the_values():
+    for alpha in (1 / 4, 1 / 2):
+        value = torch.quantile(NLL[RESPONSE], alpha, interpolation="higher")
+        at_or_above = [i for i in range(10) if RESPONSE[i] and NLL[i] >= value]
+        assert kept("eslm", alpha=alpha) == at_or_above
+
+
+def test_ada_eslm_moves_alpha_against_the_change_of_risk():
+    method = methods.get("ada_eslm", alpha=0.25, speed=1.0, alpha_min=0.1, alpha_max=0.4)
+    assert method(GIVEN).nonzero()[:, 0].tolist() == best(NLL, 6)
+    assert int(method.count(RESPONSE, SAMPLE)) == 6
+    method.rule.after_step()
+    assert float(method.rule.alpha) == 0.25  # nothing to compare with yet
+    before = float(NLL[best(NLL, 6)].mean())
+    assert float(method.rule.cvar) == pytest.approx(before)
+    risen = given(nll=NLL * 1.3)
+    method(risen)
+    method.rule.after_step()
+    assert float(method.rule.alpha) == pytest.approx(0.25 * math.exp(-0.3))
+    # a risk that falls: alpha rises to its bound
+    for power in range(9):
+        method(given(nll=NLL * 0.5**power))
+        method.rule.after_step()
+    assert float(method.rule.alpha) == pytest.approx(0.4)
+
+
+def test_adaptive_thresholds_resume_and_take_all_ranks():
+    first, second = (AdaptiveThreshold(0.25, 1.0, 0.1, 0.4) for _ in range(2))
+    for scale in (1.0, 1.2):
+        first(NLL * scale, GIVEN)
+        first.after_step(lambda sums: 2 * sums)  # two ranks that saw the same
+    second.load_state_dict(first.state_dict())
+    for rule in (first, second):
+        rule(NLL * 1.1, GIVEN)
+        rule.after_step()
+    assert first.alpha == second.alpha and first.cvar == second.cvar and float(first.alpha) < 0.25
+
+
+def test_a_step_without_responses_leaves_alpha():
+    rule = AdaptiveThreshold(0.25, 1.0, 0.1, 0.4)
+    rule(NLL, GIVEN)
+    rule.after_step()
+    nothing = given(response=torch.zeros(10).bool())
+    assert not rule(NLL, nothing).any() and int(rule.count(nothing.response, SAMPLE)) == 0
+    rule.after_step()
+    assert float(rule.alpha) == 0.25 and rule.cvar.isfinite()
+
+
+def test_dft_weighs_by_probability_over_all_responses():
+    w = weights("dft")
+    torch.testing.assert_close(w[RESPONSE], torch.exp(-NLL[RESPONSE]), rtol=1e-6, atol=0)
+    assert int(methods.get("dft").count(RESPONSE, SAMPLE)) == 8 and not w[~RESPONSE].any()
+
+
+@pytest.mark.parametrize("tau", [0, 0.1, 0.45, 0.9])
+def test_profit_keeps_what_is_probable_enough_over_all_responses(tau):
+    assert kept("profit", tau=tau) == [i for i in range(10) if RESPONSE[i] and math.exp(-NLL[i]) > tau]
+    assert int(methods.get("profit", tau=tau).count(RESPONSE, SAMPLE)) == 8
+
+
+def test_min_k_pp_is_the_standardised_log_probability():
+    score = methods.get("min_k_pp").score(GIVEN)
+    expected = (-NLL + SIGNALS["entropy"]) / SIGNALS["logp_var"].sqrt()
+    torch.testing.assert_close(score, expected)
+    flat = methods.get("min_k_pp").score(given(logp_var=torch.zeros(10).double()))
+    assert (flat == 0).all()
+
+
+def test_min_k_pp_of_a_distribution_that_is_known():
+    logits = torch.tensor([[1.0, 0.0, -2.0, 0.5]]).double()
+    p = logits.softmax(-1)
+    mean = (p * p.log()).sum()
+    sigma = ((p * p.log() ** 2).sum() - mean**2).sqrt()
+    eye = torch.eye(4).double()
+    stats = token_stats(logits, eye, torch.tensor([2]), entropy=True, impl="reference")
+    signals = TokenSignals(
+        torch.ones(1).bool(), torch.zeros(1).long(), nll=stats.nll, entropy=stats.entropy, logp_var=stats.logp_var
+    )
+    torch.testing.assert_close(methods.get("min_k_pp").score(signals)[0], (p[0, 2].log() - mean) / sigma)
+
+
+def test_soft_weights_are_a_softmax_in_each_sample():
+    rel = SIGNALS["history_nll"] - NLL
+    for sign in (1, -1):
+        w = weights("soft_weights", temperature=0.7, rel_sign=sign)
+        for sample in (0, 6):
+            own = RESPONSE & (SAMPLE == sample)
+            expected = torch.softmax(sign * rel[own] / 0.7, 0) * own.sum()
+            torch.testing.assert_close(w[own], expected, rtol=1e-6, atol=0)
+    assert not w[~RESPONSE].any()
+
+
+def test_shad_rft_weighs_the_means_of_two_groups():
+    reasoning = RESPONSE & (SIGNALS["shuffled_nll"] > SIGNALS["base_nll"])
+    boilerplate = RESPONSE & ~reasoning
+    assert 0 < reasoning.sum() < 8
+    means = torch.stack([NLL[reasoning].mean(), NLL[boilerplate].mean()])
+    for temperature in (0.3, 1.0, math.inf):
+        loss = (weights("shad_rft", temperature=temperature) * NLL).sum() / 8
+        torch.testing.assert_close(loss, (torch.softmax(means / temperature, 0) * means).sum(), rtol=1e-6, atol=0)
+    alone = given(shuffled_nll=SIGNALS["base_nll"] - 1)  # everything boilerplate: its mean
+    torch.testing.assert_close((weights("shad_rft", alone) * NLL).sum() / 8, NLL[RESPONSE].mean(), rtol=1e-6, atol=0)
+
+
+def test_t_shirt_keeps_whole_samples_by_selective_ifd():
+    change = SIGNALS["base_nll"] - SIGNALS["alone_nll"]
+    expected = {}
+    for sample, n in ((0, 5), (6, 3)):
+        places = best(change.abs(), math.ceil(0.5 * n), RESPONSE & (SAMPLE == sample))
+        expected[sample] = float(change[places].mean().exp())
+    score = methods.get("t_shirt").score(GIVEN)
+    for sample, value in expected.items():
+        assert score[RESPONSE & (SAMPLE == sample)].tolist() == pytest.approx(
+            [value] * int((SAMPLE == sample).sum() - 1)
+        )
+    winner = max(expected, key=expected.get)
+    assert kept("t_shirt", rho=0.5) == (RESPONSE & (SAMPLE == winner)).nonzero()[:, 0].tolist()
+    assert kept("t_shirt", rho=1.0) == RESPONSE.nonzero()[:, 0].tolist()
+
+
+def test_ties_between_samples_go_to_the_earlier_one():
+    same = given(base_nll=torch.ones(10).double(), alone_nll=torch.zeros(10).double())
+    assert kept("t_shirt", same, rho=0.5) == [1, 2, 3, 4, 5]
+
+
+def test_critical_tokens_weigh_rejected_answers_by_one_minus_the_estimate():
+    s = torch.exp(-SIGNALS["contrast_nll"])
+    rejected = SAMPLE == 6
+    w = weights("critical_tokens", given(weight=torch.where(rejected, -1.0, 1.0)))
+    method = methods.get("critical_tokens")
+    loss = (w * NLL).sum() / method.count(RESPONSE, SAMPLE)
+    chosen_nll = NLL[RESPONSE & ~rejected].mean()
+    rejected_nll = ((1 - s) * NLL)[RESPONSE & rejected].mean()
+    torch.testing.assert_close(loss, (chosen_nll - rejected_nll) / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights("critical_tokens")[1], (1 - s[1]) / 5, rtol=1e-6, atol=0)
+
+
+def test_weighted_takes_the_datas_weights_as_they_are():
+    w = torch.tensor([0.5, 1, -2, 0, 1, 1, 0.5, 1, 3, 1])
+    method, count = methods.get("weighted"), methods.get("weighted", denominator="count")
+    assert torch.equal(method(given(weight=w)), torch.where(RESPONSE, w, 0))
+    assert float(method.count(RESPONSE, SAMPLE, w)) == 11 and int(count.count(RESPONSE, SAMPLE, w)) == 9
+    assert torch.equal(method(GIVEN), RESPONSE.float()) and int(method.count(RESPONSE, SAMPLE)) == 8
+
+
+def test_weights_of_the_data_are_factors_of_a_selection_and_zero_does_not_compete():
+    w = torch.tensor([0, 1, -2, 0, 1, 1, 0, 1, 3, 1.0])
+    competing = RESPONSE & (w != 0)
+    plain = methods.get("rel", rho=0.5)(given(response=competing))
+    method = methods.get("rel", rho=0.5)
+    assert torch.equal(method(given(weight=w)), plain * w)
+    assert int(method.count(RESPONSE, SAMPLE, w)) == int(plain.sum()) == 2 + 2
+    prompt = torch.where(RESPONSE, 1.0, 0.25)  # what prompt tokens weigh is added to what is kept
+    assert float(method.count(RESPONSE, SAMPLE, prompt)) == 3 + 2 + 2 * 0.25
+
+
+# Limits
+
+EVERYTHING = [
+    ("random", {"rho": 1}),
+    ("sstoken", {"rho": 1}),
+    ("rho1", {"rho": 1}),
+    ("token_cleaning", {"rho": 1}),
+    ("forgetting", {"rho": 1}),
+    ("eslm", {"alpha": 0}),
+    ("ada_eslm", {"alpha": 0, "alpha_min": 0}),
+    ("profit", {"tau": 0}),
+    ("min_k_pp", {"rho": 1}),
+    ("soft_weights", {"temperature": math.inf}),
+    ("t_shirt", {"rho": 1}),
+    ("weighted", {}),
+]
+
+
+@pytest.mark.parametrize("name, parameters", EVERYTHING, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_limit_is_ordinary_fine_tuning(name, parameters):
+    method, full = methods.get(name, **parameters), methods.get("full")
+    torch.testing.assert_close(method(given(step=5000)), full(GIVEN), rtol=1e-6, atol=0)
+    count = method.count(RESPONSE, SAMPLE)
+    assert count is None or int(count) == int(full.count(RESPONSE, SAMPLE))
+
+
+def test_bounds_that_meet_are_the_plain_share():
+    for rho in (0.4, 0.6):
+        plain = methods.get("rel", rho=rho)
+        bound = methods.get("rel", rho=rho, rho_min=rho, rho_max=rho)
+        assert abs(int(bound(GIVEN).sum()) - int(plain(GIVEN).sum())) <= 1  # one ceiling against one a sample
+
+
+def test_samples_share_a_budget_by_the_spread_of_their_scores():
+    sample = torch.arange(4).repeat_interleave(25) * 25
+    response = torch.rand(100) < 0.9
+    score = torch.rand(100) * torch.tensor([0.01, 0.5, 1.0, 4.0]).repeat_interleave(25)
+    quota = spread_quota(score, response, sample, 0.5, 0.2, 0.9)
+    n = torch.stack([response[sample == s].sum() for s in (0, 25, 50, 75)])
+    shares = quota[[0, 25, 50, 75]] / n
+    assert quota.sum() == math.ceil(0.5 * int(n.sum())) and quota[[1, 26, 99]].sum() == 0
+    assert (shares.diff() >= -1 / n.min()).all()
+    assert shares.min() >= 0.2 - 1 / n.min() and shares.max() <= 0.9 + 1 / n.min()
+    assert shares[0] < 0.26 and shares[3] > 0.84
+    flat = spread_quota(torch.ones(100), response, sample, 0.5, 0.2, 0.9)  # no spread at all: within the bounds
+    assert (flat[[0, 25, 50, 75]] <= n).all()
+
+
+def test_ranks_ignore_outliers_and_count_ties_half():
+    from tokensel.select.scores import rank_per_sample
+
+    rel = torch.tensor([99, 3, 1, 1, 1e6, 2, 99, 5, 5, 5]).float()
+    expected = torch.tensor([0, 0.75, 0.125, 0.125, 1, 0.5, 0, 0.5, 0.5, 0.5])
+    torch.testing.assert_close(rank_per_sample(rel, GIVEN), expected)
+    one = torch.zeros(10).bool()
+    one[4] = True
+    assert rank_per_sample(rel, given(response=one))[4] == 0.5
+
+
+def test_ranked_and_gated_blends():
+    from tokensel.select.scores import rank_per_sample
+
+    rel, mass = SIGNALS["history_nll"] - NLL, SIGNALS["mass"]
+    ranked = methods.get("sstoken", gamma=0.3, rel_scale="rank", rel_sign=-1).score(GIVEN)
+    expected = 0.3 * rank_per_sample(-rel, GIVEN) + 0.7 * rank_per_sample(mass, GIVEN)
+    torch.testing.assert_close(ranked[RESPONSE], expected[RESPONSE])
+    gated = methods.get("sstoken", gamma=0.5, rel_scale="gate", rel_sign=-1, rel_floor=0.2).score(GIVEN)
+    torch.testing.assert_close(
+        gated[RESPONSE].double(), 0.5 * (-rel >= -0.2).double()[RESPONSE] + 0.5 * mass[RESPONSE], rtol=1e-6, atol=1e-6
+    )
+
+
+# Gradients: the loss of a method is its formula with weights that are constants
+
+FORMULAS = {  # Σ over tokens of weight · nll, divided: from statistics in float64
+    "dft": lambda nll, c: (torch.exp(-nll.detach()) * nll).mean(),
+    "profit": lambda nll, c: (torch.exp(-nll.detach()) > 0.1).double().mul(nll).mean(),
+    "eslm": lambda nll, c: nll.topk(math.ceil(0.9 * len(nll)))[0].mean(),
+    "rho1": lambda nll, c: nll[(nll - c).topk(math.ceil(0.6 * len(nll))).indices].mean(),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_gradients_are_those_of_the_formula(name, impl):
+    N, V, D = 23, 31, 8
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    labels, recorded = torch.randint(0, V, (N,)), torch.rand(N, dtype=torch.float64) * 5
+    stats = token_stats(hidden, head, labels, impl=impl)
+    method = methods.get(name)
+    signals = TokenSignals(torch.ones(N).bool(), torch.zeros(N).long(), nll=stats.nll, reference_nll=recorded)
+    loss = selected_cross_entropy(
+        hidden, head, labels, method(signals), stats=stats,
+        denominator=method.count(signals.response, signals.sample), impl=impl,
+    )  # fmt: skip
+    ours = torch.autograd.grad(loss, (hidden, head))
+    nll = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="none")
+    expected = FORMULAS[name](nll, recorded)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, head)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)  # weights are float32
+
+
+# Invariances through the whole step
+
+
+def recorded_of(batch):
+    """Made-up recorded losses: functions of a token's id and place, so layouts agree."""
+    position = (batch["position_ids"] if "position_ids" in batch else batch["attention_mask"].cumsum(-1) - 1).double()
+    return {
+        name: (torch.sin(batch["input_ids"] * (3.7 + i) + position * 78.233) * 2 + 4.5).float()
+        for i, name in enumerate(RECORDED)
+    }
+
+
+def step(model, batch, method, **extra):
+    return model(**batch, **recorded_of(batch), **extra, selection=Selection(method))
+
+
+def everywhere(name):
+    """The method with a scope that one batch can be ranked in."""
+    if methods.get(name).scope == "dataset":
+        return methods.get(name, scope="batch")
+    return methods.get(name)
+
+
+@pytest.fixture(scope="module")
+def model():
+    found = causal_lm(attention="sdpa")
+    apply_to(found)
+    return found
+
+
+ROWS = samples(((5, 9), (3, 14), (8, 4), (2, 11)))
+
+
+def flat(out, batch):
+    values = out.weights
+    return values[batch["attention_mask"].bool()] if "attention_mask" in batch else values[0]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_layout_and_order_do_not_change_what_is_kept(name, model):
+    right, left, together = padded(ROWS), padded(ROWS, side="left"), packed(ROWS)
+    expected = step(model, right, everywhere(name))
+    for batch in (left, together):
+        out = step(model, batch, everywhere(name))
+        torch.testing.assert_close(flat(out, batch), flat(expected, right), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-7)
+    order = [2, 0, 3, 1]
+    out = step(model, {k: v[order] for k, v in right.items()}, everywhere(name))
+    torch.testing.assert_close(out.weights, expected.weights[order], rtol=1e-5, atol=1e-6)
+
+
+PER_SAMPLE = [n for n in methods.names() if methods.get(n).scope == "sample"]
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_micro_batches_add_up_to_the_whole(name, model):
+    batch = padded(ROWS)
+    method = methods.get(name)
+    whole = step(model, batch, method)
+    count = method.count(whole.response, whole.sample)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = {k: v[rows] for k, v in batch.items()}
+        parts.append(model(**part, **recorded_of(part), selection=Selection(method, denominator=count)).loss)
+    torch.testing.assert_close(sum(parts), whole.loss, rtol=1e-6, atol=1e-8)
+
+
+def test_prompt_tokens_that_the_data_weighs_are_trained(model):
+    batch = padded(ROWS)
+    valid = batch["attention_mask"].bool()
+    given_weights = torch.where(batch["labels"] == -100, 0.2, 1.0) * valid
+    out = model(**batch, token_weights=given_weights, selection=Selection(methods.get("weighted", denominator="count")))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
+    )
+    w = given_weights[:, 1:].flatten()
+    torch.testing.assert_close(out.loss, ((w * nll).sum() / (w != 0).sum()), rtol=1e-6, atol=0, check_dtype=False)
+    assert (out.weights[:, 0] == 0).all() and (out.weights[:, 1] > 0).all()
+
+
+def test_what_was_chosen_before_is_what_is_trained(model):
+    batch = padded(ROWS)
+    method = methods.get("rho1", rho=0.4)
+    scored = model(**batch, **recorded_of(batch), selection=Selection(method, score_only=True))
+    assert scored.loss is None
+    keep = top_share(scored.score, scored.response, torch.zeros_like(scored.sample), 0.4)
+    torch.testing.assert_close(scored.weights, keep.float())
+    chosen = keep.flip(0).float() * scored.response  # something else
+    out = model(
+        **batch, **recorded_of(batch), chosen_weights=chosen, selection=Selection(method, denominator=chosen.sum())
+    )
+    assert torch.equal(out.weights, chosen)
+    torch.testing.assert_close(out.loss, (chosen * out.nll).sum() / chosen.sum(), rtol=1e-5, atol=0, check_dtype=False)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from tokensel.select.rules import kept_count, responses_per_sample, top_share
+
+RHOS = [round(0.05 * i, 2) for i in range(1, 21)]
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_kept_count_is_the_exact_ceiling(rho):
+    n = torch.arange(0, 1001)
+    exact = [math.ceil(Fraction(str(rho)) * i) for i in range(1001)]
+    assert kept_count(n, rho).tolist() == exact
+
+
+def test_share_of_ten_is_what_it_says():
+    assert [int(kept_count(torch.tensor(10), rho)) for rho in (0.6, 0.7, 0.1, 0.61)] == [6, 7, 1, 7]
+    assert int(kept_count(torch.tensor(3), 1 / 3)) == 1
+
+
+def brute_force(score, response, sample, rho):
+    keep = [False] * len(score)
+    for s in set(sample):
+        own = [i for i in range(len(score)) if sample[i] == s and response[i]]
+        best = sorted(own, key=lambda i: (-score[i], i))
+        for i in best[: math.ceil(Fraction(str(rho)) * len(own))]:
+            keep[i] = True
+    return keep
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_top_share_equals_sorting_each_sample(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 120, (1,), generator=generator))
+    score = torch.randint(-3, 4, (n,), generator=generator).float()  # many ties
+    score[torch.rand(n, generator=generator) < 0.05] = torch.inf
+    score[torch.rand(n, generator=generator) < 0.05] = -torch.inf
+    response = torch.rand(n, generator=generator) < 0.7
+    sample = torch.randint(0, min(n, 9), (n,), generator=generator)  # interleaved
+    rho = RHOS[seed % len(RHOS)]
+    keep = top_share(score, response, sample, rho)
+    assert keep.tolist() == brute_force(score.tolist(), response.tolist(), sample.tolist(), rho)
+
+
+def test_shape_is_kept_and_rows_do_not_mix():
+    score = torch.tensor([[1.0, 2, 3, 4], [9, 8, 7, 6]])
+    response = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    sample = torch.tensor([[0] * 4, [4] * 4])
+    keep = top_share(score, response, sample, 0.5)
+    assert keep.tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_equal_scores_keep_the_earlier_tokens():
+    keep = top_share(torch.zeros(10), torch.ones(10).bool(), torch.zeros(10).long(), 0.6)
+    assert keep.tolist() == [True] * 6 + [False] * 4
+
+
+def test_nothing_competes():
+    none = torch.zeros(4, dtype=torch.bool)
+    assert not top_share(torch.rand(4), none, torch.zeros(4).long(), 0.6).any()
+    assert top_share(torch.rand(0), none[:0], torch.zeros(0).long(), 0.6).shape == (0,)
+
+
+def test_nan_off_the_response_does_not_matter():
+    score = torch.tensor([torch.nan, 1.0, 2.0, torch.nan])
+    response = torch.tensor([False, True, True, False])
+    sample = torch.zeros(4).long()
+    assert top_share(score, response, sample, 0.5).tolist() == [False, False, True, False]
+
+
+def test_responses_are_counted_by_sample():
+    response = torch.tensor([True, False, True, True])
+    assert responses_per_sample(response, torch.tensor([0, 0, 2, 2])).tolist() == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("rho", [0, 0.0, -0.1, 1.0001, math.nan])
+def test_a_share_outside_its_range_is_refused(rho):
+    with pytest.raises(ValueError, match=r"rho must be in \(0, 1\]"):
+        kept_count(torch.tensor(10), rho)
+
+
+@pytest.mark.parametrize("rho", ["0.6", None, True])
+def test_a_share_that_is_no_number_is_refused(rho):
+    with pytest.raises(TypeError, match="rho must be a number"):
+        kept_count(torch.tensor(10), rho)

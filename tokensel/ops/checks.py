@@ -1,0 +1,126 @@
+"""Argument checks shared by the public functions: one sentence that names the argument, what was expected,
+what was found and, where there is one, the fix."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from tokensel.ops.products import HAS_TRITON, KERNEL_DTYPES
+
+IMPLS = ("auto", "chunked", "reference", "fused")
+AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
+
+
+def resolve_impl(impl: str, like: Tensor, shard: object = None) -> str:
+    """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
+
+    Raises:
+        ValueError: an unknown name, `fused` with a dtype that it does not take, or `reference` with a part of a head
+            (`shard` is not None), since it holds whole logits. ImportError: `fused` without
+            Triton. What a device lacks, the kernels' tile table says (`tokensel_kernels.tiles`).
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "reference" and shard is not None:
+        raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
+    if impl == "auto":
+        half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
+        return "fused" if half and HAS_TRITON else "chunked"
+    if impl == "fused":
+        if not HAS_TRITON:
+            raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
+        if like.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"impl='fused' takes float16, bfloat16 or float32, not {like.dtype}; use impl='chunked'")
+    return impl
+
+
+def check_tensor(name: str, value: object, *, floating: bool = False) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {value.dtype}")
+    return value
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    (first, reference), *rest = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first} is on {reference.device}; move one with .to(device)"
+            )
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], like: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)} ({like}); got {list(value.shape)}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [..., D], weight [V, D], bias [V] of one floating dtype on one device."""
+    check_tensor("hidden", hidden, floating=True)
+    check_tensor("weight", weight, floating=True)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [V, D]; got {list(weight.shape)}")
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., D] with D = {weight.shape[1]} as in weight [V, D]; got {list(hidden.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
+    if bias is not None:
+        check_shape("bias", check_tensor("bias", bias, floating=True), (weight.shape[0],), "[V]")
+    check_same_device(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_same_vocabulary(**weights: Tensor) -> None:
+    """weight [V, D] of two models, by their names: D may differ, V may not."""
+    (first, reference), (name, weight) = weights.items()
+    if weight.shape[0] != reference.shape[0]:
+        raise ValueError(
+            f"{name} weight has {weight.shape[0]} vocabulary rows but {first} weight has {reference.shape[0]}; "
+            "both models need the same tokenizer"
+        )
+
+
+def may_read_values(like: Tensor) -> bool:
+    """Whether a check may look at values of a tensor's device: always on a CPU, elsewhere if TOKENSEL_CHECK=1 asks for
+    errors at once and by name, at the price of waiting for the device in every call."""
+    return like.device.type == "cpu" or os.environ.get("TOKENSEL_CHECK") == "1"
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
+    """int64 labels of `shape`, each in [0, vocabulary) or `ignore_index`.
+
+    The range is checked at once on a CPU or with TOKENSEL_CHECK=1, else by an asynchronous device-side assertion, so
+    that the host never waits for the device. A compiled graph has no place for it. Whatever the labels are, no
+    implementation but `reference` reads memory by them without a mask: a label that no logit has gives nll = inf.
+    """
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
+    check_shape("labels", labels, shape, "one label a row")
+    if torch.compiler.is_compiling():
+        return
+    inside = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    if not may_read_values(labels):
+        torch._assert_async(inside.all(), "labels: outside [0, V) and not ignore_index; TOKENSEL_CHECK=1 names it")
+    elif not bool(inside.all()):
+        where = (~inside).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{where} is {int(labels[tuple(where)])}, outside [0, {vocabulary}) and not "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive; got {value}")

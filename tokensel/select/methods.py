@@ -1,0 +1,488 @@
+"""Methods (steps 5 and 6): named pairs of a scorer and a rule.
+
+Adding one is a function that builds it: its arguments are the method's parameters, its docstring the formula. The first
+line of the docstring says score and rule, as `tokensel methods` lists them. Symbols: n response tokens in the scope, p
+the current model's probability of the label, nll = -log p in nats, REL = nll_history - nll.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokensel.ops.checks import check_number, check_positive, may_read_values
+from tokensel.select import scores
+from tokensel.select.rules import (
+    AdaptiveThreshold,
+    AsGiven,
+    AsScored,
+    LearnAndForget,
+    TopSamples,
+    TopShare,
+    exact_share,
+)
+from tokensel.select.signals import RECORDED, TokenSignals
+
+
+@dataclass(frozen=True)
+class SelectionMethod:
+    """A method: what it needs to know, how it scores, how a score becomes weights.
+
+    Attributes:
+        name: as in `tokensel.methods.get`.
+        needs: names of the TokenSignals fields that it reads ({"history_nll", "mass"}, say).
+        scorer: TokenSignals -> score, higher = keep.
+        rule: from `tokensel.select.rules`: weights, denominator and scope.
+    """
+
+    name: str
+    needs: Iterable[str]
+    scorer: Callable[[TokenSignals], Tensor]
+    rule: TopShare | AsScored | AsGiven | LearnAndForget | TopSamples | AdaptiveThreshold
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", frozenset(self.needs))
+
+    @property
+    def scope(self) -> str:
+        """Among which tokens the score is ranked: "sample", "micro_batch", "batch" or "dataset"."""
+        return self.rule.scope
+
+    def score(self, signals: TokenSignals) -> Tensor:
+        """The score of each token, of the shape of `signals.response`.
+
+        Raises:
+            ValueError: a signal that the method needs is None, or (on a CPU; a device-side assertion elsewhere) is not
+                finite on a response token.
+        """
+        for name in sorted(self.needs):
+            value = getattr(signals, name)
+            if value is None:
+                how = f"; it needs {RECORDED[name]}" if name in RECORDED else ""
+                raise ValueError(f"method {self.name!r} needs signals.{name}, which is None{how}")
+            if value.is_floating_point():
+                _check_finite(name, value, signals.response)
+        score = self.scorer(signals)
+        _check_finite("score", score, signals.response)
+        return score
+
+    def select(self, score: Tensor, signals: TokenSignals) -> Tensor:
+        """The weight of each token by its score, float32; 0 = dropped. Weights that the data gives are factors.
+
+        Tokens to which the data gives weight 0 do not compete.
+        """
+        if signals.weight is None:
+            return self.rule(score, signals).float()
+        competing = signals.response & (signals.weight != 0)
+        weights = self.rule(score, replace(signals, response=competing))
+        return weights * signals.weight.float()
+
+    def __call__(self, signals: TokenSignals) -> Tensor:
+        """The weight of each token, float32 of the shape of `signals.response`; 0 = dropped."""
+        return self.select(self.score(signals), signals)
+
+    def count(self, response: Tensor, sample: Tensor, weight: Tensor | None = None) -> Tensor | None:
+        """What a micro-batch adds to the denominator of the loss: known before any forward, or None.
+
+        Args:
+            response, sample: as in TokenSignals.
+            weight: of the shape of `response`, what the data gives each token, prompt tokens too; None = 1.
+        """
+        if weight is None:
+            return self.rule.count(response, sample)
+        if isinstance(self.rule, AsGiven):
+            return weight.abs().sum() if self.rule.denominator == "weight" else (weight != 0).sum()
+        competing = self.rule.count(response & (weight != 0), sample)
+        return None if competing is None else competing + torch.where(response, 0, weight).abs().sum()
+
+
+def _check_finite(name: str, value: Tensor, response: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return  # a compiled graph has no place for the check
+    finite = value.isfinite() | ~response
+    if not may_read_values(value):
+        torch._assert_async(finite.all(), f"{name}: not finite on a response token")
+    elif not bool(finite.all()):
+        where = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}{where} is {float(value[tuple(where)])} on a response token; check the model's losses, the data's "
+            "weights and what was recorded"
+        )
+
+
+_METHODS: dict[str, Callable[..., SelectionMethod]] = {}
+
+
+def register(build: Callable[..., SelectionMethod]) -> Callable[..., SelectionMethod]:
+    """Makes a builder known to `get` under its function name."""
+    _METHODS[build.__name__] = build
+    return build
+
+
+def names() -> list[str]:
+    """The registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def builder(name: str) -> Callable[..., SelectionMethod]:
+    """The function that builds a method: its signature and docstring explain it.
+
+    Raises:
+        ValueError: an unknown name; says the nearest known one.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")
+    return _METHODS[name]
+
+
+def get(name: str, **parameters: object) -> SelectionMethod:
+    """Builds a method by name.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), or a parameter that the method does not have.
+    """
+    build = builder(name)
+    known = list(inspect.signature(build).parameters)
+    for unknown in sorted(set(parameters) - set(known)):
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        takes = ", ".join(known) if known else "none"
+        raise ValueError(f"method {name!r} has no parameter {unknown}{hint}; it takes: {takes}")
+    return build(**parameters)
+
+
+def describe() -> list[dict[str, str]]:
+    """A row for every method: name, score and rule, scope, parameters with their defaults, signals it needs."""
+    rows = []
+    for name in names():
+        build = _METHODS[name]
+        method = build()
+        parameters = inspect.signature(build).parameters.values()
+        rows.append(
+            {
+                "method": name,
+                "score and rule": inspect.getdoc(build).splitlines()[0],
+                "scope": method.scope,
+                "needs": ", ".join(sorted(method.needs)) or "-",
+                "parameters": ", ".join(f"{p.name}={p.default}" for p in parameters) or "-",
+            }
+        )
+    return rows
+
+
+# Baselines
+
+
+@register
+def full() -> SelectionMethod:
+    """Every response token: ordinary supervised fine-tuning."""
+    return SelectionMethod("full", (), scores.constant, AsScored())
+
+
+@register
+def random(rho: float = 0.6, seed: int = 0, scope: str = "sample") -> SelectionMethod:
+    """A seeded uniform draw, top rho: the baseline beside every result. Drawn anew each step."""
+    return SelectionMethod("random", {"key"}, lambda signals: scores.random(signals, seed), TopShare(rho, scope))
+
+
+@register
+def weighted(denominator: str = "weight") -> SelectionMethod:
+    """The weights that the data gives, per message or token, negative allowed, as they are.
+
+    Loss = Σ weight · nll / Σ |weight|, or / (tokens whose weight is not 0) with denominator="count", as weighted
+    instruction tuning has it (WIT, arXiv 2507.07817, whose weights are one number for prompt tokens and one for
+    response tokens). Where weights are given, they are factors of every other method's weights, too.
+    """
+    return SelectionMethod("weighted", (), scores.constant, AsGiven(denominator))
+
+
+# ssToken and its parts
+
+
+def _check_rel(gamma: float, rel_sign: int, rel_floor: float, rel_warmup: int, rel_scale: str, debias: str | None):
+    numbers = {"gamma": gamma, "rel_sign": rel_sign, "rel_floor": rel_floor, "rel_warmup": rel_warmup}
+    for name, value in numbers.items():
+        check_number(name, value)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1]; got {gamma}")
+    if rel_sign not in (1, -1):
+        raise ValueError(f"rel_sign must be 1 (published) or -1; got {rel_sign}")
+    if rel_floor < 0:
+        raise ValueError(f"rel_floor must not be negative (nats); got {rel_floor}")
+    if rel_warmup < 0:
+        raise ValueError(f"rel_warmup must not be negative (samples); got {rel_warmup}")
+    if rel_warmup and gamma == 1:
+        raise ValueError("rel_warmup leaves nothing to score by when gamma is 1; use gamma < 1 or rel_warmup=0")
+    if rel_scale not in ("minmax", "rank", "gate"):
+        raise ValueError(f"rel_scale must be minmax, rank or gate; got {rel_scale!r}")
+    if rel_scale == "rank" and rel_floor:
+        raise ValueError("rel_floor is not used by rel_scale='rank'; leave it at 0")
+    if debias not in (None, "uniform"):
+        raise ValueError(f"debias must be None or 'uniform'; got {debias!r}")
+
+
+def _blend(
+    name: str, rule: TopShare, gamma, rel_sign=1, rel_floor=0.0, rel_warmup=0, rel_scale="minmax", debias=None
+) -> SelectionMethod:
+    _check_rel(gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+    needs = {"nll", "history_nll"} if gamma > 0 else set()
+    if gamma < 1:
+        needs |= {"mass"} | ({"uniform_mass"} if debias else set())
+
+    def scorer(signals: TokenSignals) -> Tensor:
+        return scores.sstoken(signals, gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+
+    return SelectionMethod(name, needs, scorer, rule)
+
+
+@register
+def sstoken(
+    gamma: float = 0.5,
+    rho: float = 0.6,
+    rel_sign: int = 1,
+    rel_floor: float = 0.0,
+    rel_warmup: int = 0,
+    rel_scale: str = "minmax",
+    debias: str | None = None,
+    scope: str = "sample",
+    rho_min: float | None = None,
+    rho_max: float | None = None,
+) -> SelectionMethod:
+    """gamma · minmax(REL) + (1 - gamma) · Attn, top rho (ssToken, arXiv 2510.18250).
+
+    REL is min-maxed over the response tokens of the sample; Attn = attention mass of the token's own query row on the
+    prompt, mean over heads, not normalised. The paper uses rho 0.6, 0.8 at 14B; ceil(rho · n) tokens of a sample with n
+    are kept; the loss is the mean of the kept tokens' nll. What the published code does otherwise: the prompt is its
+    first count(-100) positions, batches without padding lose the causal mask, REL is left out for the dataset's first
+    10,000 rows, and means are taken per micro-batch (`loss_denominator="micro_batch"`).
+
+    Args:
+        gamma: weight of REL, in [0, 1]; at 0 no history is needed, at 1 no attention.
+        rho: share kept, in (0, 1].
+        rel_sign: 1 as published; -1 prefers tokens on which the model is worse than its history.
+        rel_floor: the min-max range is never taken below this, nats; with rel_scale "gate" the slack of the gate.
+        rel_warmup: samples during which only attention scores.
+        rel_scale: "minmax" (the paper), "rank" (REL and Attn by their rank in the sample, so that no outlier presses
+            the others together) or "gate" (REL only rules out tokens with rel_sign · REL < -rel_floor).
+        debias: "uniform" divides Attn by what a uniform attention would give.
+        scope: among which tokens the best are kept: "sample", "micro_batch" or "batch".
+        rho_min, rho_max: given, samples share the micro-batch's budget by the spread of their scores.
+    """
+    rule = TopShare(rho, scope, rho_min, rho_max)
+    return _blend("sstoken", rule, gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+
+
+@register
+def rel(
+    rho: float = 0.6, scope: str = "sample", rho_min: float | None = None, rho_max: float | None = None
+) -> SelectionMethod:
+    """REL, published sign, top rho (sstoken with gamma 1)."""
+    return _blend("rel", TopShare(rho, scope, rho_min, rho_max), 1.0)
+
+
+@register
+def history_excess(
+    rho: float = 0.6, scope: str = "sample", rho_min: float | None = None, rho_max: float | None = None
+) -> SelectionMethod:
+    """nll - nll_history, REL with the sign reversed, top rho.
+
+    Rho-1's excess loss (arXiv 2404.07965) with the model's own past as the reference.
+    """
+    return _blend("history_excess", TopShare(rho, scope, rho_min, rho_max), 1.0, rel_sign=-1)
+
+
+@register
+def attention(
+    rho: float = 0.6,
+    debias: str | None = None,
+    scope: str = "sample",
+    rho_min: float | None = None,
+    rho_max: float | None = None,
+) -> SelectionMethod:
+    """Attn, attention mass on the prompt, top rho (sstoken with gamma 0)."""
+    return _blend("attention", TopShare(rho, scope, rho_min, rho_max), 0.0, debias=debias)
+
+
+# With a reference model
+
+_BASE_OVER_REFERENCE = ({"base_nll", "reference_nll"}, lambda signals: signals.base_nll - signals.reference_nll)
+
+
+@register
+def rho1(rho: float = 0.6, scope: str = "batch") -> SelectionMethod:
+    """nll - nll_reference, top rho of the batch (Rho-1, arXiv 2404.07965, eq. 3).
+
+    The reference is a model trained on data of the quality wanted: history "reference", or recorded losses of one.
+    """
+    rule = TopShare(rho, scope)
+    return SelectionMethod("rho1", {"nll", "reference_nll"}, lambda s: s.nll - s.reference_nll, rule)
+
+
+@register
+def token_cleaning(rho: float = 0.6, scope: str = "dataset") -> SelectionMethod:
+    """nll_base - nll_reference, top rho of the whole dataset (token cleaning, fixed model, arXiv 2502.01968).
+
+    Both are recorded. With scope "dataset" `tokensel select` keeps floor(rho · n) of the dataset's n response tokens,
+    as the published code does; other scopes keep the ceiling.
+    """
+    rule = TopShare(rho, scope, floor=scope == "dataset")
+    return SelectionMethod(
+        "token_cleaning", {"base_nll", "reference_nll"}, lambda s: s.base_nll - s.reference_nll, rule
+    )
+
+
+@register
+def token_cleaning_iterative(rho: float = 0.6, scope: str = "dataset") -> SelectionMethod:
+    """nll_base - nll_reference, the reference being the stage before, top rho of each split (arXiv 2502.01968).
+
+    The dataset is cut into contiguous splits; split 0 is trained in full, and each later one is scored against the
+    model that came out of the split before: `examples/token_cleaning_iterative.py` runs the stages.
+    """
+    return SelectionMethod("token_cleaning_iterative", *_BASE_OVER_REFERENCE, TopShare(rho, scope))
+
+
+@register
+def forgetting(rho: float = 0.7, lambda_max: float = 0.1, lambda_steps: int = 1000) -> SelectionMethod:
+    """nll_base - nll_reference: top rho of the micro-batch learnt, the others un-learnt (arXiv 2508.04329).
+
+    Loss = mean nll of the best - λ(step) · mean nll of the others, each by its own count; λ grows linearly to
+    lambda_max in lambda_steps optimizer steps. That λ grows is published; how fast could not be verified, so both
+    numbers are parameters. At lambda_max 0 only the best are trained.
+    """
+    return SelectionMethod("forgetting", *_BASE_OVER_REFERENCE, LearnAndForget(rho, lambda_max, lambda_steps))
+
+
+# By the current model alone
+
+
+def _risk(by: str) -> tuple[set[str], Callable[[TokenSignals], Tensor]]:
+    if by not in ("nll", "entropy"):
+        raise ValueError(f"by must be 'nll' or 'entropy'; got {by!r}")
+    return {by}, lambda signals: getattr(signals, by)
+
+
+@register
+def eslm(alpha: float = 0.1, by: str = "nll") -> SelectionMethod:
+    """nll or entropy, tokens above the alpha-quantile of the micro-batch (ESLM, arXiv 2505.19893).
+
+    ceil((1 - alpha) · n) tokens: those at or above the value at risk at level alpha; of equal ones the earlier. alpha 0
+    keeps all. The published threshold keeps every tie, and so may keep more.
+
+    Args:
+        alpha: in [0, 1).
+        by: "nll" or "entropy".
+    """
+    check_number("alpha", alpha)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1), the share of tokens left out; got {alpha}")
+    share = 1 - exact_share(alpha, "alpha") if alpha else 1
+    return SelectionMethod("eslm", *_risk(by), TopShare(float(share), "micro_batch"))
+
+
+@register
+def ada_eslm(
+    alpha: float = 0.1, by: str = "nll", speed: float = 0.5, alpha_min: float = 0.01, alpha_max: float = 0.5
+) -> SelectionMethod:
+    """As eslm, alpha moving with the change of the kept tokens' mean score (Ada-ESLM, arXiv 2505.19893).
+
+    alpha <- clip(alpha · exp(-speed · ΔCVaR / CVaR), alpha_min, alpha_max) after each optimizer step: where the risk of
+    what is kept rises, more is kept. The paper's step size and evaluation interval could not be verified: speed is a
+    parameter, the interval one step.
+    """
+    return SelectionMethod("ada_eslm", *_risk(by), AdaptiveThreshold(alpha, speed, alpha_min, alpha_max))
+
+
+@register
+def dft() -> SelectionMethod:
+    """Weight p, detached, on every response token (dynamic fine-tuning, arXiv 2508.05629, eq. 9).
+
+    Loss = Σ p · nll / n over all n response tokens.
+    """
+    return SelectionMethod("dft", {"nll"}, scores.probability, AsScored())
+
+
+@register
+def profit(tau: float = 0.1) -> SelectionMethod:
+    """p, tokens with p > tau; the loss is still divided by all response tokens (ProFiT).
+
+    tau 0 is ordinary fine-tuning. The published default could not be verified.
+    """
+    check_number("tau", tau)
+    if not 0 <= tau < 1:
+        raise ValueError(f"tau must be in [0, 1), a probability; got {tau}")
+    return SelectionMethod("profit", {"nll"}, lambda s: (scores.probability(s) > tau).float(), AsScored())
+
+
+@register
+def min_k_pp(rho: float = 0.6, scope: str = "sample") -> SelectionMethod:
+    """(log p - mean) / standard deviation of log p under the prediction, top rho (Min-K%++, arXiv 2404.02936).
+
+    The statistic is published for detecting training data; ranking tokens to keep by it is ours.
+    """
+    needs = {"nll", "entropy", "logp_var"}
+    return SelectionMethod("min_k_pp", needs, scores.normalised_log_probability, TopShare(rho, scope))
+
+
+@register
+def soft_weights(temperature: float = 1.0, rel_sign: int = 1) -> SelectionMethod:
+    """Weight n · softmax(rel_sign · REL / temperature) in each sample, every token (in the style of VCORE).
+
+    The weights' mean is 1; temperature inf is ordinary fine-tuning. The published weights are of this form, with a
+    utility that could not be verified.
+    """
+    check_positive("temperature", temperature)
+    _check_rel(1.0, rel_sign, 0.0, 0, "minmax", None)
+
+    def scorer(signals: TokenSignals) -> Tensor:
+        return scores.softmax_weights(rel_sign * scores.excess_over_current(signals), signals, temperature)
+
+    return SelectionMethod("soft_weights", {"nll", "history_nll"}, scorer, AsScored())
+
+
+# With other recorded losses
+
+
+@register
+def shad_rft(temperature: float = 1.0) -> SelectionMethod:
+    """nll_shuffled > nll_base: reasoning, else boilerplate; groups weighted by loss (SHAD + RFT, arXiv 2412.14780).
+
+    Loss = Σ over the two groups of softmax(mean nll of the groups / temperature) · mean nll of the group, groups and
+    means over the micro-batch, weights detached. `shuffled` is recorded under a model trained on shuffled pairs.
+    """
+    check_positive("temperature", temperature)
+    needs = {"nll", "base_nll", "shuffled_nll"}
+    scorer = lambda s: scores.reasoning_weights(s, temperature)  # noqa: E731
+    return SelectionMethod("shad_rft", needs, scorer, AsScored(scope="micro_batch"))
+
+
+@register
+def t_shirt(rho: float = 0.5, token_share: float = 0.5, scope: str = "dataset") -> SelectionMethod:
+    """exp(mean(nll_base - nll_alone)) over a sample's most informative tokens, top rho of samples (arXiv 2506.01317).
+
+    Selects whole samples by S-IFD, whose mean runs over the token_share of tokens with the largest change. The paper's
+    hierarchical search around a sample's neighbours is not part of it, and its token share could not be verified.
+    """
+    exact_share(token_share, "token_share")
+    scorer = lambda s: scores.selective_ifd(s, token_share)  # noqa: E731
+    return SelectionMethod("t_shirt", {"base_nll", "alone_nll"}, scorer, TopSamples(rho, scope))
+
+
+@register
+def critical_tokens() -> SelectionMethod:
+    """Weight 1 - s on rejected answers, s the contrastive estimate of a token (cDPO, arXiv 2411.19943).
+
+    s = softmax(2 z_positive - z_negative) at the label, recorded as exp(-contrast_nll). Rows to which the data gives a
+    negative weight are the rejected ones; the others keep weight 1. Each sample is divided by its own length, and the
+    sum by the number of samples.
+    """
+    return SelectionMethod("critical_tokens", {"contrast_nll"}, scores.contrast_weights, AsScored(per_sample=True))
+
+
+__all__ = ["SelectionMethod", "TokenSignals", "builder", "describe", "get", "names", "register"]

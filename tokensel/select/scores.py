@@ -1,0 +1,182 @@
+"""Scorers (step 5): pure functions from token signals to a score, higher = keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokensel.documents import uniform_from_keys
+from tokensel.select.rules import top_share
+from tokensel.select.signals import TokenSignals
+
+
+def sum_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
+    """Sums `values` over the response tokens of each sample and puts the sum on each of its tokens."""
+    flat = torch.where(signals.response, values, 0).flatten()
+    return torch.zeros_like(flat).index_add(0, signals.sample.flatten(), flat)[signals.sample]
+
+
+def mean_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
+    """As `sum_per_sample`, divided by the number of response tokens."""
+    return sum_per_sample(values, signals) / sum_per_sample(torch.ones_like(values), signals).clamp(min=1)
+
+
+def minmax_per_sample(values: Tensor, signals: TokenSignals, floor: float = 0.0) -> Tensor:
+    """Maps the response tokens of each sample onto [0, 1]; other tokens get 0.
+
+    Args:
+        values: float, the shape of `signals.response`.
+        floor: the range max - min is never taken below this, so that differences which are only noise are not
+            stretched; in the units of `values`.
+    """
+    sample = signals.sample.flatten()
+    flat = values.flatten()
+    response = signals.response.flatten()
+    start = torch.full_like(flat, torch.inf)
+    low = start.scatter_reduce(0, sample, torch.where(response, flat, torch.inf), "amin")
+    high = (-start).scatter_reduce(0, sample, torch.where(response, flat, -torch.inf), "amax")
+    spread = (high - low).clamp(min=floor)[sample]
+    unit = torch.where(response & (spread > 0), (flat - low[sample]) / torch.where(spread > 0, spread, 1), 0)
+    return unit.view_as(values)
+
+
+def rank_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
+    """The share of the sample's other response tokens that lie below each one, ties counting half: in [0, 1].
+
+    Unlike min-max it does not let one outlier press all others together. A sample of one token gets 0.5.
+    """
+    flat, response = values.flatten(), signals.response.flatten()
+    N = flat.numel()
+    group = torch.where(response, signals.sample.flatten(), N)
+    order = torch.argsort(flat, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    value, group = flat[order], group[order]
+    place = torch.arange(N, device=flat.device)
+
+    def run(starts: Tensor) -> tuple[Tensor, Tensor]:
+        """(first place of the run that each entry is in, first place after it)."""
+        begin = torch.where(starts, place, 0).cummax(0).values
+        ends = torch.roll(starts, -1)
+        ends[-1:] = True
+        after = torch.where(ends, place + 1, N).flip(0).cummin(0).values.flip(0)
+        return begin, after
+
+    new_group = torch.ones(N, dtype=torch.bool, device=flat.device)
+    new_group[1:] = group[1:] != group[:-1]
+    new_value = new_group.clone()
+    new_value[1:] |= value[1:] != value[:-1]
+    (first, last), (low, high) = run(new_group), run(new_value)
+    others = last - first - 1
+    rank = torch.where(others > 0, ((low + high - 1) / 2 - first) / others.clamp(min=1), 0.5)
+    unit = torch.zeros(N, dtype=torch.float32, device=flat.device).index_put((order,), rank.float())
+    return torch.where(response, unit, 0).view_as(values)
+
+
+def excess_over_current(signals: TokenSignals) -> Tensor:
+    """Retrospective excess loss, REL_i = nll_history_i - nll_current_i, nats (ssToken, arXiv 2510.18250).
+
+    Large means that the model has already improved on the token.
+    """
+    return signals.history_nll - signals.nll
+
+
+def attention(signals: TokenSignals, debias: str | None = None) -> Tensor:
+    """Attention mass on the prompt; `debias="uniform"` divides by the mass of a uniform attention."""
+    if debias is None:
+        return signals.mass
+    return torch.where(signals.uniform_mass > 0, signals.mass / signals.uniform_mass, 0)
+
+
+def sstoken(
+    signals: TokenSignals,
+    gamma: float,
+    rel_sign: int = 1,
+    rel_floor: float = 0.0,
+    rel_warmup: int = 0,
+    rel_scale: str = "minmax",
+    debias: str | None = None,
+) -> Tensor:
+    """gamma · scale(rel_sign · REL) + (1 - gamma) · Attn (arXiv 2510.18250); a part with weight 0 is not read.
+
+    scale is min-max (the paper) or rank over the response tokens of a sample; "gate" is 1 where rel_sign · REL
+    >= -rel_floor and 0 elsewhere, so that REL only rules out. Ranked, Attn is ranked too, or it would weigh less.
+    During the first `rel_warmup` samples the REL part is left out.
+    """
+    score = torch.zeros(signals.response.shape, dtype=torch.float32, device=signals.response.device)
+    if gamma > 0 and signals.samples_seen >= rel_warmup:
+        rel = rel_sign * excess_over_current(signals)
+        if rel_scale == "minmax":
+            rel = minmax_per_sample(rel, signals, rel_floor)
+        else:
+            rel = rank_per_sample(rel, signals) if rel_scale == "rank" else (rel >= -rel_floor).float()
+        score = score + gamma * rel
+    if gamma < 1:
+        mass = attention(signals, debias)
+        score = score + (1 - gamma) * (rank_per_sample(mass, signals) if rel_scale == "rank" else mass)
+    return score
+
+
+def random(signals: TokenSignals, seed: int) -> Tensor:
+    """Seeded uniform in [0, 1): a function of (token's document and place, seed, step) and of nothing else."""
+    return uniform_from_keys(signals.key, seed * 1_000_003 + signals.step)
+
+
+def constant(signals: TokenSignals) -> Tensor:
+    """1 for every token."""
+    return torch.ones(signals.response.shape, dtype=torch.float32, device=signals.response.device)
+
+
+def probability(signals: TokenSignals) -> Tensor:
+    """p of the label under the current model."""
+    return torch.exp(-signals.nll)
+
+
+def normalised_log_probability(signals: TokenSignals) -> Tensor:
+    """(log p - mean) / standard deviation of log p under the prediction, Min-K%++ (arXiv 2404.02936, eq. 3).
+
+    The mean of log p under p is minus the entropy. 0 where the prediction has no spread.
+    """
+    sigma = signals.logp_var.sqrt()
+    return torch.where(sigma > 0, (signals.entropy - signals.nll) / torch.where(sigma > 0, sigma, 1), 0)
+
+
+def reasoning_weights(signals: TokenSignals, temperature: float) -> Tensor:
+    """Weights of SHAD + RFT (arXiv 2412.14780): tokens whose loss rises under a model of shuffled pairs are reasoning.
+
+    With n_g tokens and mean current loss l_g in each of the two groups, the weight of group g is
+    softmax(l / temperature)_g and each of its tokens carries n / n_g of it, so that the loss divided by the n response
+    tokens is Σ_g weight_g · l_g. Groups are those of the micro-batch; an empty group has no weight.
+    """
+    reasoning = signals.response & (signals.shuffled_nll - signals.base_nll > 0)
+    groups = torch.stack([reasoning, signals.response & ~reasoning])  # (2, ...)
+    sizes = groups.flatten(1).sum(1)
+    loss = torch.where(groups, signals.nll, 0).flatten(1).sum(1) / sizes.clamp(min=1)
+    weight = torch.softmax(torch.where(sizes > 0, loss / temperature, -torch.inf), 0)
+    each = torch.where(sizes > 0, weight * signals.response.sum() / sizes.clamp(min=1), 0)  # (2,)
+    return torch.where(reasoning, each[0], each[1])
+
+
+def selective_ifd(signals: TokenSignals, token_share: float) -> Tensor:
+    """S-IFD of T-SHIRT (arXiv 2506.01317), a score of the sample on each of its tokens.
+
+    IFD = exp(mean(nll(y | x) - nll(y))); the selective one takes the mean over the ceil(token_share · n) response
+    tokens of the sample whose |nll(y | x) - nll(y)| is largest.
+    """
+    change = signals.base_nll - signals.alone_nll
+    informative = top_share(change.abs(), signals.response, signals.sample, token_share)
+    total = sum_per_sample(torch.where(informative, change, 0), signals)
+    return torch.exp(total / sum_per_sample(informative.to(change.dtype), signals).clamp(min=1))
+
+
+def softmax_weights(values: Tensor, signals: TokenSignals, temperature: float) -> Tensor:
+    """n · softmax(values / temperature) over the n response tokens of each sample: mean weight 1, all 1 as it grows."""
+    sample, flat = signals.sample.flatten(), torch.where(signals.response, values, -torch.inf).flatten()
+    high = torch.full_like(flat, -torch.inf).scatter_reduce(0, sample, flat, "amax")[sample].view_as(values)
+    e = torch.where(signals.response, ((values - high) / temperature).exp(), 0)
+    return torch.where(signals.response, e / mean_per_sample(e, signals), 0)
+
+
+def contrast_weights(signals: TokenSignals) -> Tensor:
+    """1 - exp(-contrast_nll) on tokens to which the data gives a negative weight (on all, where it gives none)."""
+    weight = -torch.expm1(-signals.contrast_nll)
+    return weight if signals.weight is None else torch.where(signals.weight < 0, weight, 1)

@@ -1,0 +1,226 @@
+"""Instruction data whose noise is known token by token, a tokenizer, a small model and a trainer that counts what it
+kept of the noise: all made here, seeded.
+
+Where noise was planted, how much of it a method keeps can be counted instead of guessed.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokensel.trainer import SelectiveTrainer
+
+NOISE_KINDS = ("none", "boilerplate", "random", "mixed", "swapped")
+RANDOM_SHARE = 0.3  # of the response tokens of a row with random noise
+
+_NAMES = "Ada Ben Chloe Dario Elif Farah Goran Hana Ivo Jun Kofi Lena Mara Nils Oya Pia Ravi Sora Tom Uma".split()
+_THINGS = "apples pencils stamps marbles ribbons candles postcards buttons lemons shells coins seeds".split()
+_BOILERPLATE = (
+    "As always, please remember to check every detail with a qualified expert before you act on it.",
+    "Thank you for reaching out today; we hope that this reply has been of great value to you.",
+    "For more information, kindly visit our help pages or contact the friendly support team.",
+)
+
+
+def make_rows(n: int, seed: int) -> list[dict]:
+    """n rows of {"prompt", "completion"}: small worked problems whose answers follow from their prompts."""
+    rng = random.Random(seed)
+    tasks = (_shopping, _sorting, _sequence, _sharing, _conversion)
+    return [dict(zip(("prompt", "completion"), rng.choice(tasks)(rng), strict=True)) for _ in range(n)]
+
+
+def _shopping(rng: random.Random) -> tuple[str, str]:
+    name, thing, a, b = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 12), rng.randint(2, 9)
+    return (
+        f"{name} buys {a} {thing} at {b} euros each. What does {name} pay?\n",
+        f"{name} buys {a} {thing}. Each one costs {b} euros. {a} times {b} is {a * b}. {name} pays {a * b} euros.",
+    )
+
+
+def _sorting(rng: random.Random) -> tuple[str, str]:
+    numbers = rng.sample(range(1, 60), rng.randint(3, 5))
+    low, high = sorted(numbers), max(numbers)
+    listed = ", ".join(map(str, numbers))
+    return (
+        f"Sort these numbers from small to large: {listed}.\n",
+        f"The smallest is {low[0]}. The largest is {high}. In order they are {', '.join(map(str, low))}.",
+    )
+
+
+def _sequence(rng: random.Random) -> tuple[str, str]:
+    start, step = rng.randint(1, 20), rng.randint(2, 9)
+    terms = [start + i * step for i in range(6)]
+    return (
+        f"Continue the sequence {terms[0]}, {terms[1]}, {terms[2]}.\n",
+        f"From {terms[0]} to {terms[1]} it grows by {step}. The next terms are {terms[3]}, {terms[4]}, {terms[5]}.",
+    )
+
+
+def _sharing(rng: random.Random) -> tuple[str, str]:
+    name, other, thing = *rng.sample(_NAMES, 2), rng.choice(_THINGS)
+    had, gave = rng.randint(8, 30), rng.randint(1, 7)
+    return (
+        f"{name} has {had} {thing} and gives {gave} of them to {other}. How many {thing} are left?\n",
+        f"{name} starts with {had} {thing}. {other} gets {gave} of them. {had} minus {gave} is {had - gave}. "
+        f"{name} has {had - gave} {thing} left.",
+    )
+
+
+def _conversion(rng: random.Random) -> tuple[str, str]:
+    unit, small, factor = rng.choice((("hours", "minutes", 60), ("metres", "centimetres", 100), ("weeks", "days", 7)))
+    n = rng.randint(2, 12)
+    return (
+        f"How many {small} are {n} {unit}?\n",
+        f"There are {factor} {small} in one of the {unit}. {n} times {factor} is {n * factor}. "
+        f"So {n} {unit} are {n * factor} {small}.",
+    )
+
+
+def make_tokenizer(rows: list[dict], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `rows`, with <pad>, <s> (put in front) and </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # the boilerplate too, so that a planted sentence is as many tokens as any other
+    texts = [row["prompt"] + row["completion"] for row in rows] + list(_BOILERPLATE)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int,
+) -> LlamaForCausalLM:
+    """A random Llama for `tokenizer`, float32, with at most 512 positions."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden_size,
+                intermediate_size=hidden_size * 8 // 3,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                max_position_embeddings=512,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+def plant_noise(
+    rows: list[dict], tokenizer: PreTrainedTokenizerFast, *, kind: str, share: float, seed: int
+) -> list[dict]:
+    """Encodes rows and plants noise in their responses.
+
+    Args:
+        rows: as `make_rows` makes them.
+        kind: "boilerplate" puts one of three fixed sentences between two sentences of the response, "random" replaces
+            30 % of the response tokens by uniformly drawn ones (never special), "mixed" does both, "swapped" gives the
+            row another row's whole response, "none" does nothing.
+        share: of the rows that get each kind, in [0, 1].
+        seed: of every draw.
+    Returns:
+        Rows of `input_ids`, `labels` (-100 on the prompt) and `noise` (1 on planted tokens), lists of one length.
+    Raises:
+        ValueError: an unknown kind, or a share outside [0, 1].
+    """
+    if kind not in NOISE_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(NOISE_KINDS)}; got {kind!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1]; got {share}")
+    rng = random.Random(seed)
+    planted = []
+    for number, row in enumerate(rows):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        pieces = [(row["completion"], 0)]
+        if kind in ("boilerplate", "mixed") and rng.random() < share:
+            sentences = row["completion"].split(". ")
+            cut = len(". ".join(sentences[: rng.randint(1, max(1, len(sentences) - 1))])) + 1
+            sentence = " " + rng.choice(_BOILERPLATE)
+            pieces = [(row["completion"][:cut], 0), (sentence, 1), (row["completion"][cut:], 0)]
+        if kind == "swapped" and rng.random() < share:
+            other = (number + rng.randrange(1, len(rows))) % len(rows)
+            pieces = [(rows[other]["completion"], 1)]
+        response, noise = [], []
+        for text, is_noise in pieces:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            response += ids
+            noise += [is_noise] * len(ids)
+        if kind in ("random", "mixed") and rng.random() < share:
+            specials = len(tokenizer.all_special_ids)
+            for place in rng.sample(range(len(response)), round(RANDOM_SHARE * len(response))):
+                response[place], noise[place] = rng.randrange(specials, len(tokenizer)), 1
+        response.append(tokenizer.eos_token_id)
+        planted.append(
+            {
+                "input_ids": prompt + response,
+                "labels": [-100] * len(prompt) + response,
+                "noise": [0] * len(prompt) + noise + [0],
+            }
+        )
+    return planted
+
+
+class NoiseCollator:
+    """Pads the column `noise`, the known positions of planted tokens, beside what another collator makes."""
+
+    def __init__(self, collator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[dict]) -> dict:
+        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
+        noise = [torch.tensor(f["noise"]) for f in features]
+        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
+        return batch
+
+
+class PlantedNoiseTrainer(SelectiveTrainer):
+    """Counts over the whole training: planted tokens, those of them that were kept, and all that were dropped."""
+
+    planted = noise_kept = dropped = 0
+
+    def compute_loss(self, model, inputs, **kwargs):
+        self._noise = inputs.pop("noise").bool()
+        return super().compute_loss(model, inputs, **kwargs)
+
+    def record_selection(self, inputs, output) -> None:
+        super().record_selection(inputs, output)
+        noise = self._noise & output.response
+        self.planted += int(noise.sum())
+        self.noise_kept += int((noise & (output.weights > 0)).sum())
+        self.dropped += int((output.response & (output.weights <= 0)).sum())
+
+
+@torch.no_grad()
+def held_out_nll(trainer: SelectiveTrainer, rows) -> float:
+    """Mean negative log-likelihood of the response tokens of clean rows, nats."""
+    collate = DataCollatorForSeq2Seq(trainer.processing_class, return_tensors="pt")
+    patched, total, count = trainer.model._tokensel_patched, 0.0, 0
+    trainer.model.eval()
+    for first in range(0, len(rows), 32):
+        batch = collate([rows[i] for i in range(first, min(first + 32, len(rows)))]).to(trainer.args.device)
+        labels = batch.pop("labels")
+        nll = patched.token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, labels)
+        total, count = total + float(nll.sum()), count + int((labels[:, 1:] != -100).sum())
+    return total / count
