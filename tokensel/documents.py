@@ -1,16 +1,146 @@
 """What a token belongs to: its document, its turn, the prompt before it.
 
-Everything here is read from `labels` (`-100` = not a response token), the padding mask and the packing
-boundaries; all tensors are [B, S] and label-aligned. No function makes the host wait for the device.
+`BatchLayout.from_batch` reads it once a micro-batch from `labels` (`-100` = not a response token), the padding mask
+and the packing boundaries, and is handed along. All tensors are [B, S] and label-aligned. Nothing but
+`host_documents` makes the host wait for the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 PROMPTS = ("all", "first", "context")
+
+
+def to_rows(x: Tensor, last: float) -> Tensor:
+    """Label-aligned [B, S] to row-aligned: entry t, the row that predicts token t + 1, speaks of that token."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=last)
+
+
+def to_labels(x: Tensor) -> Tensor:
+    """Row-aligned [B, S] to label-aligned; nothing predicts the first token, which gets 0."""
+    return torch.nn.functional.pad(x[:, :-1], (1, 0))
+
+
+class HostDocuments(NamedTuple):
+    """The documents of a batch, on the CPU: n documents, t valid tokens, in batch order."""
+
+    valid: Tensor  # [B, S] bool
+    response: Tensor  # (t,) bool
+    position: Tensor  # (t,) place of the token in its document
+    document: Tensor  # (t,) number of its document, in [0, n)
+    keys: Tensor  # (n,) int64, `document_keys`
+    lengths: Tensor  # (n,) int64
+
+
+@dataclass(eq=False)
+class BatchLayout:
+    """What every token of a micro-batch belongs to; made once from the batch, handed along. Tensors are [B, S].
+
+    Attributes:
+        input_ids: int64 token ids.
+        labels: int64, -100 where a token is not a response.
+        segment_ids: int64 packing boundaries, a new number where a document begins; None = one document a row.
+        key_mask: bool, False on padding; None = no padding.
+        sample: int64, `document_index`.
+        predictable: bool, tokens that another token of their document stands before.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor | None
+    key_mask: Tensor | None
+    sample: Tensor
+    predictable: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> BatchLayout:
+        """Reads `input_ids` and `labels`, and `attention_mask` and `position_ids` where the batch has them.
+
+        By the rule of transformers' masks, positions that restart mean packed documents only where there is no 2-D
+        mask; with one, the model itself would let documents see each other, which is refused.
+
+        Raises:
+            ValueError: a mask that is not [B, S], or packed documents under a mask (a device-side assertion
+                elsewhere than on a CPU).
+        """
+        attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
+        if attention_mask is None:
+            segments = None if position_ids is None else segments_from_positions(position_ids)
+            return cls.of_segments(batch["input_ids"], batch["labels"], segments, None)
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask must be [B, S] (1 = token, 0 = padding); got {list(attention_mask.shape)}"
+            )
+        mask = attention_mask.bool()
+        if position_ids is not None:
+            _refuse_packing_under_mask(position_ids, mask)
+        return cls.of_segments(batch["input_ids"], batch["labels"], None, mask)
+
+    @classmethod
+    def of_segments(
+        cls, input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None, key_mask: Tensor | None
+    ) -> BatchLayout:
+        """From packing boundaries and a padding mask that are known already."""
+        predictable = torch.ones_like(labels, dtype=torch.bool)
+        predictable[:, :1] = False
+        if segment_ids is not None:
+            predictable[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
+        if key_mask is not None:
+            predictable[:, 1:] &= key_mask[:, 1:] & key_mask[:, :-1]
+        sample = document_index(torch.zeros_like(labels) if segment_ids is None else segment_ids)
+        return cls(input_ids, labels, segment_ids, key_mask, sample, predictable)
+
+    @property
+    def response(self) -> Tensor:
+        """The tokens that compete, bool. A document's first token is never one: nothing predicts it."""
+        return (self.labels != IGNORE_INDEX) & self.predictable
+
+    def positions(self) -> Tensor:
+        """`positions_in_document`."""
+        return positions_in_document(self.input_ids, self.segment_ids, self.key_mask)
+
+    def token_keys(self) -> Tensor:
+        """`token_keys`."""
+        return token_keys(self.input_ids, self.segment_ids, self.key_mask)
+
+    def prompt_keys(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        """`prompt_keys`, among the competing responses."""
+        return prompt_keys(torch.where(self.response, self.labels, IGNORE_INDEX), prompt, self.segment_ids)
+
+    @cached_property
+    def host_documents(self) -> HostDocuments:
+        """The documents, on the CPU; waits for the device."""
+        input_ids, labels = self.input_ids.cpu(), self.labels.cpu()
+        segment_ids = None if self.segment_ids is None else self.segment_ids.cpu()
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if self.key_mask is None else self.key_mask.cpu().bool()
+        sample = self.sample.cpu()[valid]
+        _, document, lengths = sample.unique_consecutive(return_inverse=True, return_counts=True)
+        position = positions_in_document(input_ids, segment_ids, valid)[valid]
+        # A document's first token is predicted from nothing, so it never is a response, whatever its label:
+        # packing collators set it to -100 and padding collators do not.
+        response = (labels[valid] != IGNORE_INDEX) & (position > 0)
+        keys = document_keys(input_ids, segment_ids, valid)[valid][position == 0]
+        return HostDocuments(valid, response, position, document, keys, lengths)
+
+
+def _refuse_packing_under_mask(position_ids: Tensor, mask: Tensor) -> None:
+    restarts = (position_ids[:, 1:] <= position_ids[:, :-1]) & mask[:, 1:] & mask[:, :-1]
+    one_document_a_row = ~restarts.any()
+    if mask.device.type != "cpu":
+        torch._assert_async(one_document_a_row, "position_ids restart although attention_mask is given")
+    elif not bool(one_document_a_row):
+        raise ValueError(
+            "position_ids restart inside a row although attention_mask is given: the packed documents would see "
+            "each other. Leave attention_mask out of packed batches"
+        )
 
 
 def segments_from_positions(position_ids: Tensor) -> Tensor:
