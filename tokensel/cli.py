@@ -507,7 +507,7 @@ def kernels(arch: str, json_file: str | None) -> list[dict]:
     from tqdm.auto import tqdm
 
     from tokensel.ops.checks import AUTO_RULE
-    from tokensel.report.page import format_table
+    from tokensel.report import format_table
     from tokensel_kernels import compiled, roofline
 
     reports = list(tqdm(compiled.reports(arch), desc=f"compile for {arch}", unit="kernel"))
@@ -530,7 +530,7 @@ def list_methods(argv: list[str]) -> None:
     import inspect
 
     from tokensel import methods
-    from tokensel.report.page import format_table
+    from tokensel.report import format_table
 
     if not argv:
         columns = ("method", "scope", "needs", "score and rule")
@@ -549,7 +549,7 @@ def report(argv: list[str]) -> Path:
     """Draws runs that were trained with --record_samples as one self-contained page -> its path."""
     from argparse import ArgumentParser
 
-    from tokensel.report.page import write_selection_page
+    from tokensel.report import write_selection_page
     from tokensel.report.watch import load_run
 
     parser = ArgumentParser(prog="tokensel report", description=report.__doc__)

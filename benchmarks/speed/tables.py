@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.cases import MODELS
-from tokensel.report.page import format_table
+from tokensel.report import format_table
 
 BEGIN, END = "<!-- benchmarks: written by `make bench` -->", "<!-- /benchmarks -->"
 MAIN = {"attention_mass": "CPU-sized"}  # the model whose lengths are compared on a CPU

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tokensel.report.page import format_table, plot_rel, write_selection_page
+from tokensel.report import format_table, plot_rel, write_selection_page
 
 FIELDS = ("tokens", "response", "kept", "weight", "score", "nll", "history_nll", "rel", "mass", "rank", "noise")
 
@@ -200,6 +200,13 @@ def test_hostile_text_in_title_table_and_notes_stays_text(tmp_path):
     assert page.tags == clean.tags
     assert page.text.count(HOSTILE) == 5  # <title>, <h1>, head, cell, note
     assert html.escape(HOSTILE) in text and "<img" not in text
+
+
+@pytest.mark.parametrize("name", ["title", "table", "data"])
+def test_text_that_looks_like_a_place_to_fill_stays_text(tmp_path, name):
+    place = "{{" + name + "}}"
+    page, _ = write(tmp_path, [make_run(place)], title=place, table=[{place: place}], notes=[place])
+    assert page.data[0]["name"] == place and page.text.count(place) == 5
 
 
 def test_script_puts_tokens_on_the_page_as_text_only(tmp_path):

@@ -7,7 +7,7 @@ import re
 import pytest
 from browser import ALT, CHROMIUM, CONTROL, META, SHIFT, Browser
 
-from tokensel.report.page import write_selection_page
+from tokensel.report import write_selection_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 

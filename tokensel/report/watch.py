@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from tokensel.history import RecordedLosses, RecordedWeights
-from tokensel.report.page import TOKEN_FIELDS
+from tokensel.report import TOKEN_FIELDS
 
 SELECTION_FILE = "selection.jsonl"
 # columns of a row; the last are the documents of one that TRL packed
@@ -37,7 +37,7 @@ def selected_samples(trainer: Trainer, rows: dict[int, dict]) -> list[dict]:
         rows: by their number, which the title says, as the training set has them; `noise` (0 or 1 a token), if
             there, is passed on.
     Returns:
-        For each row the lists of `tokensel.report.page.TOKEN_FIELDS`, an entry a token, and a title. Ranks are within the
+        For each row the lists of `tokensel.report.TOKEN_FIELDS`, an entry a token, and a title. Ranks are within the
         row. Weights are what the loss multiplies a token by, before its denominator; prompt tokens have None.
     """
     collate = RecordedLosses(trainer.data_collator, trainer.recorded)
@@ -199,7 +199,7 @@ def _damaged(file: Path, line: int, what: str) -> ValueError:
 
 
 def load_run(folder: Path) -> dict:
-    """A run as `tokensel.report.page.write_selection_page` takes it: its last samples, and curves over the training.
+    """A run as `tokensel.report.write_selection_page` takes it: its last samples, and curves over the training.
 
     "kept_by_position" is of the samples shown. "signal_agreement" and "churn" leave out what was recorded before
     training: with a recorded history REL is only rounding then, and so is a choice by it.
