@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokensel
-from tokensel.step import responses
+from tokensel.documents import BatchLayout
 
 backend = "nccl" if torch.cuda.is_available() else "gloo"
 dist.init_process_group(backend)
@@ -39,7 +39,8 @@ for step in range(20):
     labels[:, :16] = -100  # the prompt is not learnt
 
     # one denominator for all ranks: how many tokens they will keep together, known before the forward
-    kept = method.count(*responses(labels)).double()
+    layout = BatchLayout.from_batch({"input_ids": ids, "labels": labels})
+    kept = method.count(layout.response, layout.sample).double()
     dist.all_reduce(kept)
     output = model(input_ids=ids, labels=labels, selection=tokensel.Selection(method, denominator=kept, step=step))
     (output.loss * ranks).backward()  # FSDP averages gradients over ranks, the denominator is global already

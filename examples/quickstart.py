@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
 from tokensel import cli, planted, report
 from tokensel.arguments import SelectiveTrainingArguments
-from tokensel.data import encode_rows, load_rows
+from tokensel.data import SelectionCollator, encode_rows, load_rows
 from tokensel.report.watch import selected_samples
-from tokensel.testing import NoiseCollator, PlantedNoiseTrainer, held_out_nll
+from tokensel.testing import PlantedNoiseTrainer, held_out_nll
 from tokensel.trainer import SelectiveTrainer
 
 METHODS = ("full", "random", "sstoken", "history_excess")
@@ -133,7 +133,7 @@ def main() -> None:
         trainer = PlantedNoiseTrainer(
             AutoModelForCausalLM.from_pretrained(out / "base"),
             arguments,
-            data_collator=NoiseCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")),
+            data_collator=SelectionCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"), columns=("noise",)),
             train_dataset=noisy,
             processing_class=tokenizer,
         )

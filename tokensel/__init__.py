@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from tokensel import _moved
 from tokensel.ops.loss import selected_cross_entropy
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
-from tokensel.ops.stats import TokenStats, token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
+from tokensel.ops.stats import token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
+from tokensel.ops.token_stats import TokenStats
 from tokensel.select import methods
-from tokensel.select.methods import SelectionMethod
+from tokensel.select.method import SelectionMethod
 from tokensel.select.signals import TokenSignals
 
 if TYPE_CHECKING:

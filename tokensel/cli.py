@@ -434,7 +434,7 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     """Fine-tunes with token selection and saves the model (or adapter) to `output_dir` -> the metrics."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
-    from tokensel.data import WeightsCollator
+    from tokensel.data import SelectionCollator
     from tokensel.trainer import SelectiveTrainer
 
     arguments.build_method()  # a wrong name should not have to wait for the model to load
@@ -476,7 +476,7 @@ def train(settings: RunArguments, arguments) -> dict[str, float]:
     trainer = SelectiveTrainer(
         model,
         arguments,
-        data_collator=WeightsCollator(collator),
+        data_collator=SelectionCollator(collator),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,

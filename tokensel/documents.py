@@ -103,6 +103,11 @@ class BatchLayout:
         """The tokens that compete, bool. A document's first token is never one: nothing predicts it."""
         return (self.labels != IGNORE_INDEX) & self.predictable
 
+    @property
+    def response_labels(self) -> Tensor:
+        """`labels` of the tokens that compete, -100 elsewhere."""
+        return torch.where(self.response, self.labels, IGNORE_INDEX)
+
     def positions(self) -> Tensor:
         """`positions_in_document`."""
         return positions_in_document(self.input_ids, self.segment_ids, self.key_mask)
@@ -113,7 +118,7 @@ class BatchLayout:
 
     def prompt_keys(self, prompt: str) -> tuple[Tensor, Tensor | None]:
         """`prompt_keys`, among the competing responses."""
-        return prompt_keys(torch.where(self.response, self.labels, IGNORE_INDEX), prompt, self.segment_ids)
+        return prompt_keys(self.response_labels, prompt, self.segment_ids)
 
     @cached_property
     def host_documents(self) -> HostDocuments:

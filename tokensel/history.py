@@ -21,72 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokensel.documents import IGNORE_INDEX, document_keys, positions_in_document, segments_from_positions
-from tokensel.model import PatchedModel, apply_to, remove, unwrap
+from tokensel.documents import BatchLayout
+from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
 from tokensel.ops.checks import check_number
-from tokensel.store import HistoryStore, tokenizer_fingerprint
-
-
-class RecordedLosses:
-    """A data collator that adds recorded losses [B, S] from stores to what another collator makes.
-
-    Looking up by document hash happens on the loader's side, where token ids are still on the host.
-    """
-
-    def __init__(self, collator: Callable[[list], dict], stores: dict[str, HistoryStore]) -> None:
-        """Args: stores: by the name of the signal that they hold, "history_nll" or another of `RECORDED`."""
-        self.collator, self.stores = collator, stores
-
-    def __call__(self, features: list) -> dict:
-        batch = self.collator(features)
-        segments, mask = segments_and_mask(batch.get("attention_mask"), batch.get("position_ids"))
-        where = {"segment_ids": segments, "key_mask": mask}
-        for name, store in self.stores.items():
-            batch[name] = store.lookup(batch["input_ids"], batch["labels"], **where)
-        return batch
-
-
-class RecordedWeights:
-    """A data collator that brings the weights of a store into `token_weights` [B, S], as factors on response tokens."""
-
-    def __init__(self, collator: Callable[[list], dict], store: HistoryStore) -> None:
-        self.collator, self.store = collator, store
-
-    def __call__(self, features: list) -> dict:
-        batch = self.collator(features)
-        segments, mask = segments_and_mask(batch.get("attention_mask"), batch.get("position_ids"))
-        weights = self.store.lookup(batch["input_ids"], batch["labels"], segment_ids=segments, key_mask=mask)
-        given = batch.get("token_weights")
-        if given is not None:  # a weight on a prompt token trains it, whatever was selected of the response
-            weights = torch.where(batch["labels"] == IGNORE_INDEX, given, given * weights)
-        batch["token_weights"] = weights
-        return batch
-
-
-def segments_and_mask(
-    attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(packing boundaries or None, padding mask or None), by the rule of transformers' masks.
-
-    Positions that restart mean packed documents only where there is no 2-D mask; with one, the model itself would
-    let documents see each other, which is refused.
-    """
-    if attention_mask is None:
-        return (None if position_ids is None else segments_from_positions(position_ids)), None
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [B, S] (1 = token, 0 = padding); got {list(attention_mask.shape)}")
-    mask = attention_mask.bool()
-    if position_ids is not None:
-        restarts = (position_ids[:, 1:] <= position_ids[:, :-1]) & mask[:, 1:] & mask[:, :-1]
-        together = ~restarts.any()
-        if mask.device.type != "cpu":
-            torch._assert_async(together, "position_ids restart although attention_mask is given")
-        elif not bool(together):
-            raise ValueError(
-                "position_ids restart inside a row although attention_mask is given: the packed documents would see "
-                "each other. Leave attention_mask out of packed batches"
-            )
-    return None, mask
+from tokensel.store import tokenizer_fingerprint
 
 
 class LiveHistory:
@@ -95,7 +33,7 @@ class LiveHistory:
     Attributes:
         signal: name of the TokenSignals field that it answers for.
         shares_head: whether its head is the current model's, so that one launch serves both; it then has
-            `hidden(patched, batch) -> [B, S, D]`, and otherwise `token_nll(batch, labels, impl) -> [B, S]`, nats.
+            `hidden(patched, batch) -> [B, S, D]`, and otherwise `token_nll(layout, batch, impl) -> [B, S]`, nats.
     """
 
     signal: str = "history_nll"
@@ -141,19 +79,14 @@ class AdapterOff(LiveHistory):
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """The model is its history inside: adapters disabled, eval mode, no gradient."""
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False
         for switch in self.switches:
             switch._disable_adapters = True
         try:
-            with torch.no_grad():
+            with eval_mode(self.model), torch.no_grad():
                 yield
         finally:
             for switch in self.switches:
                 switch._disable_adapters = False
-            for module in training:
-                module.training = True
 
 
 def _adapter_layers(model: nn.Module, name: str, instead: str) -> list[nn.Module]:
@@ -208,8 +141,9 @@ class OtherModel(LiveHistory):
                     setattr(module, name, buffer.to(self.device))
             cpu_offload(self.model, execution_device=self.device, state_dict=self.model.state_dict())
 
-    def token_nll(self, batch: dict, labels: Tensor, impl: str = "auto") -> Tensor:
-        """Negative log-likelihood of label-aligned `labels` [B, S], nats, 0 where ignored -> [B, S]."""
+    def token_nll(self, layout: BatchLayout, batch: dict, impl: str = "auto") -> Tensor:
+        """Negative log-likelihood of the response tokens, nats, 0 elsewhere -> [B, S]."""
+        labels = layout.response_labels
         there = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
         return self.patched.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
 
@@ -377,30 +311,31 @@ class LastSeen(LiveHistory):
 
     def __init__(self) -> None:
         self._seen: dict[int, Tensor] = {}  # by document key; a loss for each token, NaN where it was no response
-        self._visits: list[tuple] = []  # (batch, losses [B, S]) since the last optimizer step
+        self._visits: list[tuple[BatchLayout, Tensor]] = []  # (layout, losses [B, S]) since the last optimizer step
 
-    def token_nll(self, batch: dict, labels: Tensor, impl: str = "auto") -> Tensor:
-        """What is known of each token, [B, S] float; NaN where nothing is. Waits for the device, for the token ids."""
-        valid, keys, lengths = _documents_on_host(batch)
-        unknown = torch.tensor(torch.nan)
-        parts = [self._seen.get(key, unknown.expand(n)) for key, n in zip(keys, lengths, strict=True)]
-        values = torch.cat([unknown.expand(0), *parts])
-        found = torch.full(valid.shape, torch.nan, dtype=values.dtype).masked_scatter_(valid, values)
-        return found.to(labels.device, non_blocking=True)
+    def token_nll(self, layout: BatchLayout, batch: dict, impl: str = "auto") -> Tensor:
+        """What was seen of each token, [B, S] float; NaN where nothing was. Waits for the device, for the token ids."""
+        documents = layout.host_documents
+        lengths = documents.lengths.tolist()
+        unseen = torch.tensor(torch.nan)
+        parts = [self._seen.get(key, unseen.expand(n)) for key, n in zip(documents.keys.tolist(), lengths, strict=True)]
+        values = torch.cat([unseen.expand(0), *parts])
+        nll = torch.full(documents.valid.shape, torch.nan, dtype=values.dtype).masked_scatter_(documents.valid, values)
+        return nll.to(layout.labels.device, non_blocking=True)
 
-    def visit(self, batch: dict, labels: Tensor, known: Tensor, nll: Tensor, remember: bool) -> Tensor:
-        """Notes the current losses [B, S] and returns `known` with them where nothing is known."""
+    def visit(self, layout: BatchLayout, seen: Tensor, nll: Tensor, remember: bool) -> Tensor:
+        """Notes the current losses [B, S] and returns `seen` with them where nothing was seen."""
         if remember:
-            inputs = {name: batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-            self._visits.append((inputs, torch.where(labels != IGNORE_INDEX, nll.detach(), torch.nan)))
-        return torch.where(known.isnan(), nll, known)
+            self._visits.append((layout, torch.where(layout.response, nll.detach(), torch.nan)))
+        return torch.where(seen.isnan(), nll, seen)
 
     def after_step(self, gather: Callable[[list], list] = list) -> None:
         """What was seen in this step, on every rank: in the next epoch a document may come to another one."""
         seen = []
-        for batch, nll in self._visits:
-            valid, keys, lengths = _documents_on_host(batch)
-            seen += zip(keys, (part.clone() for part in nll.cpu()[valid].split(lengths)), strict=True)
+        for layout, nll in self._visits:
+            documents = layout.host_documents
+            parts = nll.cpu()[documents.valid].split(documents.lengths.tolist())
+            seen += zip(documents.keys.tolist(), (part.clone() for part in parts), strict=True)
         self._visits = []
         self._seen.update(gather(seen))
 
@@ -415,19 +350,6 @@ class LastSeen(LiveHistory):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         parts = state["nll"].split(state["length"].tolist())
         self._seen = dict(zip(state["key"].tolist(), parts, strict=True))
-
-
-def _documents_on_host(batch: dict) -> tuple[Tensor, list[int], list[int]]:
-    """(valid tokens [B, S] on the CPU, and of each document in their order its key and its number of tokens)."""
-    names = ("input_ids", "attention_mask", "position_ids")
-    input_ids, padding, positions = (None if batch.get(n) is None else batch[n].cpu() for n in names)
-    segments, mask = segments_and_mask(padding, positions)
-    position = positions_in_document(input_ids, segments, mask)
-    valid = position >= 0
-    starts = position[valid] == 0
-    keys = document_keys(input_ids, segments, mask)[valid][starts]
-    ends = torch.cat([starts.nonzero()[:, 0], valid.sum()[None]])
-    return valid, keys.tolist(), ends.diff().tolist()
 
 
 def live_history(settings, model: nn.Module, tokenizer, needs: Iterable[str], sharded: bool) -> LiveHistory | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import torch
 from torch import Tensor
@@ -70,3 +71,10 @@ def selection_metrics(s: dict[str, float]) -> dict[str, float]:
         metrics["prompt_mass"] = s["mass"] / n
     metrics["constant_score_share"] = s["constant"] / s["samples"]
     return metrics
+
+
+def peak_memory_mib(device: str | torch.device) -> float:
+    """Peak of this process so far: allocated on a GPU, resident elsewhere. MiB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

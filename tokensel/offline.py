@@ -108,9 +108,9 @@ def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, l
             models = (hidden, weight), (negative_hidden, negative_weight)
             return token_stats_contrast(*models, following, bias=bias, impl=impl, **positive.head_options).nll
 
-        return negative.call_head(with_negative, negative_hidden)
+        return negative.with_whole_head(with_negative, negative_hidden)
 
-    nll = positive.call_head(contrast, positive.backbone(inputs))
+    nll = positive.with_whole_head(contrast, positive.backbone(inputs))
     return nn.functional.pad(nll[:, :-1], (1, 0))
 
 

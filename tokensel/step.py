@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from tokensel.documents import (
-    IGNORE_INDEX,
-    PROMPTS,
-    document_index,
-    positions_in_document,
-    prompt_keys,
-    token_keys,
-)
-from tokensel.history import LastSeen, LiveHistory, segments_and_mask
+from tokensel.capture import Captured
+from tokensel.documents import IGNORE_INDEX, PROMPTS, BatchLayout, to_labels, to_rows
+from tokensel.history import LastSeen, LiveHistory
 from tokensel.model import PatchedModel
 from tokensel.ops.loss import selected_cross_entropy
-from tokensel.ops.prompt_mass import HEAD_WEIGHTS, prompt_attention_mass, uniform_prompt_mass
+from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
 from tokensel.ops.stats import token_stats, token_stats_pair
-from tokensel.parallel import mean_over_ranks, replicated_as
+from tokensel.ops.vocab_parallel import replicated_as
+from tokensel.parallel import mean_over_ranks
 from tokensel.select.methods import SelectionMethod
 from tokensel.select.signals import RECORDED, TokenSignals
 
@@ -58,30 +55,6 @@ class SelectionOutput(ModelOutput):
     correct: Tensor | None = None
 
 
-def responses(
-    labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(response [B, S] bool, sample [B, S] int64): the tokens that compete, and the document each belongs to.
-
-    A document's first token is never one: nothing predicts it.
-    """
-    segments, _ = segments_and_mask(attention_mask, position_ids)
-    segments = torch.zeros_like(labels) if segments is None else segments
-    return (labels != IGNORE_INDEX) & predictable(attention_mask, position_ids, labels), document_index(segments)
-
-
-def predictable(attention_mask: Tensor | None, position_ids: Tensor | None, like: Tensor) -> Tensor:
-    """Tokens that another token of their document stands before: [B, S] bool, the shape of `like`."""
-    segments, mask = segments_and_mask(attention_mask, position_ids)
-    found = torch.ones_like(like, dtype=torch.bool)
-    found[:, :1] = False
-    if segments is not None:
-        found[:, 1:] = segments[:, 1:] == segments[:, :-1]
-    if mask is not None:
-        found[:, 1:] &= mask[:, 1:] & mask[:, :-1]
-    return found
-
-
 @dataclass
 class Selection:
     """How to select in a step; pass it to a patched model: `model(**batch, selection=Selection(...)).loss`.
@@ -95,7 +68,6 @@ class Selection:
             position before, which predicts it.
         prompt: which keys are prompt: "all", "first" or "context" (`tokensel.documents.prompt_keys`).
         sink: the first tokens of each document that do not count as prompt (attention sinks stay in the denominator).
-        head_weights: how heads count in the mass, "mean" or "entropy" (`prompt_attention_mass`).
         step, samples_seen: optimizer steps and samples done, for seeded draws and `rel_warmup`.
         impl: of statistics, mass and loss.
         score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
@@ -110,7 +82,6 @@ class Selection:
     row: str = "token"
     prompt: str = "all"
     sink: int = 0
-    head_weights: str = "mean"
     step: int = 0
     samples_seen: int = 0
     impl: str = "auto"
@@ -124,8 +95,6 @@ class Selection:
                 f"method {self.method.name!r} ranks the whole dataset: run `tokensel select --method "
                 f"{self.method.name}` and train with --method weighted on its output, or set scope='batch'"
             )
-        if self.head_weights not in HEAD_WEIGHTS:
-            raise ValueError(f"head_weights must be one of {', '.join(HEAD_WEIGHTS)}; got {self.head_weights!r}")
         if self.sink < 0:
             raise ValueError(f"sink must not be negative (tokens); got {self.sink}")
         if self.row not in ROWS:
@@ -138,20 +107,26 @@ class Selection:
                 "token stands before that answer; use row='token' or prompt='all'"
             )
 
-    def __call__(self, patched: PatchedModel, **batch: Tensor) -> SelectionOutput:
-        """Runs the step inside the model's forward. batch: input_ids, labels, and what else the model takes; perhaps
-        recorded losses (`tokensel.select.signals.RECORDED`) and `token_weights`, all [B, S] and label-aligned."""
+    def __call__(
+        self, patched: PatchedModel, layout: BatchLayout | None = None, **batch: Tensor | None
+    ) -> SelectionOutput:
+        """Runs the step inside the model's forward.
+
+        Args:
+            layout: of the batch, where somebody has made it already.
+            batch: input_ids, labels, and what else the model takes; perhaps recorded losses
+                (`tokensel.select.signals.RECORDED`) and `token_weights`, all [B, S] and label-aligned.
+        """
         # 1. batch: token ids, labels, padding or packing boundaries, perhaps recorded losses and weights
-        labels, given, chosen = (batch.pop(name, None) for name in ("labels", "token_weights", "chosen_weights"))
+        layout = BatchLayout.from_batch(batch) if layout is None else layout
+        _, given, chosen = (batch.pop(name, None) for name in ("labels", "token_weights", "chosen_weights"))
         losses = {name: batch.pop(name) for name in RECORDED if name in batch}
-        input_ids, padding, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-        response, sample = responses(labels, padding, positions)
-        labels = torch.where(response, labels, IGNORE_INDEX)  # (B, S)
+        response = layout.response  # (B, S)
+        trained_labels = layout.response_labels
         if given is not None:  # prompt tokens that the data gives a weight are trained, too, but do not compete
-            given = torch.where(predictable(padding, positions, input_ids), given, 0)
-        trained = response if given is None else response | (given != 0)
-        predicted = torch.where(response, labels, torch.where(trained, input_ids, IGNORE_INDEX))
-        next_labels = _left(predicted, IGNORE_INDEX)  # row t predicts token t + 1
+            given = torch.where(layout.predictable, given, 0)
+            trained_labels = torch.where(~response & (given != 0), layout.input_ids, trained_labels)
+        next_labels = to_rows(trained_labels, IGNORE_INDEX)
 
         # 2. history forward, only if the history is live and the method looks at it
         history_hidden = None
@@ -159,94 +134,78 @@ class Selection:
             if self.history.shares_head:
                 history_hidden = self.history.hidden(patched, batch)  # (B, S, D)
             else:
-                losses[self.history.signal] = self.history.token_nll(batch, labels, self.impl)  # (B, S)
+                losses[self.history.signal] = self.history.token_nll(layout, batch, self.impl)  # (B, S)
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
-        with patched.capture() as captured:
+        with patched.attention.armed() as captured:
             hidden, router_loss = patched.backbone_and_router_loss(batch)  # (B, S, D)
-            signals = self._signals_beside_loss(captured, input_ids, labels, response, sample, padding, positions)
+            signals = self._signals_beside_losses(layout, captured)
 
-        def statistics_to_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
+        def score_keep_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
             head = {"bias": bias, "impl": self.impl, **patched.head_options}
             # 4. token statistics of both models, without logits
-            moments = {"entropy": self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))}
+            entropy = self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))
             if history_hidden is None:
-                stats = token_stats(hidden, weight, next_labels, **head, **moments)
+                stats = token_stats(hidden, weight, next_labels, entropy=entropy, **head)
             else:
                 models = (hidden, weight), (replicated_as(hidden, history_hidden), weight)
-                stats, old = token_stats_pair(*models, next_labels, **head, **moments)
-                losses[self.history.signal] = _right(old.nll)
+                stats, history_stats = token_stats_pair(*models, next_labels, entropy=entropy, **head)
+                losses[self.history.signal] = to_labels(history_stats.nll)
             if isinstance(self.history, LastSeen) and self.history.signal in losses:
-                known, now = losses[self.history.signal], _right(stats.nll)
+                seen, nll = losses[self.history.signal], to_labels(stats.nll)
                 training = patched.model.training and not self.score_only
-                losses[self.history.signal] = self.history.visit(batch, labels, known, now, remember=training)
+                losses[self.history.signal] = self.history.visit(layout, seen, nll, remember=training)
             # 5. scores
-            measured = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
-            measured = {name: _right(value) for name, value in measured.items() if value is not None}
-            known = TokenSignals(response, sample, weight=given, **measured, **losses, **signals)
-            score = self.method.score(known)
+            fields = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
+            measured = {name: to_labels(value) for name, value in fields.items() if value is not None}
+            tokens = TokenSignals(response, layout.sample, weight=given, **measured, **losses, **signals)
+            score = self.method.score(tokens)
             # 6. keep
-            weights = self.method.select(score, known) if chosen is None else chosen
+            weights = self.method.select(score, tokens) if chosen is None else chosen
             if given is not None:
                 weights = torch.where(response, weights, given)
             # 7. loss on kept rows
             loss = None
             if not self.score_only:
-                keep = _left(weights, 0)
-                denominator = self._denominator(response, sample, given, weights)
+                denominator = self._denominator(layout, given, weights)
+                keep = to_rows(weights, 0)
                 loss = selected_cross_entropy(
                     hidden, weight, next_labels, keep, stats=stats, denominator=denominator, **head
                 )
                 if router_loss is not None:
                     loss = loss + self.router_share * router_loss
-            found = {"nll": known.nll, "history_nll": known.history_nll, "mass": known.mass}
+            shown = {"nll": tokens.nll, "history_nll": tokens.history_nll, "mass": tokens.mass}
             if self.token_metrics:
-                found |= {"entropy": known.entropy, "correct": _right(stats.correct)}
-            return SelectionOutput(loss, weights, response, sample, score, **found)
+                shown |= {"entropy": tokens.entropy, "correct": to_labels(stats.correct)}
+            return SelectionOutput(loss, weights, response, layout.sample, score, **shown)
 
-        return patched.call_head(statistics_to_loss, hidden)
+        return patched.with_whole_head(score_keep_and_loss, hidden)
 
-    def _denominator(self, response: Tensor, sample: Tensor, given: Tensor | None, weights: Tensor) -> Tensor | float:
+    def _denominator(self, layout: BatchLayout, given: Tensor | None, weights: Tensor) -> Tensor | float:
         if self.denominator is not None:
             return self.denominator
-        count = self.method.count(response, sample, given)
+        count = self.method.count(layout.response, layout.sample, given)
         return weights.abs().sum() if count is None else count
 
-    def _signals_beside_loss(self, captured, input_ids, labels, response, sample, padding, positions) -> dict:
+    def _signals_beside_losses(self, layout: BatchLayout, captured: Callable[[], list[Captured]]) -> dict[str, Any]:
         """The signals that do not come from the head: attention mass, its uniform value, token keys, progress."""
-        signals: dict = {"step": self.step, "samples_seen": self.samples_seen}
-        segments, mask = segments_and_mask(padding, positions)
+        signals: dict[str, Any] = {"step": self.step, "samples_seen": self.samples_seen}
         if "key" in self.method.needs:
-            signals["key"] = token_keys(input_ids, segments, mask)
+            signals["key"] = layout.token_keys()
         if "mass" in self.method.needs:
-            prompt, turns = prompt_keys(labels, self.prompt, segments)
+            prompt, turns = layout.prompt_keys(self.prompt)
             if self.sink:
-                prompt = prompt & (positions_in_document(input_ids, segments, mask) >= self.sink)
-            masks = {"key_mask": mask, "segment_ids": segments, "turn_ids": turns}
+                prompt = prompt & (layout.positions() >= self.sink)
+            masks = {"key_mask": layout.key_mask, "segment_ids": layout.segment_ids, "turn_ids": turns}
             predictor = self.row == "predictor"
-            queries = _left(response, False) if predictor else response
+            queries = to_rows(layout.response, False) if predictor else layout.response
             mass, uniform = [], []
             for layer in captured():
-                if layer.group is not None and self.head_weights != "mean":
-                    raise ValueError(
-                        f"head_weights={self.head_weights!r} is not supported where ranks share the heads of a layer; "
-                        "use head_weights='mean'"
-                    )
-                options = {**masks, **layer.options, "head_weights": self.head_weights, "impl": self.impl}
+                options = {**masks, **layer.options, "impl": self.impl}
                 heads = prompt_attention_mass(layer.q, layer.k, prompt, query_mask=queries, **options)
                 mass.append(mean_over_ranks(heads, layer.group))
                 uniform.append(uniform_prompt_mass(prompt, window=layer.options["window"], **masks))
             for name, values in (("mass", mass), ("uniform_mass", uniform)):
                 mean = torch.stack(values).mean(0)  # over layers, (B, S)
-                signals[name] = _right(mean) if predictor else mean
+                signals[name] = to_labels(mean) if predictor else mean
         return signals
-
-
-def _left(x: Tensor, last: float) -> Tensor:
-    """Label-aligned [B, S] to row-aligned: entry t speaks of token t + 1."""
-    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], last)], dim=1)
-
-
-def _right(x: Tensor) -> Tensor:
-    """Row-aligned [B, S] to label-aligned; nothing predicts the first token, which gets 0."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)

@@ -182,19 +182,6 @@ def plant_noise(
     return planted
 
 
-class NoiseCollator:
-    """Pads the column `noise`, the known positions of planted tokens, beside what another collator makes."""
-
-    def __init__(self, collator) -> None:
-        self.collator = collator
-
-    def __call__(self, features: list[dict]) -> dict:
-        batch = self.collator([{k: v for k, v in f.items() if k != "noise"} for f in features])
-        noise = [torch.tensor(f["noise"]) for f in features]
-        batch["noise"] = torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)
-        return batch
-
-
 class PlantedNoiseTrainer(SelectiveTrainer):
     """Counts over the whole training: planted tokens, those of them that were kept, and all that were dropped."""
 

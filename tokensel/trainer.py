@@ -6,6 +6,7 @@ the batch, the history and the denominator to it, and logs what came out.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -21,14 +22,15 @@ from transformers.trainer_utils import has_length
 
 from tokensel import methods
 from tokensel.arguments import SelectionArguments, parse_recorded, refuse_contradictions, refuse_other_losses
-from tokensel.documents import IGNORE_INDEX
-from tokensel.history import RecordedLosses, RecordedWeights, live_history
+from tokensel.data.collators import SelectionCollator
+from tokensel.documents import IGNORE_INDEX, BatchLayout
+from tokensel.history import live_history
 from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
-from tokensel.model import apply_to, refuse_patched
+from tokensel.model import apply_to, eval_mode, refuse_patched
 from tokensel.parallel import check_ranks_agree
 from tokensel.report.watch import SampleRecorder
 from tokensel.select.signals import RECORDED, TokenSignals
-from tokensel.step import Selection, SelectionOutput, predictable, responses
+from tokensel.step import Selection, SelectionOutput
 from tokensel.store import HistoryStore, content_of
 
 STATE_FILE = "selection_state.safetensors"
@@ -80,8 +82,8 @@ class TokenSelectionMixin:
             raise ValueError(
                 f"recorded and history={settings.history!r} both give {self.live_history.signal}; drop one"
             )
-        known = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
-        for name in sorted(self.method.needs & RECORDED.keys() - known):
+        available = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
+        for name in sorted(self.method.needs & RECORDED.keys() - available):
             raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
         self._refuse_data_without_prompt()
         self.selection(None)  # refuses settings that contradict each other before anything is loaded
@@ -113,27 +115,26 @@ class TokenSelectionMixin:
         data = self.train_dataset
         if "mass" not in self.method.needs or not hasattr(data, "__getitem__"):
             return
-        found = 0
-        for i in range(min(rows, len(data))):  # one row, wherever there are prompts
+        checked = min(rows, len(data))
+        for i in range(checked):  # one row, wherever there are prompts
             row = data[i]
             labels = row.get("labels") if isinstance(row, Mapping) else None
             if labels is None or IGNORE_INDEX in labels[1:]:
                 return
-            found += 1
-        if found:
+        if checked:
             raise ValueError(
-                f"method {self.args.method!r} measures attention to the prompt, but the first {found} rows of the "
+                f"method {self.args.method!r} measures attention to the prompt, but the first {checked} rows of the "
                 f"training data have none: no label is {IGNORE_INDEX}. Mask the prompt (with TRL: prompt-completion "
                 "rows, or chats with assistant_only_loss=True), or choose a method without attention"
             )
 
+    def recorded_collator(self) -> SelectionCollator:
+        """The data collator, with what was recorded of the rows beside it."""
+        return SelectionCollator(self.data_collator, columns=(), losses=self.recorded, weights=self.given_weights)
+
     def get_train_dataloader(self):
         """The base trainer's, with recorded losses and weights beside each batch."""
-        collator = self.data_collator
-        if self.recorded:
-            self.data_collator = RecordedLosses(self.data_collator, self.recorded)
-        if self.given_weights is not None:
-            self.data_collator = RecordedWeights(self.data_collator, self.given_weights)
+        collator, self.data_collator = self.data_collator, self.recorded_collator()
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -150,19 +151,20 @@ class TokenSelectionMixin:
         "batch" scores all micro-batches first, and each takes along what was chosen of it.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # what the tokens belong to is worked out once, here, and handed along with the batch
+        batches = [batch | {"layout": BatchLayout.from_batch(batch)} for batch in map(self._prepare_inputs, batches)]
         total = torch.zeros((), dtype=torch.float64, device=device)
         if self.method.scope == "batch":
             batches = self._choose_across(batches)
         for b in batches:
-            response, sample = responses(b["labels"], b.get("attention_mask"), b.get("position_ids"))
-            given = b.get("token_weights")
+            layout, given = b["layout"], b.get("token_weights")
             if given is not None:
-                given = torch.where(predictable(b.get("attention_mask"), b.get("position_ids"), given), given, 0)
+                given = torch.where(layout.predictable, given, 0)
             if "chosen_weights" in b:
-                prompts = 0 if given is None else torch.where(response, 0, given).abs().sum()
+                prompts = 0 if given is None else torch.where(layout.response, 0, given).abs().sum()
                 total += b["chosen_weights"].abs().sum() + prompts
             else:
-                total += self.method.count(response, sample, given).to(device)
+                total += self.method.count(layout.response, layout.sample, given).to(device)
         if self.args.loss_denominator == "micro_batch":
             return batches, None
         return batches, self.accelerator.gather(total).sum()
@@ -170,34 +172,31 @@ class TokenSelectionMixin:
     @torch.no_grad()
     def _choose_across(self, batches: list[dict]) -> list[dict]:
         """Ranks the tokens of all micro-batches and ranks together: one more forward of each, without gradient."""
-        model, prepared, scored = self.model_wrapped, [], []
-        training = [m for m in model.modules() if m.training]
+        model, scored = self.model_wrapped, []
         self._set_signature_columns_if_needed()
-        model.eval()  # dropout must not choose
-        for batch in batches:
-            prepared.append(self._prepare_inputs(batch))
-            inputs = {k: v for k, v in prepared[-1].items() if k in self._signature_columns or k in RECORDED}
-            with self.compute_loss_context_manager():
-                scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
-        for module in training:
-            module.training = True
+        names = {*self._signature_columns, *RECORDED, "layout"}
+        with eval_mode(model):  # dropout must not choose
+            for batch in batches:
+                inputs = {name: value for name, value in batch.items() if name in names}
+                with self.compute_loss_context_manager():
+                    scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
         # in the order in which one process would see them (micro-batch, rank, row), so that ties end alike
         width = torch.tensor([max(o.score.numel() for o in scored)], device=self.args.device)
         width = int(self.accelerator.gather(width).max())
         everybody = {}
         for name in ("score", "response", "sample", "weight"):
             parts = []
-            for batch, output in zip(prepared, scored, strict=True):
+            for batch, output in zip(batches, scored, strict=True):
                 part = batch.get("token_weights", torch.ones_like(output.score)) if name == "weight" else output[name]
                 parts.append(nn.functional.pad(part.flatten(), (0, width - part.numel())))  # with False and 0
             everybody[name] = self.accelerator.gather(torch.stack(parts)[None]).transpose(0, 1)  # (batch, rank, token)
-        batches, ranks, _ = everybody["score"].shape
-        first = width * torch.arange(batches * ranks, device=self.args.device).view(batches, ranks, 1)
+        shape = *everybody["score"].shape[:2], 1  # (batch, rank, 1)
+        first = width * torch.arange(math.prod(shape), device=self.args.device).view(shape)
         signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
         weights = self.method.select(everybody["score"], signals)[:, self.accelerator.process_index]
         return [
             batch | {"chosen_weights": row[: output.score.numel()].view_as(output.score)}
-            for batch, row, output in zip(prepared, weights, scored, strict=True)
+            for batch, row, output in zip(batches, weights, scored, strict=True)
         ]
 
     def selection(self, denominator: Tensor | None) -> Selection:
@@ -212,7 +211,6 @@ class TokenSelectionMixin:
             row=settings.row,
             prompt=settings.prompt,
             sink=settings.sink,
-            head_weights=settings.head_weights,
             step=self.state.global_step,
             samples_seen=self.state.global_step * samples_per_step,
             impl=settings.impl,
@@ -249,7 +247,7 @@ class TokenSelectionMixin:
             self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
 
     def _selection_state(self) -> dict[str, Tensor]:
-        parts = {"history": self.live_history, "selector": self.method.rule}
+        parts = {"history": self.live_history, "rule": self.method.rule}
         return {
             f"{part}.{name}": tensor
             for part, owner in parts.items()
@@ -266,13 +264,14 @@ class TokenSelectionMixin:
             )
         with safe_open(file, "pt") as saved:
             made = saved.metadata()
-            state = {name: saved.get_tensor(name) for name in saved.keys()}
+            # 0.1 called a rule a selector
+            state = {name.replace("selector.", "rule.", 1): saved.get_tensor(name) for name in saved.keys()}
         for name, value in settings.items():
             if made[name] != value:
                 raise ValueError(
                     f"{file} was made with {name}={made[name]!r}, this run has {value!r}; resume with that"
                 )
-        for part, owner in (("history", self.live_history), ("selector", self.method.rule)):
+        for part, owner in (("history", self.live_history), ("rule", self.method.rule)):
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
             if own:
                 owner.load_state_dict(own)

@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from tokensel import TokenSignals, apply_to, methods, remove
 from tokensel.arguments import SelectiveTrainingArguments
-from tokensel.data import WeightsCollator
+from tokensel.data import SelectionCollator
 from tokensel.documents import token_keys
 from tokensel.select.signals import RECORDED
 from tokensel.store import HistoryStore, HistoryWriter, content_of
 from tokensel.testing import (
-    NoiseCollator,
     PlantedNoiseTrainer,
     held_out_nll,
     make_model,
@@ -74,7 +73,7 @@ def train(model, tokenizer, rows, *, steps: int, rate: float, seed: int, method=
         remove_unused_columns=False,
         **settings,
     )
-    collator = NoiseCollator(WeightsCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")))
+    collator = SelectionCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"), ("token_weights", "noise"))
     trainer = PlantedNoiseTrainer(
         model, arguments, data_collator=collator, train_dataset=rows, processing_class=tokenizer
     )

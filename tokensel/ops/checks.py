@@ -1,9 +1,10 @@
 """Argument checks shared by the public functions: one sentence that names the argument, what was expected,
-what was found and, where there is one, the fix."""
+what was given and, where there is one, the fix."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
-def check_shape(name: str, value: Tensor, shape: tuple[int, ...], like: str) -> None:
+def check_shape(name: str, value: Tensor, shape: Sequence[int], like: str) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)} ({like}); got {list(value.shape)}")
 
@@ -92,17 +93,21 @@ def may_read_values(like: Tensor) -> bool:
     return like.device.type == "cpu" or os.environ.get("TOKENSEL_CHECK") == "1"
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
-    """int64 labels of `shape`, each in [0, vocabulary) or `ignore_index`.
+def check_labels(labels: Tensor, shape: Sequence[int]) -> None:
+    """int64 labels of `shape`."""
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
+    check_shape("labels", labels, shape, "one label a row")
+
+
+def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Labels in [0, vocabulary) or `ignore_index`.
 
     The range is checked at once on a CPU or with TOKENSEL_CHECK=1, else by an asynchronous device-side assertion, so
     that the host never waits for the device. A compiled graph has no place for it. Whatever the labels are, no
     implementation but `reference` reads memory by them without a mask: a label that no logit has gives nll = inf.
     """
-    check_tensor("labels", labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
-    check_shape("labels", labels, shape, "one label a row")
     if torch.compiler.is_compiling():
         return
     inside = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))

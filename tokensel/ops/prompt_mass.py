@@ -7,10 +7,9 @@ from torch import Tensor
 
 from tokensel.ops import reference
 from tokensel.ops.checks import check_positive, check_same_device, check_shape, check_tensor, resolve_impl
+from tokensel.ops.operators import custom_operator
+from tokensel.ops.score_blocks import score_blocks
 
-# A block of scores is [group · rows, keys] float32 of one key head; 2 MiB stay near the cache.
-_BLOCK_ELEMENTS = 2 * 2**20 // 4
-HEAD_WEIGHTS = ("mean", "entropy")
 FUSED_HEAD_SIZE = 256  # the largest that the kernels are compiled and tested for
 
 
@@ -29,7 +28,6 @@ def prompt_attention_mass(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
-    head_weights: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
     """Mean over heads of the causal attention probability that each query puts on prompt keys.
@@ -50,14 +48,10 @@ def prompt_attention_mass(
         softcap: scores become softcap · tanh(score / softcap).
         window: a query sees the last `window` keys, itself included; None means all.
         sinks: [Hq] logits that add to every row's denominator only.
-        head_weights: "mean", every head counts the same, or "entropy": at each query, head h counts
-            w_h = 1 - H_h / log n, where n is the number of visible keys and H_h the entropy (nats) of the head's
-            softmax over them, without its sink. A head that looks at one key counts 1, one that looks at all alike 0;
-            where all count 0, or one key is visible, it is the plain mean. Needs all visible keys, so no `lse`.
     Returns:
         [B, S] float32 (float64 for float64 inputs) in [0, 1]; 0 on rows that are not asked for or see no key.
     Raises:
-        TypeError, ValueError: the argument, what was expected and what was found.
+        TypeError, ValueError: the argument, what was expected and what was given.
     """
     check_tensor("q", q, floating=True)
     check_tensor("k", k, floating=True)
@@ -84,10 +78,6 @@ def prompt_attention_mass(
         check_shape("lse", check_tensor("lse", lse, floating=True), (B, Hq, S), "[B, Hq, S]")
     if sinks is not None:
         check_shape("sinks", check_tensor("sinks", sinks, floating=True), (Hq,), "[Hq]")
-    if head_weights not in HEAD_WEIGHTS:
-        raise ValueError(f"head_weights must be one of {', '.join(HEAD_WEIGHTS)}; got {head_weights!r}")
-    if lse is not None and head_weights == "entropy":
-        raise ValueError("head_weights='entropy' needs the scores of all visible keys; leave lse out")
     check_positive("softcap", softcap)
     check_positive("window", window)
     masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
@@ -106,13 +96,21 @@ def prompt_attention_mass(
     turn_ids = None if turn_ids is None else _run_start(turn_ids, position)
     key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
     query_mask = ~prompt_mask & key_mask if query_mask is None else query_mask & key_mask
-    # torch.compile sees one operator; eager code needs none, and can be looked into
-    compute = torch.ops.tokensel.prompt_mass if torch.compiler.is_compiling() else _compute_mass
     masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
     with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
-        return compute(q, k, *masks, lse, float(scale), softcap, window, sinks, head_weights, impl)
+        return _compute_mass(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
 
 
+def _empty_mass(q: Tensor, k: Tensor, prompt_mask: Tensor, *_: object) -> Tensor:
+    return torch.empty(prompt_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+
+
+@custom_operator(
+    "prompt_mass",
+    "(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_ids, "
+    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
+    fake=_empty_mass,
+)
 def _compute_mass(
     q: Tensor,
     k: Tensor,
@@ -126,14 +124,13 @@ def _compute_mass(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
-    head_weights: str,
     impl: str,
 ) -> Tensor:
     """The mass of checked arguments; ids are the positions where their runs begin."""
     B, _, S, _ = q.shape
     if impl == "reference":
         masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
-        return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks, head_weights)
+        return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks)
     if impl == "fused":
         from tokensel_kernels.attention_mass import attention_mass
 
@@ -141,93 +138,62 @@ def _compute_mass(
         low = torch.zeros_like(position) if segment_ids is None else segment_ids
         low = low if window is None else torch.maximum(low, position - window + 1)
         prompt_end = torch.full_like(position, S) if turn_ids is None else turn_ids
-        masks = (prompt_mask, query_mask, key_mask, low, prompt_end)
-        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "by_entropy": head_weights == "entropy"}
-        return attention_mass(q, k, *masks, lse=lse, **options)
+        bounds = (prompt_mask, query_mask, key_mask, low, prompt_end)
+        fused: Tensor = attention_mass(q, k, *bounds, lse=lse, scale=scale, softcap=softcap, sinks=sinks)
+        return fused
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
-        pick = [None if t is None else t[b] for t in (segment_ids, turn_ids, lse)]
-        mass[b] = _chunked_row(
-            q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b], *pick, scale, softcap, window, sinks, head_weights
-        )
+        ids = [None if t is None else t[b] for t in (segment_ids, turn_ids, lse)]
+        rows = (q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b])
+        mass[b] = _chunked_row(*rows, *ids, scale, softcap, window, sinks)
     return mass
 
 
-_mass_operator = torch.library.custom_op(
-    "tokensel::prompt_mass",
-    _compute_mass,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_ids, "
-    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str head_weights, "
-    "str impl) -> Tensor",
-)
-
-
-@_mass_operator.register_fake
-def _(q, k, prompt_mask, *_):
-    return torch.empty(prompt_mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-
-
 def _chunked_row(
-    q, k, prompt, queries, keys, segments, turns, lse, scale, softcap, window, sinks, head_weights
+    q: Tensor,
+    k: Tensor,
+    prompt: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    segments: Tensor | None,
+    turns: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Mass of one sequence. q (Hq, S, d), k (Hk, S, d); masks and ids (S,); lse (Hq, S) or None -> (S,)."""
-    Hq, S, d = q.shape
-    Hk = k.shape[0]
-    G = Hq // Hk
+    Hq, S, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.zeros(S, dtype=dtype, device=q.device)
-    weighted, weights = torch.zeros_like(mass), torch.zeros_like(mass)  # of "entropy"
     rows = queries.nonzero()[:, 0]
     # With the denominator given, only prompt columns matter; without it, every valid key does.
     columns = ((keys & prompt) if lse is not None else keys).nonzero()[:, 0]
-    if len(rows) == 0 or len(columns) == 0:
-        return mass
-    R = max(1, _BLOCK_ELEMENTS // (G * len(columns)))
-    for head in range(Hk):
-        k_head = k[head, columns].to(dtype)  # (C, d)
-        heads = slice(head * G, (head + 1) * G)
-        for i in rows.split(R):
-            # causality: no column after the chunk's last row can be seen
-            last = int(torch.searchsorted(columns, i[-1], right=True))
-            if last == 0:
-                continue
-            j = columns[:last]  # (C,)
-            visible = j[None, :] <= i[:, None]  # (R, C)
-            if window is not None:
-                visible &= i[:, None] - j[None, :] < window
-            if segments is not None:
-                visible &= segments[i][:, None] == segments[j][None, :]
-            rows_q = q[heads, i].to(dtype).reshape(-1, d) * scale
-            z = (rows_q @ k_head[:last].T).view(G, len(i), last)  # (G, R, C)
-            if softcap is not None:
-                z.div_(softcap).tanh_().mul_(softcap)
-            if lse is None:
-                z.masked_fill_(~visible, -torch.inf)
-                log_all = z.logsumexp(-1) if head_weights == "entropy" or sinks is not None else None  # (G, R)
-            else:
-                log_all = lse[heads, i].to(dtype)
-            if head_weights == "entropy":
-                log_p = torch.where(visible & log_all.isfinite()[..., None], z - log_all[..., None], 0)
-                entropy = -(log_p.exp() * log_p).sum(-1)  # (G, R); a key that is not seen adds exp(0) · 0
-                count = visible.sum(-1).to(dtype)  # (R,)
-                weight = torch.where(count > 1, 1 - entropy / count.clamp(min=2).log(), 0).clamp_(min=0)
-            if log_all is None:  # PyTorch's softmax goes over a row while it is in the nearest cache
-                p = torch.softmax(z, -1, out=z).masked_fill_(~visible, 0)  # a row that sees nothing has no mass
-            else:
-                log_all = log_all if sinks is None else torch.logaddexp(log_all, sinks[heads].to(dtype)[:, None])
-                log_all = torch.where(log_all.isfinite(), log_all, torch.inf)
-                p = z.masked_fill_(~visible, -torch.inf).sub_(log_all[..., None]).exp_()
-            if turns is None:
-                head_mass = p @ prompt[j].to(dtype)  # (G, R)
-            else:
-                other_turn = prompt[j] & (turns[i][:, None] != turns[j][None, :])
-                head_mass = p.mul_(other_turn).sum(-1)
-            mass[i] += head_mass.sum(0) / Hq
-            if head_weights == "entropy":
-                weighted[i] += (weight * head_mass).sum(0)
-                weights[i] += weight.sum(0)
-    return torch.where(weights > 0, weighted / weights, mass)
+    for heads, i, j, z in score_blocks(q, k, rows, columns, scale, softcap, in_order=True):
+        visible = j[None, :] <= i[:, None]  # (R, C)
+        if window is not None:
+            visible &= i[:, None] - j[None, :] < window
+        if segments is not None:
+            visible &= segments[i][:, None] == segments[j][None, :]
+        if lse is not None:
+            log_all = lse[heads, i].to(dtype)  # (G, R)
+        else:
+            z.masked_fill_(~visible, -torch.inf)
+            log_all = None if sinks is None else z.logsumexp(-1)
+        if log_all is None:  # PyTorch's softmax goes over a row while it is in the nearest cache
+            p = torch.softmax(z, -1, out=z).masked_fill_(~visible, 0)  # a row that sees nothing has no mass
+        else:
+            log_all = log_all if sinks is None else torch.logaddexp(log_all, sinks[heads].to(dtype)[:, None])
+            log_all = torch.where(log_all.isfinite(), log_all, torch.inf)
+            p = z.masked_fill_(~visible, -torch.inf).sub_(log_all[..., None]).exp_()
+        if turns is None:
+            head_mass = p @ prompt[j].to(dtype)  # (G, R)
+        else:
+            earlier_turn = prompt[j] & (turns[i][:, None] != turns[j][None, :])
+            head_mass = p.mul_(earlier_turn).sum(-1)
+        mass[i] += head_mass.sum(0) / Hq
+    return mass
 
 
 def uniform_prompt_mass(

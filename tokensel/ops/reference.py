@@ -72,12 +72,8 @@ def prompt_mass(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
-    head_weights: str,
 ) -> Tensor:
-    """Mean over heads of the attention probability on prompt keys: [B, Hq, S, d], [B, Hk, S, d] -> [B, S].
-
-    "entropy": head h counts w_h = 1 - H_h / log n, H_h the entropy of its softmax over the n visible keys, no sink.
-    """
+    """Mean over heads of the attention probability on prompt keys: [B, Hq, S, d], [B, Hk, S, d] -> [B, S]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     z = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))  # (B, Hq, S, S)
@@ -85,8 +81,6 @@ def prompt_mass(
         z = softcap * torch.tanh(z / softcap)
     visible = visible_keys(key_mask, segment_ids, window)  # (B, S, S)
     z = z.masked_fill(~visible[:, None], -torch.inf)
-    p = torch.softmax(z, dim=-1).nan_to_num(0.0)
-    entropy = torch.special.entr(p).sum(-1)  # (B, Hq, S)
     if sinks is not None:  # a sink only adds to the denominator
         z = torch.cat([z, sinks.to(dtype)[None, :, None, None].expand(*z.shape[:3], 1)], dim=-1)
     p = torch.softmax(z, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]  # a row that sees nothing has no mass
@@ -94,10 +88,4 @@ def prompt_mass(
     if turn_ids is not None:
         prompt &= turn_ids[:, :, None] != turn_ids[:, None, :]
     mass = (p * prompt[:, None]).sum(-1)  # (B, Hq, S)
-    mean = mass.mean(1)  # (B, S)
-    if head_weights == "entropy":
-        count = visible.sum(-1)[:, None].to(dtype)  # (B, 1, S)
-        weight = torch.where(count > 1, 1 - entropy / count.clamp(min=2).log(), 0).clamp(min=0)
-        total = weight.sum(1)
-        mean = torch.where(total > 0, (weight * mass).sum(1) / total, mean)
-    return torch.where(query_mask, mean, 0)
+    return torch.where(query_mask, mass.mean(1), 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tokensel.history import RecordedLosses, RecordedWeights
+from tokensel.model import eval_mode
 from tokensel.report import TOKEN_FIELDS
 
 SELECTION_FILE = "selection.jsonl"
@@ -40,27 +40,22 @@ def selected_samples(trainer: Trainer, rows: dict[int, dict]) -> list[dict]:
         For each row the lists of `tokensel.report.TOKEN_FIELDS`, an entry a token, and a title. Ranks are within the
         row. Weights are what the loss multiplies a token by, before its denominator; prompt tokens have None.
     """
-    collate = RecordedLosses(trainer.data_collator, trainer.recorded)
-    if trainer.given_weights is not None:
-        collate = RecordedWeights(collate, trainer.given_weights)
-    training = [m for m in trainer.model.modules() if m.training]
-    trainer.model.eval()
+    collate = trainer.recorded_collator()
     # a rule with a state must not take this for a part of the training
     selection = replace(trainer.selection(None), method=copy.deepcopy(trainer.method))
     batches = [{number: row} for number, row in rows.items()] if trainer.method.scope == "sample" else [rows]
     samples = []
-    for watched in batches:
-        batch = collate(list(watched.values()))
-        batch.pop("noise", None)  # no input of the model
-        places = _places(batch, list(watched.values()))
-        on_device = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        out = trainer.model(**on_device, selection=selection)
-        for (number, row), place in zip(watched.items(), places, strict=True):
-            ids = batch["input_ids"][place].tolist()
-            noise = torch.tensor(row.get("noise", [0] * len(ids)), dtype=torch.bool)
-            samples.append(_sample(f"row {number}", ids, out, place, noise, trainer.processing_class))
-    for module in training:
-        module.training = True
+    with eval_mode(trainer.model):
+        for watched in batches:
+            batch = collate(list(watched.values()))
+            batch.pop("noise", None)  # no input of the model
+            places = _places(batch, list(watched.values()))
+            on_device = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            out = trainer.model(**on_device, selection=selection)
+            for (number, row), place in zip(watched.items(), places, strict=True):
+                ids = batch["input_ids"][place].tolist()
+                noise = torch.tensor(row.get("noise", [0] * len(ids)), dtype=torch.bool)
+                samples.append(_sample(f"row {number}", ids, out, place, noise, trainer.processing_class))
     return samples
 
 

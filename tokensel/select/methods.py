@@ -1,22 +1,19 @@
-"""Methods (steps 5 and 6): named pairs of a scorer and a rule.
+"""The methods: adding one is a function that builds it.
 
-Adding one is a function that builds it: its arguments are the method's parameters, its docstring the formula. The first
-line of the docstring says score and rule, as `tokensel methods` lists them. Symbols: n response tokens in the scope, p
-the current model's probability of the label, nll = -log p in nats, REL = nll_history - nll.
+Its arguments are the method's parameters, its docstring the formula. The first line of the docstring says score and
+rule, as `tokensel methods` lists them. Symbols: n response tokens in the scope, p the current model's probability of
+the label, nll = -log p in nats, REL = nll_history - nll.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from tokensel.ops.checks import check_number, check_positive, may_read_values
+from tokensel.ops.checks import check_number, check_positive
 from tokensel.select import scores
+from tokensel.select.method import SelectionMethod, builder, describe, get, names, register
 from tokensel.select.rules import (
     AdaptiveThreshold,
     AsGiven,
@@ -26,156 +23,9 @@ from tokensel.select.rules import (
     TopShare,
     exact_share,
 )
-from tokensel.select.signals import RECORDED, TokenSignals
+from tokensel.select.signals import TokenSignals
 
-
-@dataclass(frozen=True)
-class SelectionMethod:
-    """A method: what it needs to know, how it scores, how a score becomes weights.
-
-    Attributes:
-        name: as in `tokensel.methods.get`.
-        needs: names of the TokenSignals fields that it reads ({"history_nll", "mass"}, say).
-        scorer: TokenSignals -> score, higher = keep.
-        rule: from `tokensel.select.rules`: weights, denominator and scope.
-    """
-
-    name: str
-    needs: Iterable[str]
-    scorer: Callable[[TokenSignals], Tensor]
-    rule: TopShare | AsScored | AsGiven | LearnAndForget | TopSamples | AdaptiveThreshold
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", frozenset(self.needs))
-
-    @property
-    def scope(self) -> str:
-        """Among which tokens the score is ranked: "sample", "micro_batch", "batch" or "dataset"."""
-        return self.rule.scope
-
-    def score(self, signals: TokenSignals) -> Tensor:
-        """The score of each token, of the shape of `signals.response`.
-
-        Raises:
-            ValueError: a signal that the method needs is None, or (on a CPU; a device-side assertion elsewhere) is not
-                finite on a response token.
-        """
-        for name in sorted(self.needs):
-            value = getattr(signals, name)
-            if value is None:
-                how = f"; it needs {RECORDED[name]}" if name in RECORDED else ""
-                raise ValueError(f"method {self.name!r} needs signals.{name}, which is None{how}")
-            if value.is_floating_point():
-                _check_finite(name, value, signals.response)
-        score = self.scorer(signals)
-        _check_finite("score", score, signals.response)
-        return score
-
-    def select(self, score: Tensor, signals: TokenSignals) -> Tensor:
-        """The weight of each token by its score, float32; 0 = dropped. Weights that the data gives are factors.
-
-        Tokens to which the data gives weight 0 do not compete.
-        """
-        if signals.weight is None:
-            return self.rule(score, signals).float()
-        competing = signals.response & (signals.weight != 0)
-        weights = self.rule(score, replace(signals, response=competing))
-        return weights * signals.weight.float()
-
-    def __call__(self, signals: TokenSignals) -> Tensor:
-        """The weight of each token, float32 of the shape of `signals.response`; 0 = dropped."""
-        return self.select(self.score(signals), signals)
-
-    def count(self, response: Tensor, sample: Tensor, weight: Tensor | None = None) -> Tensor | None:
-        """What a micro-batch adds to the denominator of the loss: known before any forward, or None.
-
-        Args:
-            response, sample: as in TokenSignals.
-            weight: of the shape of `response`, what the data gives each token, prompt tokens too; None = 1.
-        """
-        if weight is None:
-            return self.rule.count(response, sample)
-        if isinstance(self.rule, AsGiven):
-            return weight.abs().sum() if self.rule.denominator == "weight" else (weight != 0).sum()
-        competing = self.rule.count(response & (weight != 0), sample)
-        return None if competing is None else competing + torch.where(response, 0, weight).abs().sum()
-
-
-def _check_finite(name: str, value: Tensor, response: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return  # a compiled graph has no place for the check
-    finite = value.isfinite() | ~response
-    if not may_read_values(value):
-        torch._assert_async(finite.all(), f"{name}: not finite on a response token")
-    elif not bool(finite.all()):
-        where = (~finite).nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}{where} is {float(value[tuple(where)])} on a response token; check the model's losses, the data's "
-            "weights and what was recorded"
-        )
-
-
-_METHODS: dict[str, Callable[..., SelectionMethod]] = {}
-
-
-def register(build: Callable[..., SelectionMethod]) -> Callable[..., SelectionMethod]:
-    """Makes a builder known to `get` under its function name."""
-    _METHODS[build.__name__] = build
-    return build
-
-
-def names() -> list[str]:
-    """The registered methods, sorted."""
-    return sorted(_METHODS)
-
-
-def builder(name: str) -> Callable[..., SelectionMethod]:
-    """The function that builds a method: its signature and docstring explain it.
-
-    Raises:
-        ValueError: an unknown name; says the nearest known one.
-    """
-    if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown method {name!r}{hint} Known: {', '.join(names())}")
-    return _METHODS[name]
-
-
-def get(name: str, **parameters: object) -> SelectionMethod:
-    """Builds a method by name.
-
-    Raises:
-        ValueError: an unknown name (with the nearest known one), or a parameter that the method does not have.
-    """
-    build = builder(name)
-    known = list(inspect.signature(build).parameters)
-    for unknown in sorted(set(parameters) - set(known)):
-        near = difflib.get_close_matches(unknown, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        takes = ", ".join(known) if known else "none"
-        raise ValueError(f"method {name!r} has no parameter {unknown}{hint}; it takes: {takes}")
-    return build(**parameters)
-
-
-def describe() -> list[dict[str, str]]:
-    """A row for every method: name, score and rule, scope, parameters with their defaults, signals it needs."""
-    rows = []
-    for name in names():
-        build = _METHODS[name]
-        method = build()
-        parameters = inspect.signature(build).parameters.values()
-        rows.append(
-            {
-                "method": name,
-                "score and rule": inspect.getdoc(build).splitlines()[0],
-                "scope": method.scope,
-                "needs": ", ".join(sorted(method.needs)) or "-",
-                "parameters": ", ".join(f"{p.name}={p.default}" for p in parameters) or "-",
-            }
-        )
-    return rows
-
+__all__ = ["SelectionMethod", "TokenSignals", "builder", "describe", "get", "names", "register"]
 
 # Baselines
 
@@ -206,7 +56,7 @@ def weighted(denominator: str = "weight") -> SelectionMethod:
 # ssToken and its parts
 
 
-def _check_rel(gamma: float, rel_sign: int, rel_floor: float, rel_warmup: int, rel_scale: str, debias: str | None):
+def _check_rel(gamma: float, rel_sign: int, rel_floor: float, rel_warmup: int, debias: str | None) -> None:
     numbers = {"gamma": gamma, "rel_sign": rel_sign, "rel_floor": rel_floor, "rel_warmup": rel_warmup}
     for name, value in numbers.items():
         check_number(name, value)
@@ -220,24 +70,26 @@ def _check_rel(gamma: float, rel_sign: int, rel_floor: float, rel_warmup: int, r
         raise ValueError(f"rel_warmup must not be negative (samples); got {rel_warmup}")
     if rel_warmup and gamma == 1:
         raise ValueError("rel_warmup leaves nothing to score by when gamma is 1; use gamma < 1 or rel_warmup=0")
-    if rel_scale not in ("minmax", "rank", "gate"):
-        raise ValueError(f"rel_scale must be minmax, rank or gate; got {rel_scale!r}")
-    if rel_scale == "rank" and rel_floor:
-        raise ValueError("rel_floor is not used by rel_scale='rank'; leave it at 0")
     if debias not in (None, "uniform"):
         raise ValueError(f"debias must be None or 'uniform'; got {debias!r}")
 
 
 def _blend(
-    name: str, rule: TopShare, gamma, rel_sign=1, rel_floor=0.0, rel_warmup=0, rel_scale="minmax", debias=None
+    name: str,
+    rule: TopShare,
+    gamma: float,
+    rel_sign: int = 1,
+    rel_floor: float = 0.0,
+    rel_warmup: int = 0,
+    debias: str | None = None,
 ) -> SelectionMethod:
-    _check_rel(gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+    _check_rel(gamma, rel_sign, rel_floor, rel_warmup, debias)
     needs = {"nll", "history_nll"} if gamma > 0 else set()
     if gamma < 1:
         needs |= {"mass"} | ({"uniform_mass"} if debias else set())
 
     def scorer(signals: TokenSignals) -> Tensor:
-        return scores.sstoken(signals, gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+        return scores.sstoken(signals, gamma, rel_sign, rel_floor, rel_warmup, debias)
 
     return SelectionMethod(name, needs, scorer, rule)
 
@@ -249,7 +101,6 @@ def sstoken(
     rel_sign: int = 1,
     rel_floor: float = 0.0,
     rel_warmup: int = 0,
-    rel_scale: str = "minmax",
     debias: str | None = None,
     scope: str = "sample",
     rho_min: float | None = None,
@@ -267,16 +118,14 @@ def sstoken(
         gamma: weight of REL, in [0, 1]; at 0 no history is needed, at 1 no attention.
         rho: share kept, in (0, 1].
         rel_sign: 1 as published; -1 prefers tokens on which the model is worse than its history.
-        rel_floor: the min-max range is never taken below this, nats; with rel_scale "gate" the slack of the gate.
+        rel_floor: the min-max range is never taken below this, nats.
         rel_warmup: samples during which only attention scores.
-        rel_scale: "minmax" (the paper), "rank" (REL and Attn by their rank in the sample, so that no outlier presses
-            the others together) or "gate" (REL only rules out tokens with rel_sign · REL < -rel_floor).
         debias: "uniform" divides Attn by what a uniform attention would give.
         scope: among which tokens the best are kept: "sample", "micro_batch" or "batch".
         rho_min, rho_max: given, samples share the micro-batch's budget by the spread of their scores.
     """
     rule = TopShare(rho, scope, rho_min, rho_max)
-    return _blend("sstoken", rule, gamma, rel_sign, rel_floor, rel_warmup, rel_scale, debias)
+    return _blend("sstoken", rule, gamma, rel_sign, rel_floor, rel_warmup, debias)
 
 
 @register
@@ -438,7 +287,7 @@ def soft_weights(temperature: float = 1.0, rel_sign: int = 1) -> SelectionMethod
     utility that could not be verified.
     """
     check_positive("temperature", temperature)
-    _check_rel(1.0, rel_sign, 0.0, 0, "minmax", None)
+    _check_rel(1.0, rel_sign, 0.0, 0, None)
 
     def scorer(signals: TokenSignals) -> Tensor:
         return scores.softmax_weights(rel_sign * scores.excess_over_current(signals), signals, temperature)
@@ -483,6 +332,3 @@ def critical_tokens() -> SelectionMethod:
     sum by the number of samples.
     """
     return SelectionMethod("critical_tokens", {"contrast_nll"}, scores.contrast_weights, AsScored(per_sample=True))
-
-
-__all__ = ["SelectionMethod", "TokenSignals", "builder", "describe", "get", "names", "register"]

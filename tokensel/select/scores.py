@@ -40,38 +40,6 @@ def minmax_per_sample(values: Tensor, signals: TokenSignals, floor: float = 0.0)
     return unit.view_as(values)
 
 
-def rank_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
-    """The share of the sample's other response tokens that lie below each one, ties counting half: in [0, 1].
-
-    Unlike min-max it does not let one outlier press all others together. A sample of one token gets 0.5.
-    """
-    flat, response = values.flatten(), signals.response.flatten()
-    N = flat.numel()
-    group = torch.where(response, signals.sample.flatten(), N)
-    order = torch.argsort(flat, stable=True)
-    order = order[torch.argsort(group[order], stable=True)]
-    value, group = flat[order], group[order]
-    place = torch.arange(N, device=flat.device)
-
-    def run(starts: Tensor) -> tuple[Tensor, Tensor]:
-        """(first place of the run that each entry is in, first place after it)."""
-        begin = torch.where(starts, place, 0).cummax(0).values
-        ends = torch.roll(starts, -1)
-        ends[-1:] = True
-        after = torch.where(ends, place + 1, N).flip(0).cummin(0).values.flip(0)
-        return begin, after
-
-    new_group = torch.ones(N, dtype=torch.bool, device=flat.device)
-    new_group[1:] = group[1:] != group[:-1]
-    new_value = new_group.clone()
-    new_value[1:] |= value[1:] != value[:-1]
-    (first, last), (low, high) = run(new_group), run(new_value)
-    others = last - first - 1
-    rank = torch.where(others > 0, ((low + high - 1) / 2 - first) / others.clamp(min=1), 0.5)
-    unit = torch.zeros(N, dtype=torch.float32, device=flat.device).index_put((order,), rank.float())
-    return torch.where(response, unit, 0).view_as(values)
-
-
 def excess_over_current(signals: TokenSignals) -> Tensor:
     """Retrospective excess loss, REL_i = nll_history_i - nll_current_i, nats (ssToken, arXiv 2510.18250).
 
@@ -93,26 +61,17 @@ def sstoken(
     rel_sign: int = 1,
     rel_floor: float = 0.0,
     rel_warmup: int = 0,
-    rel_scale: str = "minmax",
     debias: str | None = None,
 ) -> Tensor:
-    """gamma · scale(rel_sign · REL) + (1 - gamma) · Attn (arXiv 2510.18250); a part with weight 0 is not read.
+    """gamma · minmax(rel_sign · REL) + (1 - gamma) · Attn (arXiv 2510.18250); a part with weight 0 is not read.
 
-    scale is min-max (the paper) or rank over the response tokens of a sample; "gate" is 1 where rel_sign · REL
-    >= -rel_floor and 0 elsewhere, so that REL only rules out. Ranked, Attn is ranked too, or it would weigh less.
-    During the first `rel_warmup` samples the REL part is left out.
+    Min-max is over the response tokens of a sample. During the first `rel_warmup` samples the REL part is left out.
     """
     score = torch.zeros(signals.response.shape, dtype=torch.float32, device=signals.response.device)
     if gamma > 0 and signals.samples_seen >= rel_warmup:
-        rel = rel_sign * excess_over_current(signals)
-        if rel_scale == "minmax":
-            rel = minmax_per_sample(rel, signals, rel_floor)
-        else:
-            rel = rank_per_sample(rel, signals) if rel_scale == "rank" else (rel >= -rel_floor).float()
-        score = score + gamma * rel
+        score = score + gamma * minmax_per_sample(rel_sign * excess_over_current(signals), signals, rel_floor)
     if gamma < 1:
-        mass = attention(signals, debias)
-        score = score + (1 - gamma) * (rank_per_sample(mass, signals) if rel_scale == "rank" else mass)
+        score = score + (1 - gamma) * attention(signals, debias)
     return score
 
 

@@ -66,8 +66,8 @@ class TokenSignals:
         if check_tensor("response", self.response).dtype != torch.bool:
             raise TypeError(f"response must be torch.bool; got {self.response.dtype}")
         names = [f.name for f in fields(self) if f.name not in ("response", "step", "samples_seen")]
-        known = {name: getattr(self, name) for name in names}
-        for name, value in known.items():
+        tensors = {name: getattr(self, name) for name in names}
+        for name, value in tensors.items():
             if value is not None:
                 check_shape(name, check_tensor(name, value), tuple(self.response.shape), "the shape of response")
-        check_same_device(response=self.response, **known)
+        check_same_device(response=self.response, **tensors)
