@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
 from tokensel.arguments import SelectiveTrainingArguments
-from tokensel.parallel import context_parallel_prompt_mass
+from tokensel.ops.context_parallel import context_parallel_prompt_mass
 from tokensel.step import responses
 from tokensel.store import HistoryWriter
 from tokensel.trainer import SelectiveTrainer

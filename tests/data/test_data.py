@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from tokensel.data import EncodingCounts, RowError, WeightsCollator, encode_rows, load_rows, place_of_row
+from tokensel.data import EncodingCounts, RowError, SelectionCollator, encode_rows, load_rows, place_of_row
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", "<go>", *"abcdefgh", "\n"]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -531,15 +531,15 @@ def test_weights_are_padded_and_concatenated_with_their_tokens(side):
     tokenizer.padding_side = side
     rows = [{"prompt": "a", "completion": "b", "weight": 2}, {"prompt": "a b c", "completion": "d", "weight": -1}]
     encoded = list(encode_rows(rows, tokenizer, 64)[0])
-    batch = WeightsCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(encoded)
+    batch = SelectionCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(encoded)
     short = [0, 0, 2, 2]
     assert batch["token_weights"].tolist() == [
         [0, 0, *short] if side == "left" else [*short, 0, 0],
         [0, 0, 0, 0, -1, -1],
     ]
     assert (batch["token_weights"] != 0).eq(batch["labels"] != -100).all()
-    packed = WeightsCollator(DataCollatorWithFlattening(return_tensors="pt"))(encoded)
+    packed = SelectionCollator(DataCollatorWithFlattening(return_tensors="pt"))(encoded)
     assert packed["token_weights"].tolist() == [[*short, 0, 0, 0, 0, -1, -1]]
     assert (packed["token_weights"] != 0).eq(packed["labels"] != -100).all()
     plain = [{name: row[name] for name in ("input_ids", "labels")} for row in encoded]
-    assert "token_weights" not in WeightsCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(plain)
+    assert "token_weights" not in SelectionCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"))(plain)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokensel
-from tokensel.parallel import MassParts, prompt_mass_parts
+from tokensel.ops.context_parallel import MassParts, prompt_mass_parts
 
 # Both sides are float64 and add up the same terms in another order (each rank's sum, then the ranks'), so weights of
 # order 1 may be some units in the last place apart: 2e-16 seen. The updates move them by more than 1e-2.

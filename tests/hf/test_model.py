@@ -95,7 +95,7 @@ def test_captured_queries_and_keys_give_the_attention_of_the_model(family, layer
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_attentions=True
         ).attentions
     patched = apply_to(model, layer)
-    with torch.no_grad(), patched.capture() as take:
+    with torch.no_grad(), patched.attention.armed() as take:
         patched.backbone({name: batch[name] for name in ("input_ids", "attention_mask")})
         (captured,) = take()
     assert captured.q.shape[1] == 4 and captured.k.shape[1] == 2
@@ -118,7 +118,7 @@ def test_nothing_is_captured_outside_the_arms_of_a_training_forward(batch):
     model = causal_lm()
     patched = apply_to(model)
     logits_of(model, batch)
-    with patched.capture() as take, pytest.raises(ValueError, match="layer 2 of LlamaForCausalLM made no call"):
+    with patched.attention.armed() as take, pytest.raises(ValueError, match="layer 2 of LlamaForCausalLM made no call"):
         take()
 
 
@@ -443,7 +443,7 @@ def test_under_autocast_the_head_multiplies_in_the_type_its_own_product_would(ba
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     exact = patched.token_nll(inputs, batch["labels"])
     with torch.autocast("cpu", torch.bfloat16):
-        types = patched.call_head(lambda h, w, b: (h.dtype, w.dtype), torch.randn(1, 2, 32))
+        types = patched.with_whole_head(lambda h, w, b: (h.dtype, w.dtype), torch.randn(1, 2, 32))
         rounded = patched.token_nll(inputs, batch["labels"])
         selection = tokensel.Selection(tokensel.methods.get("full"))
         model(**batch, selection=selection).loss.backward()

@@ -12,7 +12,7 @@ from tiny import VOCABULARY, causal_lm
 from tokensel import Selection, apply_to, methods
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.cli import main
-from tokensel.data import WeightsCollator, encode_rows
+from tokensel.data import SelectionCollator, encode_rows
 from tokensel.testing import make_model, make_rows, make_tokenizer
 from tokensel.trainer import SelectiveTrainer
 
@@ -44,9 +44,9 @@ def model():
 def collate(rows, packing=False, side="right", **weights):
     encoded = [dict(row) for row in encode_rows(rows, TOKENIZER, 64, **weights)[0]]
     if packing:
-        return dict(WeightsCollator(transformers.DataCollatorWithFlattening(return_tensors="pt"))(encoded))
+        return dict(SelectionCollator(transformers.DataCollatorWithFlattening(return_tensors="pt"))(encoded))
     TOKENIZER.padding_side = side
-    return dict(WeightsCollator(transformers.DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt"))(encoded))
+    return dict(SelectionCollator(transformers.DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt"))(encoded))
 
 
 def run(model, batch, method="weighted", **parameters):
@@ -167,7 +167,7 @@ def test_evaluation_does_not_look_at_weights(tmp_path, loss_only):
     trainer = SelectiveTrainer(
         causal_lm(vocab_size=len(TOKENIZER)),
         SelectiveTrainingArguments(**settings, method="weighted"),
-        data_collator=WeightsCollator(transformers.DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt")),
+        data_collator=SelectionCollator(transformers.DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt")),
         train_dataset=rows,
         processing_class=TOKENIZER,
     )

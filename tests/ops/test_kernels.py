@@ -634,7 +634,7 @@ def _tolist(tensor):
 def on_a_gpu(monkeypatch):
     """The way of a GPU: checks are asynchronous, and a launch, in the interpreter many operators, is none."""
     monkeypatch.setattr("tokensel.ops.checks.may_read_values", lambda like: False)
-    monkeypatch.setattr("tokensel.methods.may_read_values", lambda like: False)
+    monkeypatch.setattr("tokensel.select.method.may_read_values", lambda like: False)
     monkeypatch.setattr(torch.Tensor, "tolist", _tolist)  # which no dispatcher sees
     if DEVICE == "cpu":
         from triton.runtime.interpreter import GridExecutor

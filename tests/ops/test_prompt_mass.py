@@ -80,7 +80,7 @@ COMBINATIONS = [(), NAMES, *[(n,) for n in NAMES], *itertools.combinations(NAMES
 @pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_mass_equals_its_definition_under_every_pair_of_options(names, given_lse, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.prompt_mass._BLOCK_ELEMENTS", 400)  # a few rows at a time
+    monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 400)  # a few rows at a time
     q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
     exact = definition(q, k, prompt, **options)
     lse = lse_of(q, k, prompt, **options) if given_lse else None
@@ -118,7 +118,7 @@ def by_entropy(q, k, prompt, **o):
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("names", [(), NAMES, *[(n,) for n in NAMES]], ids="+".join)
 def test_heads_weighted_by_their_entropy(names, impl, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.prompt_mass._BLOCK_ELEMENTS", 400)
+    monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 400)
     q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
     mass = prompt_attention_mass(q, k, prompt, head_weights="entropy", impl=impl, **options)
     torch.testing.assert_close(mass, by_entropy(q, k, prompt, **options), rtol=1e-9, atol=1e-11)
@@ -295,7 +295,7 @@ def test_uniform_mass_is_the_mass_of_zeroed_queries_and_keys(names):
 
 @pytest.mark.parametrize("impl, holds_square", [("chunked", False), ("reference", True)])
 def test_only_the_reference_holds_a_square_of_the_length(impl, holds_square, largest_tensor, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.prompt_mass._BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 4096)
     q, k = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
     prompt = torch.arange(300)[None] < 100
     with largest_tensor:
@@ -304,7 +304,7 @@ def test_only_the_reference_holds_a_square_of_the_length(impl, holds_square, lar
 
 
 def test_no_option_makes_it_hold_a_square_of_the_length(largest_tensor, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.prompt_mass._BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 4096)
     q, k = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
     ids = torch.arange(300)[None] // 70
     masks = {"key_mask": torch.arange(300)[None] > 5, "segment_ids": ids, "turn_ids": ids, "window": 200}
