@@ -252,7 +252,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside PEFT, torch.compile and data-parallel wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
-            model = model.getmodel_without_head()
+            model = model.get_base_model()
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif not isinstance(model, PreTrainedModel) and hasattr(model, "module"):
