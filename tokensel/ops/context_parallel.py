@@ -124,7 +124,7 @@ def context_parallel_prompt_mass(
     prompt_mask: Tensor,
     positions: Tensor,
     *,
-    group: object | None = None,
+    group: dist.ProcessGroup | None = None,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
@@ -151,18 +151,27 @@ def context_parallel_prompt_mass(
     columns = [positions.expand(B, S), prompt_mask, none + 1 if key_mask is None else key_mask]
     columns += [none if ids is None else ids for ids in (documents, turns)]
     own = torch.stack([values.to(torch.int64) for values in columns])  # (5, B, S)
-    options = {"query_mask": query_mask, "scale": scale, "softcap": softcap, "window": window}
     parts: list[MassParts] = []
     for source in range(dist.get_world_size(group)):
         sends = source == dist.get_rank(group)
         keys, theirs = (x.contiguous() if sends else torch.empty_like(x).contiguous() for x in (k, own))
         for x in (keys, theirs):
             dist.broadcast(x, group=group, group_src=source)
-        options |= {"query_positions": own[0], "key_positions": theirs[0], "key_mask": theirs[2].bool()}
-        if documents is not None:
-            options |= {"query_documents": own[3], "key_documents": theirs[3]}
-        if turns is not None:
-            options |= {"query_turns": own[4], "key_turns": theirs[4]}
-        shard = prompt_mass_parts(q, keys, theirs[1].bool(), **options)
+        shard = prompt_mass_parts(
+            q,
+            keys,
+            theirs[1].bool(),
+            query_positions=own[0],
+            key_positions=theirs[0],
+            query_mask=query_mask,
+            key_mask=theirs[2].bool(),
+            query_documents=None if documents is None else own[3],
+            key_documents=None if documents is None else theirs[3],
+            query_turns=None if turns is None else own[4],
+            key_turns=None if turns is None else theirs[4],
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
         parts = [MassParts.merge([*parts, shard])]
     return parts[0].mass(sinks)

@@ -79,7 +79,7 @@ def _compute_gradients(
 
 class _SelectedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd's own signature has no types
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -181,5 +181,6 @@ def selected_cross_entropy(
             return reference.selected_loss(logits, y[rows], coefficient[rows])
         y = y if shard is None else shard.labels(y, ignore_index)
         per_row = (y, coefficient, stats.lse.reshape(-1), stats.nll.reshape(-1))  # (N,) each
-        loss: Tensor = _SelectedCrossEntropy.apply(x, weight, bias, *per_row, softcap, float(logit_scale), impl)
+        apply: Any = _SelectedCrossEntropy.apply  # autograd gives it no types
+        loss: Tensor = apply(x, weight, bias, *per_row, softcap, float(logit_scale), impl)
         return loss

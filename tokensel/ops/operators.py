@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def custom_operator(name: str, schema: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def custom_operator(name: str, schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Registers a function as `tokensel::name` for compiled graphs.
 
     Eager code needs no operator: it calls the function itself, which a debugger can look into.

@@ -80,8 +80,8 @@ def prompt_attention_mass(
         check_shape("sinks", check_tensor("sinks", sinks, floating=True), (Hq,), "[Hq]")
     check_positive("softcap", softcap)
     check_positive("window", window)
-    masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
-    check_same_device(q=q, k=k, **masks, segment_ids=segment_ids, turn_ids=turn_ids, lse=lse, sinks=sinks)
+    given_masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
+    check_same_device(q=q, k=k, **given_masks, segment_ids=segment_ids, turn_ids=turn_ids, lse=lse, sinks=sinks)
 
     impl = resolve_impl(impl, q)
     if impl == "fused" and d > FUSED_HEAD_SIZE:
@@ -143,9 +143,9 @@ def _compute_mass(
         return fused
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
-        ids = [None if t is None else t[b] for t in (segment_ids, turn_ids, lse)]
-        rows = (q[b], k[b], prompt_mask[b], query_mask[b], key_mask[b])
-        mass[b] = _chunked_row(*rows, *ids, scale, softcap, window, sinks)
+        segments, turns, log_all = (None if t is None else t[b] for t in (segment_ids, turn_ids, lse))
+        masks = (prompt_mask[b], query_mask[b], key_mask[b], segments, turns)
+        mass[b] = _chunked_row(q[b], k[b], *masks, log_all, scale, softcap, window, sinks)
     return mass
 
 
@@ -176,8 +176,9 @@ def _chunked_row(
             visible &= i[:, None] - j[None, :] < window
         if segments is not None:
             visible &= segments[i][:, None] == segments[j][None, :]
+        log_all: Tensor | None  # (G, R)
         if lse is not None:
-            log_all = lse[heads, i].to(dtype)  # (G, R)
+            log_all = lse[heads, i].to(dtype)
         else:
             z.masked_fill_(~visible, -torch.inf)
             log_all = None if sinks is None else z.logsumexp(-1)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is spread over ranks; asked without importing what only distributed runs need."""
+    return hasattr(x, "device_mesh")
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class VocabShard:
     first: int
     rows: int
     vocabulary: int
-    group: object
+    group: dist.ProcessGroup
 
     IGNORED, ELSEWHERE = -100, -1  # labels as the shard sees them
 
@@ -50,16 +59,16 @@ def local_head(
         TypeError: weight is a DTensor but hidden or bias is not, or the other way round.
         ValueError: placements other than rows of the vocabulary, evenly cut as by Shard(0), and whole hidden states.
     """
-    sharded = hasattr(weight, "device_mesh")
+    sharded = is_dtensor(weight)
     for name, value in (("hidden", hidden), ("bias", bias)):
-        if value is not None and hasattr(value, "device_mesh") != sharded:
+        if value is not None and is_dtensor(value) != sharded:
             types = [type(value).__name__, type(weight).__name__]
             raise TypeError(
                 f"{name} is a {types[0]} but weight is a {types[1]}. A head that is sharded over the vocabulary takes "
                 "hidden states that say they are the same on all ranks: DTensor.from_local(hidden, "
                 "weight.device_mesh, [Replicate()]). FSDP's weights are whole only inside the module's own forward"
             )
-    if not sharded:
+    if not (is_dtensor(weight) and is_dtensor(hidden)):
         return hidden, weight, bias, None
     from torch.distributed.tensor import Partial, Replicate
 
@@ -67,7 +76,7 @@ def local_head(
     over = [i for i, placement in enumerate(placements) if placement.is_shard(0)]
     if len(over) != 1 or not all(p.is_replicate() for i, p in enumerate(placements) if i not in over):
         raise ValueError(f"weight must be sharded over dimension 0 of [V, D], once; got {placements}; redistribute it")
-    if bias is not None and (bias.device_mesh != mesh or bias.placements != placements):
+    if is_dtensor(bias) and (bias.device_mesh != mesh or bias.placements != placements):
         raise ValueError(f"bias must be sharded as weight is, {placements}; got {bias.placements}; redistribute it")
     if hidden.device_mesh != mesh or not all(p.is_replicate() for p in hidden.placements):
         raise ValueError(
@@ -85,12 +94,12 @@ def local_head(
         )
     gradients = [Partial() if i in over else Replicate() for i in range(mesh.ndim)]
     shard = VocabShard(first, len(rows), V, mesh.get_group(over[0]))
-    return hidden.to_local(grad_placements=gradients), rows, None if bias is None else bias.to_local(), shard
+    return hidden.to_local(grad_placements=gradients), rows, bias.to_local() if is_dtensor(bias) else None, shard
 
 
 def replicated_as(like: Tensor, x: Tensor) -> Tensor:
     """`x`, equal on all ranks of a tensor-parallel group, as the DTensor that says so, where `like` is a DTensor."""
-    if not hasattr(like, "device_mesh") or hasattr(x, "device_mesh"):
+    if not is_dtensor(like) or is_dtensor(x):
         return x
     from torch.distributed.tensor import DTensor, Replicate
 

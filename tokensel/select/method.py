@@ -155,7 +155,7 @@ def describe() -> list[dict[str, str]]:
         rows.append(
             {
                 "method": name,
-                "score and rule": inspect.getdoc(build).splitlines()[0],
+                "score and rule": (inspect.getdoc(build) or "").partition("\n")[0],
                 "scope": method.scope,
                 "needs": ", ".join(sorted(method.needs)) or "-",
                 "parameters": ", ".join(f"{p.name}={p.default}" for p in parameters) or "-",

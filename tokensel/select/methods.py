@@ -161,7 +161,7 @@ def attention(
 
 # With a reference model
 
-_BASE_OVER_REFERENCE = ({"base_nll", "reference_nll"}, lambda signals: signals.base_nll - signals.reference_nll)
+_BASE_OVER_REFERENCE = ({"base_nll", "reference_nll"}, lambda signals: signals["base_nll"] - signals["reference_nll"])
 
 
 @register
@@ -171,7 +171,7 @@ def rho1(rho: float = 0.6, scope: str = "batch") -> SelectionMethod:
     The reference is a model trained on data of the quality wanted: history "reference", or recorded losses of one.
     """
     rule = TopShare(rho, scope)
-    return SelectionMethod("rho1", {"nll", "reference_nll"}, lambda s: s.nll - s.reference_nll, rule)
+    return SelectionMethod("rho1", {"nll", "reference_nll"}, lambda s: s["nll"] - s["reference_nll"], rule)
 
 
 @register
@@ -183,7 +183,7 @@ def token_cleaning(rho: float = 0.6, scope: str = "dataset") -> SelectionMethod:
     """
     rule = TopShare(rho, scope, floor=scope == "dataset")
     return SelectionMethod(
-        "token_cleaning", {"base_nll", "reference_nll"}, lambda s: s.base_nll - s.reference_nll, rule
+        "token_cleaning", {"base_nll", "reference_nll"}, lambda s: s["base_nll"] - s["reference_nll"], rule
     )
 
 
@@ -214,7 +214,7 @@ def forgetting(rho: float = 0.7, lambda_max: float = 0.1, lambda_steps: int = 10
 def _risk(by: str) -> tuple[set[str], Callable[[TokenSignals], Tensor]]:
     if by not in ("nll", "entropy"):
         raise ValueError(f"by must be 'nll' or 'entropy'; got {by!r}")
-    return {by}, lambda signals: getattr(signals, by)
+    return {by}, lambda signals: signals[by]
 
 
 @register

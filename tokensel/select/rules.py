@@ -8,6 +8,7 @@ tokens the score is ranked.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -133,7 +134,7 @@ class TopShare:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {self.scope!r}")
         if (self.rho_min is None) != (self.rho_max is None):
             raise ValueError("rho_min and rho_max go together; set both or neither")
-        if self.rho_min is not None:
+        if self.rho_min is not None and self.rho_max is not None:
             exact_share(self.rho_min, "rho_min"), exact_share(self.rho_max, "rho_max")
             if not self.rho_min <= self.rho <= self.rho_max:
                 raise ValueError(f"rho={self.rho} must be within [rho_min, rho_max] = [{self.rho_min}, {self.rho_max}]")
@@ -141,7 +142,7 @@ class TopShare:
                 raise ValueError(f"rho_min and rho_max are per sample; scope {self.scope!r} has one budget already")
 
     def __call__(self, score: Tensor, signals: TokenSignals) -> Tensor:
-        if self.rho_min is not None:
+        if self.rho_min is not None and self.rho_max is not None:
             quota = spread_quota(score, signals.response, signals.sample, self.rho, self.rho_min, self.rho_max)
             return top_quota(score, signals.response, signals.sample, quota)
         group = self._group(signals.sample)
@@ -301,7 +302,7 @@ class AdaptiveThreshold:
         self._to(response.device)
         return self._kept(response.sum())
 
-    def after_step(self, reduce=lambda sums: sums) -> None:
+    def after_step(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
         """Moves alpha at the end of an optimizer step. reduce: adds the (2,) sums up over ranks."""
         total, kept = reduce(self._sums)
         cvar = total / kept

@@ -45,14 +45,14 @@ def excess_over_current(signals: TokenSignals) -> Tensor:
 
     Large means that the model has already improved on the token.
     """
-    return signals.history_nll - signals.nll
+    return signals["history_nll"] - signals["nll"]
 
 
 def attention(signals: TokenSignals, debias: str | None = None) -> Tensor:
     """Attention mass on the prompt; `debias="uniform"` divides by the mass of a uniform attention."""
     if debias is None:
-        return signals.mass
-    return torch.where(signals.uniform_mass > 0, signals.mass / signals.uniform_mass, 0)
+        return signals["mass"]
+    return torch.where(signals["uniform_mass"] > 0, signals["mass"] / signals["uniform_mass"], 0)
 
 
 def sstoken(
@@ -77,7 +77,7 @@ def sstoken(
 
 def random(signals: TokenSignals, seed: int) -> Tensor:
     """Seeded uniform in [0, 1): a function of (token's document and place, seed, step) and of nothing else."""
-    return uniform_from_keys(signals.key, seed * 1_000_003 + signals.step)
+    return uniform_from_keys(signals["key"], seed * 1_000_003 + signals.step)
 
 
 def constant(signals: TokenSignals) -> Tensor:
@@ -87,7 +87,7 @@ def constant(signals: TokenSignals) -> Tensor:
 
 def probability(signals: TokenSignals) -> Tensor:
     """p of the label under the current model."""
-    return torch.exp(-signals.nll)
+    return torch.exp(-signals["nll"])
 
 
 def normalised_log_probability(signals: TokenSignals) -> Tensor:
@@ -95,8 +95,8 @@ def normalised_log_probability(signals: TokenSignals) -> Tensor:
 
     The mean of log p under p is minus the entropy. 0 where the prediction has no spread.
     """
-    sigma = signals.logp_var.sqrt()
-    return torch.where(sigma > 0, (signals.entropy - signals.nll) / torch.where(sigma > 0, sigma, 1), 0)
+    sigma = signals["logp_var"].sqrt()
+    return torch.where(sigma > 0, (signals["entropy"] - signals["nll"]) / torch.where(sigma > 0, sigma, 1), 0)
 
 
 def reasoning_weights(signals: TokenSignals, temperature: float) -> Tensor:
@@ -106,10 +106,10 @@ def reasoning_weights(signals: TokenSignals, temperature: float) -> Tensor:
     softmax(l / temperature)_g and each of its tokens carries n / n_g of it, so that the loss divided by the n response
     tokens is Σ_g weight_g · l_g. Groups are those of the micro-batch; an empty group has no weight.
     """
-    reasoning = signals.response & (signals.shuffled_nll - signals.base_nll > 0)
+    reasoning = signals.response & (signals["shuffled_nll"] - signals["base_nll"] > 0)
     groups = torch.stack([reasoning, signals.response & ~reasoning])  # (2, ...)
     sizes = groups.flatten(1).sum(1)
-    loss = torch.where(groups, signals.nll, 0).flatten(1).sum(1) / sizes.clamp(min=1)
+    loss = torch.where(groups, signals["nll"], 0).flatten(1).sum(1) / sizes.clamp(min=1)
     weight = torch.softmax(torch.where(sizes > 0, loss / temperature, -torch.inf), 0)
     each = torch.where(sizes > 0, weight * signals.response.sum() / sizes.clamp(min=1), 0)  # (2,)
     return torch.where(reasoning, each[0], each[1])
@@ -121,7 +121,7 @@ def selective_ifd(signals: TokenSignals, token_share: float) -> Tensor:
     IFD = exp(mean(nll(y | x) - nll(y))); the selective one takes the mean over the ceil(token_share · n) response
     tokens of the sample whose |nll(y | x) - nll(y)| is largest.
     """
-    change = signals.base_nll - signals.alone_nll
+    change = signals["base_nll"] - signals["alone_nll"]
     informative = top_share(change.abs(), signals.response, signals.sample, token_share)
     total = sum_per_sample(torch.where(informative, change, 0), signals)
     return torch.exp(total / sum_per_sample(informative.to(change.dtype), signals).clamp(min=1))
@@ -137,5 +137,5 @@ def softmax_weights(values: Tensor, signals: TokenSignals, temperature: float) -
 
 def contrast_weights(signals: TokenSignals) -> Tensor:
     """1 - exp(-contrast_nll) on tokens to which the data gives a negative weight (on all, where it gives none)."""
-    weight = -torch.expm1(-signals.contrast_nll)
+    weight = -torch.expm1(-signals["contrast_nll"])
     return weight if signals.weight is None else torch.where(signals.weight < 0, weight, 1)

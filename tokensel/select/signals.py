@@ -71,3 +71,16 @@ class TokenSignals:
             if value is not None:
                 check_shape(name, check_tensor(name, value), tuple(self.response.shape), "the shape of response")
         check_same_device(response=self.response, **tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A signal that a method needs, and so has been given.
+
+        Raises:
+            ValueError: it is None.
+        """
+        value = getattr(self, name)
+        if value is None:
+            how = f"; it needs {RECORDED[name]}" if name in RECORDED else ""
+            raise ValueError(f"signals.{name} is None{how}")
+        tensor: Tensor = value
+        return tensor
