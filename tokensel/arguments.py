@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from transformers import TrainingArguments
 
@@ -100,12 +101,6 @@ class SelectionArguments:
         default=0,
         metadata={"help": "The first tokens of each document that do not count as prompt (attention sinks)."},
     )
-    head_weights: str = field(
-        default="mean",
-        metadata={
-            "help": "How heads count in the attention signal: 'mean' alike, or by 'entropy', the focused ones more."
-        },
-    )
     loss_denominator: str = field(
         default="step",
         metadata={
@@ -188,6 +183,85 @@ def parse_recorded(text: str | dict | None) -> dict[str, str]:
 @dataclass
 class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
     """transformers.TrainingArguments and SelectionArguments in one."""
+
+
+@dataclass
+class DataArguments:
+    """The model and the text, common to score and train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto is what the model was saved in."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hugging Face dataset."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
+    )
+
+
+@dataclass
+class ScoreArguments(DataArguments):
+    """Settings of `tokensel score`."""
+
+    output: str | None = field(default=None, metadata={"help": "Parquet file to write; must not exist yet."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    impl: str = field(
+        default="auto", metadata={"help": "Implementation of the statistics: auto, chunked, fused or reference."}
+    )
+    without_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the response tokens alone, behind the tokenizer's BOS (EOS where it has none), for t_shirt."
+        },
+    )
+    contrast_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Score under softmax(2 z - z'), z' of this model of wrong answers, for critical_tokens."},
+    )
+
+
+@dataclass
+class SelectArguments:
+    """Settings of `tokensel select`."""
+
+    method: str | None = field(default=None, metadata={"help": "A method that ranks by recorded losses, or random."})
+    method_args: str | None = field(default=None, metadata={"help": "Its parameters, as of `tokensel train`."})
+    recorded: str | None = field(
+        default=None,
+        metadata={"help": "Stores that `tokensel score` made of one dataset: base=a.parquet,reference=b.parquet."},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Parquet file of weights to write, for weights_store; must not exist yet."}
+    )
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """Settings of `tokensel train` beside transformers.TrainingArguments and the selection's. LoRA names are TRL's."""
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
+    prompt_weight: float = field(
+        default=0.0, metadata={"help": "Weight of prompt tokens; not 0 trains them, too (weighted instruction tuning)."}
+    )
+    response_weight: float = field(
+        default=1.0, metadata={"help": "Weight of response tokens, a factor of weights that the data gives."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Concatenate the rows of a batch without padding; documents stay apart."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank (the paper's 64)."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha (the paper's 16)."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "LoRA dropout (the paper's 0.1)."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "'all-linear' (never the head), or names separated by commas."}
+    )
 
 
 def refuse_contradictions(settings: SelectionArguments) -> None:

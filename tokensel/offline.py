@@ -1,468 +1,166 @@
-"""Whole datasets, before training: record every response token's loss once, then rank the tokens of all documents.
-
-Both stream: memory holds the documents in flight, and a run that was killed goes on from its journal.
-"""
+"""Before training: `score` records losses of a dataset under a model, `select` ranks all its tokens by them."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+import time
+from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from transformers import DataCollatorForSeq2Seq
 
-from tokensel.documents import IGNORE_INDEX, document_keys, keys_at
-from tokensel.journal import Journal
-from tokensel.model import PatchedModel
-from tokensel.ops.stats import token_stats_contrast
-from tokensel.select.methods import SelectionMethod
-from tokensel.select.rules import TopSamples, TopShare
-from tokensel.select.signals import MEASURED, RECORDED, TokenSignals
-from tokensel.store import HistoryWriter, StoreReader, content_of
-
-# Recording losses: `tokensel score`
+from tokensel.arguments import ScoreArguments, SelectArguments, SelectionArguments, parse_recorded
+from tokensel.loading import check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
+from tokensel.metrics import peak_memory_mib
+from tokensel.model import apply_to
+from tokensel.ops.checks import check_positive
+from tokensel.ranking import RecordedDataset, check_offline, select_tokens
+from tokensel.recording import identify, record_losses, response_losses, weights_fingerprint
+from tokensel.store import HistoryWriter, tokenizer_fingerprint
+from tokensel.store.shards import Shards
 
 
-class Identity(NamedTuple):
-    """What the documents of a dataset are. n rows."""
-
-    keys: numpy.ndarray  # (n,) int64, the hash of each row's token ids
-    lengths: numpy.ndarray  # (n,) int64
-    digest: str  # sha256 (hex) of all token ids and of which tokens are responses, in order
-
-    def documents(self) -> numpy.ndarray:
-        """Numbers of the rows to score, in order: of rows with equal token ids the first."""
-        return numpy.sort(numpy.unique(self.keys, return_index=True)[1])
+def _check_new(output: str) -> None:
+    if Path(output).exists():
+        raise ValueError(f"output {output} exists; move it away or choose another name")
 
 
-def identify(rows: Iterable[dict]) -> Identity:
-    """Hashes rows of `input_ids` and `labels`, in order, holding a thousand at a time."""
-    digest, keys, lengths = hashlib.sha256(), [], []
-    waiting: list[dict] = []
-
-    def take() -> None:
-        sizes = torch.tensor([len(row["input_ids"]) for row in waiting])
-        ids = torch.tensor([token for row in waiting for token in row["input_ids"]])
-        segments = torch.repeat_interleave(torch.arange(len(waiting)), sizes)
-        found = document_keys(ids[None], segments[None])[0][sizes.cumsum(0) - sizes]
-        responses = bytes(label != IGNORE_INDEX for row in waiting for label in row["labels"])
-        digest.update(found.numpy().tobytes() + sizes.numpy().tobytes() + responses)
-        keys.append(found.numpy())
-        lengths.append(sizes.numpy())
-        waiting.clear()
-
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == 1024:
-            take()
-    if waiting:
-        take()
-    return Identity(numpy.concatenate(keys), numpy.concatenate(lengths), digest.hexdigest())
+def _tell_resumed(shards: Shards) -> None:
+    if len(shards.keys):
+        print(f"going on with {shards.directory}: {len(shards.keys):,} documents are done", flush=True)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over name, shape, dtype and the first 64 entries of each parameter: notices a retrained model."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:64].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def without_prompt(row: dict, first_token: int) -> dict:
-    """The response tokens of a row alone, behind one token that predicts the first of them.
-
-    Of the prompt, earlier turns of a conversation included, nothing stays.
-    """
-    response = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE_INDEX]
-    return {"input_ids": [first_token, *response], "labels": [IGNORE_INDEX, *response]}
-
-
-def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, labels: Tensor, impl: str) -> Tensor:
-    """Negative log-likelihood under softmax(2 z_positive - z_negative) (cDPO, arXiv 2411.19943), as `PatchedModel.token_nll`.
-
-    Args:
-        inputs: input_ids and attention_mask [B, S]; labels: [B, S], label-aligned.
-    Returns:
-        [B, S] float32, nats, 0 where ignored.
-    Raises:
-        ValueError: heads that differ in vocabulary, bias, softcap or scale.
-    """
-    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # row t predicts token t + 1
-    if positive.head_options != negative.head_options:
-        found = f"{positive.head_options} and {negative.head_options}"
-        raise ValueError(f"the heads of the two models must have equal softcap and scale; got {found}")
-    negative_hidden = negative.backbone(inputs)
-
-    def contrast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        def with_negative(_, negative_weight: Tensor, negative_bias: Tensor | None) -> Tensor:
-            biases = [b for b in (bias, negative_bias) if b is not None]
-            if len(biases) == 1 or len(biases) == 2 and not torch.equal(*biases):
-                raise ValueError("the heads of the two models have different biases, which is not supported")
-            models = (hidden, weight), (negative_hidden, negative_weight)
-            return token_stats_contrast(*models, following, bias=bias, impl=impl, **positive.head_options).nll
-
-        return negative.with_whole_head(with_negative, negative_hidden)
-
-    nll = positive.with_whole_head(contrast, positive.backbone(inputs))
-    return nn.functional.pad(nll[:, :-1], (1, 0))
-
-
-def losses_under(
-    patched: PatchedModel,
-    collate: Callable[[list[dict]], dict],
-    device: str,
-    impl: str,
-    first_token: int | None = None,
-    negative: PatchedModel | None = None,
-) -> Callable[[list[dict]], list[Tensor]]:
-    """The function from rows to losses that `record_losses` takes: those under a model that `apply_to` has patched.
-
-    Args:
-        collate: pads rows to tensors.
-        first_token: given, the losses are those of the responses behind this token alone (`without_prompt`).
-        negative: given, the losses are those under the contrast of `patched` with this model (`contrast_nll`).
-    """
-
-    @torch.no_grad()
-    def losses(rows: list[dict]) -> list[Tensor]:
-        if first_token is not None:
-            rows = [without_prompt(row, first_token) for row in rows]
-        batch = collate(rows).to(device)
-        labels = batch.pop("labels")  # (B, S)
-        if negative is None:
-            nll = patched.token_nll(batch, labels, impl=impl)
-        else:
-            nll = contrast_nll(patched, negative, batch, labels, impl)
-        return [values[mine] for values, mine in zip(nll.cpu(), (labels != IGNORE_INDEX).cpu(), strict=True)]
-
-    return losses
-
-
-def record_losses(
-    journal: Journal,
-    rows,
-    identity: Identity,
-    losses: Callable[[list[dict]], list[Tensor]],
-    batch_size: int,
-) -> int:
-    """Puts the losses of all documents that the journal lacks into it -> tokens of the rows that this run scored.
-
-    Batches of like length waste no padding; the longest come first, so that too little memory shows at once.
-
-    Args:
-        rows: rows of `input_ids` and `labels` by number; of rows with equal token ids the first is scored.
-        losses: rows -> for each the negative log-likelihoods of its response tokens, nats, in order.
-    Raises:
-        ValueError: a loss that is not finite; names row and token.
-    """
-    documents = identity.documents()
-    order = documents[numpy.argsort(-identity.lengths[documents], kind="stable")]
-    order = order[~numpy.isin(identity.keys[order], journal.keys)]
-    done, left = int(journal.lengths.sum()), int(identity.lengths[order].sum())
-    with tqdm(total=done + left, initial=done, unit="token", unit_scale=True, desc="score") as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = [rows[int(i)] for i in numbers]
-            values = []
-            for number, row, nll in zip(numbers, batch, losses(batch), strict=True):
-                response = numpy.array(row["labels"]) != IGNORE_INDEX
-                values.append(numpy.full(len(response), numpy.nan, numpy.float32))
-                values[-1][response] = nll.numpy()
-                wrong = response & ~numpy.isfinite(values[-1])
-                if wrong.any():
-                    raise ValueError(
-                        f"row {number}: the loss of token {int(wrong.argmax())} is {values[-1][wrong][0]}; the scoring "
-                        "model must give finite losses (try float32 or bfloat16 instead of float16)"
-                    )
-            lengths = identity.lengths[numbers].astype(numpy.int32)
-            journal.append(identity.keys[numbers], lengths, numpy.concatenate(values))
-            bar.update(int(lengths.sum()))
-    return left
-
-
-# Ranking tokens: `tokensel select`
-
-
-class Chunk(NamedTuple):
-    """Neighbouring documents: n of them, t tokens, as they stand in the stores."""
-
-    first: int  # number of the first one in the dataset
-    keys: numpy.ndarray  # (n,) int64
-    lengths: numpy.ndarray  # (n,) int32
-    values: dict[str, numpy.ndarray]  # by signal, (t,) float32, NaN where not a response
-
-
-class RecordedDataset:
-    """Stores of the same documents, read side by side in chunks of whole documents; a context manager.
-
-    Attributes:
-        metadata: of the first store.
-        digest: of each store's content, by signal.
-
-    Args:
-        files: Parquet files of `tokensel score` by the signal that they hold ("base_nll", ...).
-    Raises:
-        ValueError: not such files, or files of different documents.
-    """
-
-    def __init__(self, files: dict[str, str | os.PathLike]):
-        self._files = files
-        with contextlib.ExitStack() as stack:
-            self._readers = {
-                signal: stack.enter_context(StoreReader(path, content=content_of(signal)))
-                for signal, path in files.items()
-            }
-            first, *others = self._readers.values()
-            for other in others:
-                for name in ("tokenizer", "max_length", "documents", "tokens"):
-                    self._compare(other, name, first.metadata[name], other.metadata[name])
-            self._stack = stack.pop_all()
-        self.metadata = first.metadata
-        self.digest = {signal: reader.digest() for signal, reader in self._readers.items()}
-
-    def __enter__(self) -> RecordedDataset:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._stack.close()
-
-    def _compare(self, other: StoreReader, what: str, expected: object, found: object) -> None:
-        if expected != found:
-            first = next(iter(self._readers.values()))
-            raise ValueError(
-                f"{first.path} and {other.path} differ in {what}: {expected} and {found}; score both with the same "
-                "dataset, tokenizer and max_length"
-            )
-
-    def chunks(self, skip: int = 0) -> Iterator[Chunk]:
-        """All documents behind the first `skip`; in memory are two row groups of each store at most."""
-        streams = [reader.row_groups(skip) for reader in self._readers.values()]
-        waiting = [next(stream, None) for stream in streams]
-        while waiting[0] is not None:
-            # files of other versions may have cut their row groups elsewhere
-            n = min(len(keys) for keys, _, _ in waiting)
-            taken = []
-            for i, (keys, lengths, values) in enumerate(waiting):
-                tokens = int(lengths[:n].sum(dtype=numpy.int64))
-                taken.append((keys[:n], lengths[:n], values[:tokens]))
-                rest = (keys[n:], lengths[n:], values[tokens:])
-                waiting[i] = rest if len(rest[0]) else next(streams[i], None)
-            self._check_same_documents(skip, taken)
-            yield Chunk(skip, *taken[0][:2], dict(zip(self._files, (values for _, _, values in taken), strict=True)))
-            skip += n
-
-    def _check_same_documents(self, first: int, taken: list) -> None:
-        keys, lengths, values = taken[0]
-        for reader, (other_keys, other_lengths, others) in zip(self._readers.values(), taken, strict=True):
-            differ = (keys != other_keys) | (lengths != other_lengths)
-            if differ.any():
-                i = int(differ.argmax())
-                self._compare(reader, f"document {first + i} (hash)", int(keys[i]), int(other_keys[i]))
-                self._compare(reader, f"document {first + i} (length)", int(lengths[i]), int(other_lengths[i]))
-            differ = numpy.isnan(values) != numpy.isnan(others)
-            if differ.any():
-                token, ends = int(differ.argmax()), lengths.cumsum(dtype=numpy.int64)
-                i = int(numpy.searchsorted(ends, token, side="right"))
-                place = f"what is a response (document {first + i}, token {token - int(ends[i]) + int(lengths[i])})"
-                self._compare(reader, place, not numpy.isnan(values[token]), not numpy.isnan(others[token]))
-
-
-def ordered_bits(values: numpy.ndarray) -> numpy.ndarray:
-    """Unsigned integers that sort as the floats (float32 or float64, no NaN) do; -0 and 0 are equal."""
-    kind = numpy.uint32 if values.dtype == numpy.float32 else numpy.uint64
-    bits = (values + values.dtype.type(0)).view(kind)  # -0 + 0 is 0
-    sign = kind(1) << kind(8 * bits.itemsize - 1)
-    return numpy.where(bits & sign, ~bits, bits | sign)
-
-
-LAST = 1 << 62  # behind every place
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a ranking was cut.
-
-    Attributes:
-        bits: `ordered_bits` of the lowest score that is kept.
-        last: place of the last one with that score that is kept.
-    """
-
-    bits: int
-    last: int
-
-    def keep(self, values: numpy.ndarray, places: numpy.ndarray) -> numpy.ndarray:
-        """Which of these are kept, bool (m,)."""
-        bits = ordered_bits(values)
-        return (bits > self.bits) | ((bits == self.bits) & (places <= self.last))
-
-
-def cut_of_top(
-    stream: Callable[[], Iterable[tuple[numpy.ndarray, numpy.ndarray]]], quota: Callable[[int], int]
-) -> Cut | None:
-    """Where to cut so that the `quota(n)` best of n scores are kept, ties going to the earlier place.
-
-    An exact selection without holding the scores: the cut's bits are found 16 at a time, from the top, by a histogram
-    of those scores that agree with what is known. Reads the stream 2 times for float32 and 4 for float64, and once
-    more where some of the scores that are equal to the lowest kept one have to go.
-
-    Args:
-        stream: gives (scores (m,), places (m,) int64, going up) in pieces, from the beginning at each call.
-    Returns:
-        The cut, or None when nothing is kept.
-    """
-    prefix, wanted, below = 0, None, None  # the cut's leading bits; scores to take that begin so; bits not yet known
-    while below != 0:
-        counts = numpy.zeros(1 << 16, numpy.int64)
-        for values, _ in stream():
-            bits = ordered_bits(values)
-            if below is not None:
-                bits = bits[bits >> below == prefix]
-            shift = (8 * bits.itemsize if below is None else below) - 16
-            counts += numpy.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
-        if wanted is None:
-            wanted = quota(int(counts.sum()))
-        if wanted == 0:
-            return None
-        from_top = counts[::-1].cumsum()
-        digit = int(numpy.searchsorted(from_top, wanted))  # counted from the top
-        ties = int(counts[::-1][digit])
-        wanted -= int(from_top[digit]) - ties
-        prefix, below = prefix << 16 | (0xFFFF - digit), shift
-    if wanted == ties:
-        return Cut(prefix, LAST)
-    for values, places in stream():
-        equal = places[ordered_bits(values) == prefix]
-        if wanted <= len(equal):
-            return Cut(prefix, int(equal[wanted - 1]))
-        wanted -= len(equal)
-    raise RuntimeError("the stream gave other scores when it was read again")
-
-
-def check_offline(method: SelectionMethod, recorded: Iterable[str]) -> None:
-    """Refuses methods that recorded losses alone cannot decide.
-
-    Args:
-        recorded: the signals that are recorded ("base_nll", ...).
-    Raises:
-        ValueError: says what the method needs, and how to use it instead.
-    """
-    name, rule, recorded = method.name, method.rule, set(recorded)
-    during = f"use it during training: tokensel train --method {name}"
-    for signal in MEASURED:
-        if signal in method.needs:
-            raise ValueError(
-                f"method {name!r} needs {signal}, which a training step measures under the model as it is then; "
-                f"`tokensel select` has recorded losses alone: {during}"
-            )
-    for signal in sorted(method.needs & RECORDED.keys() - recorded):
-        raise ValueError(f"method {name!r} needs {RECORDED[signal]}")
-    if not recorded:
-        raise ValueError("recorded is empty; name at least one store of the dataset, as in base=base.parquet")
-    unused = sorted(recorded - method.needs)
-    if unused and method.needs & RECORDED.keys():
-        raise ValueError(f"method {name!r} does not use {', '.join(unused)}; leave it out of recorded")
-    if not isinstance(rule, (TopShare, TopSamples)):
-        raise ValueError(f"method {name!r} weighs tokens and ranks none, so there is nothing to select; {during}")
-    if rule.scope not in ("sample", "dataset") or getattr(rule, "rho_min", None) is not None:
-        among = "micro-batch" if rule.scope == "sample" else rule.scope.replace("_", "-")
-        raise ValueError(f"method {name!r} chooses among the tokens of a {among} here; set scope=dataset, or {during}")
-
-
-def _signals(chunk: Chunk, method: SelectionMethod) -> TokenSignals:
-    lengths = torch.from_numpy(chunk.lengths.astype(numpy.int64))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (t,)
-    sample = (lengths.cumsum(0) - lengths)[document]
-    response = ~torch.from_numpy(numpy.isnan(next(iter(chunk.values.values()))))
-    known = {
-        name: torch.from_numpy(numpy.nan_to_num(values))
-        for name, values in chunk.values.items()
-        if name in method.needs
+def score(settings: ScoreArguments) -> dict[str, float]:
+    """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL."""
+    check_positive("batch_size", settings.batch_size)
+    _check_new(settings.output)
+    if settings.without_prompt and settings.contrast_model_name_or_path:
+        raise ValueError("without_prompt and contrast_model_name_or_path make stores of different kinds; choose one")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    tokenizer = load_tokenizer(settings)
+    rows, counts = encode_dataset(settings, settings.dataset_name, tokenizer)
+    rows = rows.select_columns(["input_ids", "labels"])
+    model = load_model(settings)
+    check_fit(settings.dataset_name, counts, tokenizer, model)
+    identity = identify(rows)
+    belongs_to = {
+        "command": "score",
+        "model_name_or_path": settings.model_name_or_path,
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dataset": identity.digest,
+        "max_length": settings.max_length,
+        "without_prompt": settings.without_prompt,
     }
-    if "key" in method.needs:
-        position = torch.arange(len(sample)) - sample
-        known["key"] = keys_at(torch.from_numpy(chunk.keys.copy())[document], position)
-    return TokenSignals(response, sample, **known)
+    content, negative = "nll", None
+    if settings.contrast_model_name_or_path:
+        content = "contrast_nll"
+        model_of_wrong = load_contrast_model(settings, tokenizer)
+        belongs_to["contrast_model_name_or_path"] = settings.contrast_model_name_or_path
+        belongs_to["contrast_weights"] = weights_fingerprint(model_of_wrong)
+        negative = apply_to(model_of_wrong.to(device).eval(), layer=None)
+    first_token = None
+    if settings.without_prompt:
+        content = "alone_nll"
+        first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    losses = response_losses(
+        apply_to(model.to(device).eval(), layer=None),
+        DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
+        device,
+        settings.impl,
+        first_token,
+        negative,
+    )
+    with Shards(settings.output, belongs_to) as shards:
+        _tell_resumed(shards)
+        started = time.perf_counter()
+        tokens = record_losses(shards, rows, identity, losses, settings.batch_size)
+        seconds = time.perf_counter() - started
+        writer = HistoryWriter(
+            settings.output,
+            tokenizer=tokenizer,
+            model=settings.model_name_or_path,
+            max_length=settings.max_length,
+            dataset=settings.dataset_name,
+            content=content,
+            if_disk_is_full=shards.advice,
+        )
+        order = identity.keys[identity.documents()]
+        count, total = publish(shards, writer, order)
+    summary = {
+        "rows": len(rows),
+        "documents": len(order),
+        "response_tokens": count,
+        "mean_nll": total / max(count, 1),
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+    }
+    same = f" ({len(rows) - len(order)} of them repeated)" if len(order) < len(rows) else ""
+    print(
+        f"{settings.output}: {len(rows)} rows{same}, {count} response tokens, mean NLL {summary['mean_nll']:.4f} nats, "
+        f"{summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+    )
+    return summary
 
 
-class _Competitors(NamedTuple):
-    """What is ranked in a chunk, m tokens or whole samples."""
-
-    values: numpy.ndarray  # (m,) scores
-    places: numpy.ndarray  # (m,) int64, order in the dataset
-    owner: numpy.ndarray  # (r,) of each response token, which competitor decides about it
-
-
-def _competitors(chunk: Chunk, signals: TokenSignals, method: SelectionMethod) -> _Competitors:
-    score, sample = method.score(signals)[signals.response].numpy(), signals.sample[signals.response]
-    starts = chunk.lengths.cumsum(dtype=numpy.int64) - chunk.lengths
-    document = chunk.first + numpy.searchsorted(starts, sample.numpy(), side="right") - 1
-    if isinstance(method.rule, TopSamples):  # the score of a sample stands on each of its tokens
-        places, first, owner = numpy.unique(document, return_index=True, return_inverse=True)
-        return _Competitors(score[first], places, owner)
-    position = signals.response.nonzero()[:, 0] - sample
-    return _Competitors(score, document << 32 | position.numpy(), numpy.arange(len(score)))
-
-
-def select_tokens(method: SelectionMethod, data: RecordedDataset, journal: Journal) -> None:
-    """Puts the weights of all documents that the journal lacks into it: 1 = kept, 0 = dropped, NaN = not a response.
-
-    Whole samples of a method of scope "sample" are ranked by themselves, otherwise all tokens of the dataset together.
-
-    Raises:
-        ValueError: nothing would be kept.
-    """
-    tokens = data.metadata["tokens"]
-
-    def chunks(what: str, skip: int = 0, done: int = 0) -> Iterator[Chunk]:
-        with tqdm(total=tokens, initial=done, unit="token", unit_scale=True, desc=what) as bar:
-            for chunk in data.chunks(skip):
-                yield chunk
-                bar.update(int(chunk.lengths.sum()))
-
-    def ranked() -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
-        for chunk in chunks("rank"):
-            yield _competitors(chunk, _signals(chunk, method), method)[:2]
-
-    def quota(n: int) -> int:
-        kept = int(method.rule.quota(torch.tensor(n)))
-        if not kept:
-            raise ValueError(f"rho={method.rule.rho} of {n} is less than one, so nothing would be kept; raise rho")
-        return kept
-
-    together = method.scope == "dataset"
-    if together and "cut" not in journal.state:
-        journal.state["cut"] = asdict(cut_of_top(ranked, quota))
-        journal.save_state()
-    for chunk in chunks("select", len(journal.keys), int(journal.lengths.sum())):
-        signals = _signals(chunk, method)
-        weights = numpy.full(len(signals.response), numpy.nan, numpy.float32)
-        response = signals.response.numpy()
-        if together:
-            values, places, owner = _competitors(chunk, signals, method)
-            weights[response] = Cut(**journal.state["cut"]).keep(values, places)[owner]
-        else:
-            weights[response] = method(signals).numpy()[response]
-        journal.append(chunk.keys, chunk.lengths, weights)
+def select(settings: SelectArguments) -> dict[str, float]:
+    """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
+    _check_new(settings.output)
+    method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
+    files = {f"{name}_nll": file for name, file in parse_recorded(settings.recorded).items()}
+    check_offline(method, files)
+    with RecordedDataset(files) as data:
+        belongs_to = {
+            "command": "select",
+            "method": settings.method,
+            "method_args": settings.method_args,
+            "recorded": files,
+            "stores": data.digest,
+        }
+        with Shards(settings.output, belongs_to) as shards:
+            _tell_resumed(shards)
+            select_tokens(method, data, shards)
+            made = data.metadata
+            writer = HistoryWriter(
+                settings.output,
+                max_length=made["max_length"],
+                dataset=made["dataset"],
+                content="weight",
+                if_disk_is_full=shards.advice,
+            )
+            writer.metadata |= {name: belongs_to[name] for name in ("method", "method_args", "recorded")}
+            writer.metadata["tokenizer"] = made["tokenizer"]
+            count, kept = publish(shards, writer)
+    summary = {
+        "documents": made["documents"],
+        "response_tokens": count,
+        "kept": int(kept),
+        "kept_share": kept / count,
+        "peak_memory_mib": peak_memory_mib("cpu"),
+    }
+    print(
+        f"{settings.output}: {made['documents']} documents, kept {int(kept)} of {count} response tokens "
+        f"({summary['kept_share']:.2%}), peak memory {summary['peak_memory_mib']:.0f} MiB"
+    )
+    return summary
 
 
-def publish(journal: Journal, writer: HistoryWriter, order: numpy.ndarray | None = None) -> tuple[int, float]:
-    """Turns a journal into the store that `writer` makes and removes it -> (values, their sum).
+def publish(shards: Shards, writer: HistoryWriter, order: numpy.ndarray | None = None) -> tuple[int, float]:
+    """Turns shards into the store that `writer` makes and removes them -> (values, their sum).
 
     Args:
         order: keys in the order of the store; None = as recorded.
     """
     count, total = 0, 0.0
     with writer:
-        for key, values in journal.documents(order):
+        for key, values in shards.documents(order):
             writer.append(key, values)
-            known = values[~numpy.isnan(values)]
-            count, total = count + len(known), total + float(known.sum(dtype=numpy.float64))
-    journal.remove()
+            responses = values[~numpy.isnan(values)]
+            count, total = count + len(responses), total + float(responses.sum(dtype=numpy.float64))
+    shards.remove()
     return count, total

@@ -24,11 +24,13 @@ from tokensel import methods
 from tokensel.arguments import SelectionArguments, parse_recorded, refuse_contradictions, refuse_other_losses
 from tokensel.data.collators import SelectionCollator
 from tokensel.documents import IGNORE_INDEX, BatchLayout
+from tokensel.files import replacing
 from tokensel.history import live_history
 from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
 from tokensel.model import apply_to, eval_mode, refuse_patched
 from tokensel.parallel import check_ranks_agree
 from tokensel.report.watch import SampleRecorder
+from tokensel.select.method import SelectionMethod
 from tokensel.select.signals import RECORDED, TokenSignals
 from tokensel.step import Selection, SelectionOutput
 from tokensel.store import HistoryStore, content_of
@@ -42,6 +44,8 @@ class TokenSelectionMixin:
     `args` carries the fields of SelectionArguments. The model is patched by `tokensel.apply_to`; evaluation that asks
     for the loss alone is computed without logits too, any other evaluation is the base trainer's.
 
+    `method` is what the settings `method` and `method_args` name, where somebody has built it already.
+
     Over a trainer of TRL the metrics that its users know are logged, of all response tokens: entropy (nats),
     mean_token_accuracy, num_tokens (since training started).
 
@@ -50,7 +54,7 @@ class TokenSelectionMixin:
         ask for another loss, a model that is patched already, at construction.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, method: SelectionMethod | None = None, **kwargs) -> None:
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
         refuse_other_losses(given.get("args"))
         if isinstance(given.get("model"), nn.Module):
@@ -67,7 +71,7 @@ class TokenSelectionMixin:
         settings = self.args
         # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
         check_ranks_agree(SelectionArguments.selection_settings(settings))
-        self.method = SelectionArguments.build_method(settings)
+        self.method = SelectionArguments.build_method(settings) if method is None else method
         refuse_contradictions(settings)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -237,9 +241,8 @@ class TokenSelectionMixin:
         state = self._selection_state()
         if self.args.should_save and state:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            file = os.path.join(output_dir, STATE_FILE)
-            save_file(state, f"{file}.tmp", {"history": self.args.history, "method": self.method.name})
-            os.replace(f"{file}.tmp", file)
+            with replacing(os.path.join(output_dir, STATE_FILE)) as temporary:
+                save_file(state, temporary, {"history": self.args.history, "method": self.method.name})
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

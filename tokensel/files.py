@@ -1,0 +1,37 @@
+"""Files that are whole or not there: what is written takes its place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the path of a temporary file beside `path`, which takes its place when the block ends well.
+
+    After any exception in the block the temporary file is gone, and `path` is what it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: str | os.PathLike[str], what: str, advice: str) -> Iterator[None]:
+    """An OSError for a full disk keeps its errno and says what was being written and what to do; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise OSError(error.errno, f"{os.strerror(error.errno)} while writing {what}; {advice}", str(path)) from error

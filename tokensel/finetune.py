@@ -1,0 +1,92 @@
+"""Fine-tuning by settings alone: what `tokensel train` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
+
+from tokensel.arguments import RunArguments, SelectiveTrainingArguments
+from tokensel.data import SelectionCollator
+from tokensel.loading import check_fit, encode_dataset, load_model, load_tokenizer
+from tokensel.metrics import peak_memory_mib
+from tokensel.trainer import SelectiveTrainer
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that was written to its end: the trainer's state is the last file of one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    complete = [p for p in Path(output_dir).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not complete:
+        raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from")
+    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2])))
+
+
+def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict[str, float]:
+    """Fine-tunes with token selection and saves the model (or adapter) to `output_dir` -> the metrics."""
+
+    method = arguments.build_method()  # a wrong name should not have to wait for the model to load
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = last_complete_checkpoint(arguments.output_dir)
+    elif checkpoint is None and any(Path(arguments.output_dir).glob("checkpoint-*")):
+        raise ValueError(
+            f"output_dir {arguments.output_dir} already holds checkpoints; go on with --resume_from_checkpoint last "
+            "or choose another output_dir"
+        )
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(settings)
+    names = [name for name in (settings.dataset_name, settings.eval_dataset_name) if name]
+    weights = {"prompt_weight": settings.prompt_weight, "response_weight": settings.response_weight}
+    encoded = {name: encode_dataset(settings, name, tokenizer, **weights) for name in names}
+    model = load_model(settings)
+    for name, (_, counts) in encoded.items():
+        check_fit(name, counts, tokenizer, model)
+    if settings.use_peft:
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.lora_target_modules
+        lora = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+        if arguments.gradient_checkpointing:
+            model.enable_input_require_grads()
+    rows, held_out = encoded[settings.dataset_name][0], None
+    if settings.eval_dataset_name:
+        held_out = encoded[settings.eval_dataset_name][0].select_columns(["input_ids", "labels"])
+    packed = DataCollatorWithFlattening(return_tensors="pt")
+    collator = packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
+    trainer = SelectiveTrainer(
+        model,
+        arguments,
+        data_collator=SelectionCollator(collator),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        method=method,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = dict(result.metrics)
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    metrics |= trainer.selection_totals()
+    metrics["peak_memory_mib"] = peak_memory_mib(str(trainer.args.device))
+    trainer.save_metrics("all", metrics)
+    steps = trainer.state.global_step
+    held = f"held-out loss {metrics['eval_loss']:.4f}, " if held_out is not None else ""
+    print(
+        f"{arguments.output_dir}: {steps} steps, train loss {metrics['train_loss']:.4f}, {held}"
+        f"kept {metrics['kept_share']:.1%} of {metrics['responses']:.0f} response tokens, "
+        f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_mib']:.0f} MiB"
+    )
+    return metrics

@@ -1,0 +1,87 @@
+"""A model, its tokenizer and a dataset by their names, for the commands; what does not fit together is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import datasets
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tokensel.arguments import DataArguments, ScoreArguments
+from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
+from tokensel.store import tokenizer_fingerprint
+
+
+def load_tokenizer(settings: DataArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(settings: DataArguments) -> PreTrainedModel:
+    """The causal language model.
+
+    Raises:
+        ValueError: its weights file is damaged.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
+
+
+def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of wrong answers.
+
+    Raises:
+        ValueError: its tokenizer is another.
+    """
+    name = settings.contrast_model_name_or_path
+    if tokenizer_fingerprint(AutoTokenizer.from_pretrained(name)) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"contrast_model_name_or_path {name} has another tokenizer than {settings.model_name_or_path}; a contrast "
+            "is of two models with the same tokens"
+        )
+    return load_model(replace(settings, model_name_or_path=name))
+
+
+def encode_dataset(
+    settings: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, **weights: float
+) -> tuple[datasets.Dataset, EncodingCounts]:
+    """Rows of a file or named dataset as token ids, and how many there were; prints the latter.
+
+    Raises:
+        ValueError: a row that cannot be encoded; says where it stands.
+    """
+    try:
+        rows, counts = encode_rows(load_rows(name, settings.dataset_split), tokenizer, settings.max_length, **weights)
+    except RowError as error:
+        raise ValueError(f"{place_of_row(name, error.row)}: {error.reason}") from error
+    print(f"{name}: {counts}", flush=True)
+    return rows, counts
+
+
+def check_fit(name: str, counts: EncodingCounts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
+
+    Raises:
+        ValueError: rows longer than the model has positions, or a token without an embedding.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and counts.longest > positions:
+        raise ValueError(
+            f"{name} has rows of up to {counts.longest} tokens, but {model.name_or_path} has {positions} positions; "
+            f"cut them with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
+            "max_position_embeddings in its config.json"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    needed = max(counts.largest_id, tokenizer.pad_token_id or 0)
+    if needed >= embeddings:
+        raise ValueError(
+            f"token {needed} ({tokenizer.convert_ids_to_tokens(needed)!r}) has no embedding: {model.name_or_path} has "
+            f"{embeddings}. The tokenizer belongs to another model, or tokens were added without "
+            "model.resize_token_embeddings"
+        )
