@@ -21,8 +21,8 @@ from tokensel.report import TOKEN_FIELDS
 
 SELECTION_FILE = "selection.jsonl"
 # columns of a row; the last are the documents of one that TRL packed
-_READ = ("input_ids", "attention_mask", "labels", "token_weights", "noise", "seq_lengths")
-_COLUMNS = ("nll", "history_nll", "mass")
+_COLUMNS = ("input_ids", "attention_mask", "labels", "token_weights", "noise", "seq_lengths")
+_MEASURED = ("nll", "history_nll", "mass")
 _BROKEN = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 
 
@@ -77,9 +77,9 @@ def _places(batch: dict, rows: list[dict]) -> list[tuple[int, torch.Tensor]]:
 
 def _sample(name: str, ids: list[int], out, place: tuple, noise: torch.Tensor, tokenizer) -> dict:
     response, score, weights = (t.cpu()[place] for t in (out.response, out.score, out.weights))
-    found = {n: getattr(out, n) for n in _COLUMNS}
-    found = {n: None if value is None else value.cpu()[place] for n, value in found.items()}
-    found["rel"] = None if found["history_nll"] is None else found["history_nll"] - found["nll"]
+    measured = {n: getattr(out, n) for n in _MEASURED}
+    measured = {n: None if values is None else values.cpu()[place] for n, values in measured.items()}
+    measured["rel"] = None if measured["history_nll"] is None else measured["history_nll"] - measured["nll"]
     order = score.masked_fill(~response, -torch.inf).argsort(descending=True, stable=True)[: int(response.sum())]
     rank = torch.zeros_like(score)
     rank[order] = torch.arange(1, len(order) + 1, dtype=rank.dtype)
@@ -98,7 +98,7 @@ def _sample(name: str, ids: list[int], out, place: tuple, noise: torch.Tensor, t
         "weight": column(weights),
         "score": column(score),
         "rank": column(rank),
-        **{n: column(values) for n, values in found.items()},
+        **{n: column(values) for n, values in measured.items()},
         "noise": (noise & response).tolist(),
     }
 
@@ -146,7 +146,7 @@ class SampleRecorder(TrainerCallback):
         """Args: rows: how many; a streamed training set is read from its start for them."""
         self.trainer = trainer
         first = list(itertools.islice(trainer.train_dataset, rows))
-        self.rows = {i: {name: row[name] for name in _READ if name in row} for i, row in enumerate(first)}
+        self.rows = {i: {name: row[name] for name in _COLUMNS if name in row} for i, row in enumerate(first)}
         self.file = Path(trainer.args.output_dir) / SELECTION_FILE
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -290,8 +290,8 @@ def agreement(record: dict) -> float | None:
 def churn(before: dict, after: dict) -> float | None:
     """Share of the watched response tokens whose fate differs between two records; None where there are none."""
     changed = total = 0
-    for old, new in zip(before["samples"], after["samples"], strict=True):
-        for response, was, now in zip(new["response"], old["kept"], new["kept"], strict=True):
+    for first, second in zip(before["samples"], after["samples"], strict=True):
+        for response, kept, kept_later in zip(second["response"], first["kept"], second["kept"], strict=True):
             total += response
-            changed += response and was != now
+            changed += response and kept != kept_later
     return changed / total if total else None
