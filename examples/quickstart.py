@@ -18,11 +18,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
-from tokensel import cli, planted, report
-from tokensel.arguments import SelectiveTrainingArguments
+from tokensel.arguments import ScoreArguments, SelectiveTrainingArguments
 from tokensel.data import SelectionCollator, encode_rows, load_rows
+from tokensel.metrics import peak_memory_mib
+from tokensel.offline import score
+from tokensel.report import format_table, plot_rel, write_selection_page
 from tokensel.report.watch import selected_samples
-from tokensel.testing import PlantedNoiseTrainer, held_out_nll
+from tokensel.testing import PlantedNoiseTrainer, held_out_nll, make_model, make_rows, make_tokenizer, plant_noise
 from tokensel.trainer import SelectiveTrainer
 
 METHODS = ("full", "random", "sstoken", "history_excess")
@@ -70,11 +72,11 @@ def main() -> None:
 
     print("\n[1/5] tokenizer, model and data, all made here", flush=True)
     data = config["data"]
-    clean = planted.make_rows(data["base_rows"] + data["noisy_rows"] + data["held_out_rows"], seed=seed)
+    clean = make_rows(data["base_rows"] + data["noisy_rows"] + data["held_out_rows"], seed=seed)
     base_rows = clean[: data["base_rows"]]
     noisy_rows = clean[data["base_rows"] : -data["held_out_rows"]]
-    tokenizer = planted.make_tokenizer(base_rows)
-    planted_rows = planted.plant_noise(noisy_rows, tokenizer, kind=data["noise"], share=data["noise_share"], seed=seed)
+    tokenizer = make_tokenizer(base_rows)
+    planted_rows = plant_noise(noisy_rows, tokenizer, kind=data["noise"], share=data["noise_share"], seed=seed)
     write_jsonl(out / "data/base.jsonl", base_rows)
     write_jsonl(out / "data/noisy.jsonl", planted_rows)
     write_jsonl(out / "data/held_out.jsonl", clean[-data["held_out_rows"] :])
@@ -85,7 +87,7 @@ def main() -> None:
     print(f"base data: {told}")
 
     print("\n[2/5] a base model, trained on clean rows", flush=True)
-    model = planted.make_model(tokenizer, seed=seed)
+    model = make_model(tokenizer, seed=seed)
     print(f"Llama with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     base = SelectiveTrainer(
         model,
@@ -106,8 +108,8 @@ def main() -> None:
 
     print("\n[3/5] its losses on the noisy rows, recorded once: the history", flush=True)
     store = out / "history.parquet"
-    cli.score(
-        cli.ScoreArguments(
+    score(
+        ScoreArguments(
             model_name_or_path=str(out / "base"),
             dataset_name=str(out / "data/noisy.jsonl"),
             max_length=limit,
@@ -146,7 +148,7 @@ def main() -> None:
                 "noise kept": f"{trainer.noise_kept / trainer.planted:.1%}",
                 "tokens kept": f"{totals['kept_share']:.1%}",
                 "tokens/s": round(totals["tokens_per_second"]),
-                "peak memory MiB": round(cli.peak_memory_mib("cpu")),
+                "peak memory MiB": round(peak_memory_mib("cpu")),
             }
         )
         history = [entry for entry in trainer.state.log_history if "rel_mean" in entry]
@@ -160,13 +162,13 @@ def main() -> None:
         *verdict(table),
         "Peak memory is of the process so far, so it only grows from row to row.",
     ]
-    print(report.format_table(table))
+    print(format_table(table))
     print("\n".join(notes))
     order = [runs[METHODS.index(name)] for name in ("sstoken", "history_excess", "random", "full")]
-    report.write_selection_page(
+    write_selection_page(
         out / "selection.html", order, title="Which tokens were kept, and why", table=table, notes=notes
     )
-    report.plot_rel(out / "rel.png", runs)
+    plot_rel(out / "rel.png", runs)
     (out / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
     print(f"\nopen {out / 'selection.html'} and {out / 'rel.png'}; {time.perf_counter() - started:.0f} s in all")
 
