@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tokensel.store as store_module
+import tokensel.store.writer as writer_module
 from tokensel.store import HistoryMissError, HistoryStore, HistoryWriter, tokenizer_fingerprint
 
 LENGTHS = [5, 9, 2, 7, 3, 8]
@@ -168,7 +168,7 @@ def test_a_document_given_twice_is_stored_once(tmp_path):
 
 
 def test_row_groups_are_streamed_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 6)
     path = write(tmp_path / "h.parquet", make_documents())
     assert pq.ParquetFile(path).num_row_groups == 3
     ids, labels, nll, mask = padded(make_documents())
@@ -176,7 +176,7 @@ def test_row_groups_are_streamed_and_read_back(tmp_path, monkeypatch):
 
 
 def test_memory_between_row_groups_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 6)
     sizes = []
     with HistoryWriter(tmp_path / "h.parquet") as writer:
         for ids, labels, nll in make_documents():
@@ -278,7 +278,7 @@ def test_other_parquet_is_refused(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(writer_module, "FORMAT_VERSION", 2)
     path = write(tmp_path / "h.parquet", make_documents())
     monkeypatch.undo()
     with pytest.raises(ValueError, match="history format 2"):
@@ -325,11 +325,11 @@ class FullFile:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("met_by", ["the magic bytes", "a row group", "the footer"])
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, met_by):
-    monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 6)
     whole = write(tmp_path / "whole.parquet", make_documents())
     room = {"the magic bytes": 0, "a row group": 60, "the footer": whole.stat().st_size - 1}[met_by]
     whole.unlink()
-    monkeypatch.setattr(store_module, "open", lambda *a: FullFile(open(*a), room), raising=False)
+    monkeypatch.setattr(writer_module, "open", lambda *a: FullFile(open(*a), room), raising=False)
     path = tmp_path / "h.parquet"
     with pytest.raises(OSError, match="nothing of this run was kept") as error:
         write(path, make_documents())
@@ -342,8 +342,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, met_by):
 def test_a_full_device_leaves_nothing(tmp_path, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
-    monkeypatch.setattr(store_module, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(writer_module, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     ids, labels, nll, mask = padded(make_documents())
     with pytest.raises(OSError, match="nothing of this run was kept") as error:
         with HistoryWriter(tmp_path / "h.parquet") as writer:
@@ -357,7 +357,7 @@ def test_a_full_device_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_any_exception_leaves_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(store_module, "ROW_GROUP_TOKENS", 6)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 6)
     ids, labels, nll, mask = padded(make_documents())
     with pytest.raises(kind):
         with HistoryWriter(tmp_path / "h.parquet") as writer:

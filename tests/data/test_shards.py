@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy
+import pytest
+
+import tokensel.store.shards as shards_module
+from tokensel.store.shards import Shards
+
+SETTINGS = {"command": "test", "max_length": 9}
+
+
+def put(shards, *documents):
+    """Records documents (key, values) together."""
+    keys = numpy.array([key for key, _ in documents], numpy.int64)
+    lengths = numpy.array([len(values) for _, values in documents], numpy.int32)
+    shards.append(keys, lengths, numpy.concatenate([numpy.array(v, numpy.float32) for _, v in documents]))
+
+
+def held(shards, order=None):
+    return [(key, values.tolist()) for key, values in shards.documents(order)]
+
+
+A, B, C = (5, [1.0, 2.0]), (-3, [3.0]), (1 << 62, [4.0, 5.0, 6.0])
+
+
+def test_shards_survives_and_is_read_in_any_order(tmp_path):
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A, B)
+        assert held(shards) == [A, B]
+        put(shards, C)
+        shards.state["threshold"] = 7
+        shards.save_state()
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        assert shards.keys.tolist() == [A[0], B[0], C[0]] and shards.lengths.tolist() == [2, 1, 3]
+        assert shards.state == {"threshold": 7}
+        assert held(shards, numpy.array([C[0], A[0], B[0]])) == [C, A, B]
+        shards.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_shard_that_was_not_finished_is_no_shard(tmp_path):
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A, B)
+    (part,) = (tmp_path / "out.partial").glob("part-*.parquet")
+    torn = part.with_name(f".part-00001.parquet.{os.getpid()}.tmp")
+    whole = part.read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole)):  # wherever a process was killed while it wrote
+        torn.write_bytes(whole[:size])
+        with Shards(tmp_path / "out", SETTINGS) as shards:
+            assert held(shards) == [A, B] and not torn.exists()
+
+
+def test_a_damaged_shard_is_named_wherever_the_damage_is(tmp_path):
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A, B)
+        put(shards, C)
+    (part,) = (tmp_path / "out.partial").glob("part-*.parquet")
+    whole = part.read_bytes()
+    values = whole.index(numpy.float32([1.0, 2.0, 3.0, 4.0]).tobytes())
+    damaged = [whole[:values] + bytes([whole[values] ^ 1]) + whole[values + 1 :]]  # a bad disk
+    damaged += [whole[:size] for size in (0, 4, len(whole) // 2, len(whole) - 1)]
+    for bytes_ in damaged:
+        part.write_bytes(bytes_)
+        with pytest.raises(ValueError, match="part-00000.parquet is damaged .* remove .*out.partial to begin anew"):
+            with Shards(tmp_path / "out", SETTINGS) as shards:
+                held(shards)
+    part.write_bytes(whole)
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        assert held(shards) == [A, B, C]
+
+
+def test_shards_are_read_in_any_order_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 7)
+    monkeypatch.setattr(shards_module, "READ_TOKENS", 5)
+    random = numpy.random.default_rng(0)
+    documents = [(int(key), [float(key)] * (1 + int(key) % 4)) for key in random.permutation(40)]
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        for document in documents:
+            put(shards, document)
+        assert len(list(shards.directory.glob("part-*.parquet"))) > 5
+        assert held(shards) == documents
+        order = random.permutation(40)
+        expected = dict(documents)
+        assert held(shards, order) == [(int(key), expected[int(key)]) for key in order]
+
+
+def test_a_shard_is_written_when_it_waits_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_SECONDS", 0.0)
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A)
+        assert len(list(shards.directory.glob("part-*.parquet"))) == 1
+
+
+def test_what_version_0_1_left_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "rows").write_bytes(b"tsj1")
+    with pytest.raises(ValueError, match="left by tokensel 0.1, .*; finish it with that version, or remove it"):
+        with Shards(tmp_path / "out", SETTINGS):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "out.partial" / "rows").read_bytes() == b"tsj1"
+
+
+def test_shards_of_other_settings_is_refused_with_the_difference(tmp_path):
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A)
+    with pytest.raises(ValueError, match="out.partial belongs to .* other settings: max_length was 9 and is 8. Give"):
+        with Shards(tmp_path / "out", SETTINGS | {"max_length": 8}):
+            pytest.fail("the block must not run")
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        assert held(shards) == [A]
+
+
+def test_two_processes_do_not_share_shards(tmp_path):
+    with Shards(tmp_path / "out", SETTINGS):
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            with Shards(tmp_path / "out", SETTINGS):
+                pytest.fail("the block must not run")
+
+
+def test_a_run_that_failed_before_its_first_record_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        with Shards(tmp_path / "out", SETTINGS):
+            raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("room", [0, 10, 30, 60])
+def test_a_full_disk_keeps_the_shards_and_says_so(tmp_path, monkeypatch, room):
+    def full(table, path, **options):
+        path.write_bytes(b"x" * room)  # what had room is there, in the temporary file
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="kept in .*out.partial. Free some space and run the same command again") as error:
+        with Shards(tmp_path / "out", SETTINGS) as shards:
+            put(shards, A, B)
+            assert held(shards) == [A, B]  # written
+            monkeypatch.setattr(shards_module.pq, "write_table", full)
+            monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1)
+            put(shards, C, A, B)
+    monkeypatch.undo()
+    assert error.value.errno == errno.ENOSPC
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        assert held(shards) == [A, B]
