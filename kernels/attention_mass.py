@@ -6,8 +6,6 @@ FlashAttention returned, only prompt columns are computed. Query heads of one ke
 
 What a query sees is three numbers: keys from `low` (its document and window begin there) to itself; keys that count as
 prompt end before `prompt_end` (its own turn begins there).
-
-With head weights by entropy a third sum, Σ exp(z - top) (z - top), and the number of visible keys are kept beside.
 """
 
 from __future__ import annotations
@@ -25,40 +23,15 @@ VISIBLE, PROMPT = 1, 2  # bits of a key's flags
 
 @triton.jit
 def _attention_mass_kernel(
-    q_ptr,
-    k_ptr,
-    flags_ptr,
-    query_ptr,
-    low_ptr,
-    prompt_end_ptr,
-    lse_ptr,
-    sinks_ptr,
-    mass_ptr,
-    S,
-    heads,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    scale,
-    softcap,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One key head, ROWS queries of all its GROUP query heads: sums over those heads -> mass_ptr[field, b, head, row].
+    q_ptr, k_ptr, flags_ptr, query_ptr, low_ptr, prompt_end_ptr, lse_ptr, sinks_ptr, mass_ptr,  # pointers
+    S, heads,  # shapes
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,  # strides
+    scale, softcap, HAS_LSE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,  # constants
+):  # fmt: skip
+    """One key head, ROWS queries of all its GROUP query heads: the mass, summed over them -> mass_ptr[b, head, row].
 
-    The field is the mass m; with ENTROPY (no lse), m, w m and w, where w = 1 - entropy / log(visible keys) of a head.
     Row r of the score tile is query r // GROUP_PADDED of head r % GROUP_PADDED.
     """
     first = tl.program_id(0) * ROWS
@@ -84,9 +57,6 @@ def _attention_mass_kernel(
     top = tl.full([ROWS * GROUP_PADDED], -float("inf"), tl.float32)
     total = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
     prompt = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
-    if ENTROPY:
-        moment = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
-        visible = tl.zeros([ROWS * GROUP_PADDED], tl.int32)
     if HAS_LSE:  # the denominator is known, so its logarithm is the pivot
         top = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32)
     begin = tl.min(tl.where((i < S) & row_asked, low, S)) // KEYS * KEYS
@@ -113,18 +83,11 @@ def _attention_mass_kernel(
                 rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
                 u = z - pivot[:, None]
                 e = tl.exp(u)
-                if ENTROPY:  # (u + shift) replaces u in what was summed before
-                    moment = rescale * (moment + shift * total) + tl.sum(e * tl.where(sees, u, 0.0), 1)
-                    visible += tl.sum(sees.to(tl.int32), 1)
                 total = total * rescale + tl.sum(e, 1)
                 prompt = prompt * rescale + tl.sum(tl.where(counts, e, 0.0), 1)
                 top = new_top
     if HAS_LSE:
         total = tl.full([ROWS * GROUP_PADDED], 1.0, tl.float32)
-    if ENTROPY:
-        some = tl.where(total > 0, total, 1.0)
-        share = (tl.log(some) - moment / some) / tl.log(tl.maximum(visible, 2).to(tl.float32))  # of the largest entropy
-        weight = tl.where(real & (visible > 1), tl.maximum(1.0 - share, 0.0), 0.0)
     if HAS_SINKS:  # a sink only adds to the denominator
         sink = tl.load(sinks_ptr + head, mask=member < GROUP, other=-float("inf")).to(tl.float32)
         pivot = tl.where(top == -float("inf"), 0.0, top)
@@ -132,13 +95,7 @@ def _attention_mass_kernel(
     mass = tl.where(real & (total > 0), prompt / tl.where(total > 0, total, 1.0), 0.0)
     summed = tl.sum(tl.reshape(mass, [ROWS, GROUP_PADDED]), 1)
     at = (batch * tl.num_programs(1) + key_head) * S + queries
-    stored = asked & (queries < S)
-    tl.store(mass_ptr + at, summed, mask=stored)
-    if ENTROPY:
-        field = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * S
-        weighted = tl.sum(tl.reshape(weight * mass, [ROWS, GROUP_PADDED]), 1)
-        tl.store(mass_ptr + field + at, weighted, mask=stored)
-        tl.store(mass_ptr + 2 * field + at, tl.sum(tl.reshape(weight, [ROWS, GROUP_PADDED]), 1), mask=stored)
+    tl.store(mass_ptr + at, summed, mask=asked & (queries < S))
 
 
 def attention_mass(
@@ -154,9 +111,8 @@ def attention_mass(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    by_entropy: bool,
 ) -> Tensor:
-    """Mean over heads of the attention probability on prompt keys, plain or (`by_entropy`, without lse) weighted.
+    """Mean over heads of the attention probability on prompt keys.
 
     Args:
         q: [B, Hq, S, d], k: [B, Hk, S, d], float16, bfloat16 or float32; the last dimension contiguous.
@@ -171,21 +127,17 @@ def attention_mass(
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     flags = key_mask.to(torch.int8) * VISIBLE + (key_mask & prompt_mask).to(torch.int8) * PROMPT
     low, prompt_end = low.to(torch.int32).contiguous(), prompt_end.to(torch.int32).contiguous()
-    sums = torch.zeros(3 if by_entropy else 1, B, Hk, S, dtype=torch.float32, device=q.device)
+    sums = torch.zeros(B, Hk, S, dtype=torch.float32, device=q.device)
     group = Hq // Hk
     padded = triton.next_power_of_2(group)
-    rows, constants = attention_tile(q, padded, "entropy_attention" if by_entropy else "attention")
+    rows, constants = attention_tile(q, padded)
     _attention_mass_kernel[(triton.cdiv(S, rows), Hk, B)](
         q, k, flags.contiguous(), query_mask.to(torch.int8).contiguous(), low, prompt_end,
         None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), sums,
-        S, Hq, *q.stride()[:3], *k.stride()[:3], scale, softcap or 1.0,
-        HAS_LSE=lse is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
-        ENTROPY=by_entropy, GROUP=group, GROUP_PADDED=padded, D=d, D_PADDED=max(16, triton.next_power_of_2(d)),
+        S, Hq,
+        *q.stride()[:3], *k.stride()[:3],
+        scale, softcap or 1.0, HAS_LSE=lse is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
+        GROUP=group, GROUP_PADDED=padded, D=d, D_PADDED=max(16, triton.next_power_of_2(d)),
         ROWS=rows, **constants,
     )  # fmt: skip
-    mass, *weighted = sums.sum(2)  # (B, S) each
-    mass = mass / Hq
-    if not by_entropy:
-        return mass
-    weighted_mass, weight = weighted
-    return torch.where(weight > 0, weighted_mass / weight, mass)
+    return sums.sum(1) / Hq

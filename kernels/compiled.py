@@ -25,7 +25,7 @@ from tokensel_kernels.vocab_grad import (
     _hidden_gradient_kernel,
     _logits_gradient_kernel,
 )
-from tokensel_kernels.vocab_stats import _contrast_stats_kernel, _hidden_stats_kernel, _logits_stats_kernel
+from tokensel_kernels.vocab_stats import _hidden_stats_kernel, _logits_stats_kernel
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,7 +47,7 @@ _INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
-class Report:
+class CompiledKernel:
     """What the compiler made of one kernel on one tile."""
 
     kernel: str
@@ -74,23 +74,20 @@ class _Case:
 
 def _cases(arch: str) -> Iterator[_Case]:
     for size in _ELEMENT:
-        for kernel, kind in (
-            (_hidden_stats_kernel, "stats"),
-            (_hidden_stats_kernel, "full_stats"),
-            (_contrast_stats_kernel, "stats"),
-            (_contrast_stats_kernel, "full_contrast"),
-        ):
+        for kind in ("stats", "full_stats"):
             full = kind != "stats"
             tile = TILES[arch][kind][size]
-            blocks = {"x": tile.rows, "old_x": tile.rows, "w": tile.columns, "old_w": tile.columns}
+            blocks = {"x": tile.rows, "history_x": tile.rows, "w": tile.columns, "history_w": tile.columns}
             descriptors = {name: (rows, tile.depth) for name, rows in blocks.items()} if tile.tma else {}
-            options = {"PAIR": True, "HAS_BIAS": full, "HAS_SOFTCAP": full, "MOMENTS": full}
-            name = f"{tile.rows}x{tile.columns}x{tile.depth}, two models" + ", bias, softcap, moments" * full
-            yield _Case(kernel, name, size, options | tile.constants(), descriptors, () if full else ("bias_ptr",))
-        for moments, contrast in ((False, False), (True, False), (True, True)):
-            options = {"PAIR": not contrast, "CONTRAST": contrast, "HAS_BIAS": True, "HAS_SOFTCAP": True}
-            columns = {"MOMENTS": moments, "COLUMNS": 4096 // size, "num_warps": 8}
-            name = f"{4096 // size} columns, " + ("contrast" if contrast else "two models") + ", moments" * moments
+            options = {"PAIR": True, "HAS_BIAS": full, "HAS_SOFTCAP": full, "ENTROPY": full}
+            name = f"{tile.rows}x{tile.columns}x{tile.depth}, two models" + ", bias, softcap, entropy" * full
+            yield _Case(
+                _hidden_stats_kernel, name, size, options | tile.constants(), descriptors, () if full else ("bias_ptr",)
+            )
+        for entropy in (False, True):
+            options = {"PAIR": True, "HAS_BIAS": True, "HAS_SOFTCAP": True}
+            columns = {"ENTROPY": entropy, "COLUMNS": 4096 // size, "num_warps": 8}
+            name = f"{4096 // size} columns, two models" + ", entropy" * entropy
             yield _Case(_logits_stats_kernel, name, size, options | columns, {})
         options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "COLUMNS": 1024, "num_warps": 8}
         yield _Case(_block_gradient_kernel, "1024 columns, bias, softcap", size, options, {})
@@ -107,16 +104,16 @@ def _cases(arch: str) -> Iterator[_Case]:
         yield _Case(_head_gradient_kernel, name, size, {"WANT_BIAS": False} | tile.constants(), by_row, ("dbias_ptr",))
         yield _Case(_gather_rows_kernel, "1024 columns", size, {"ROWS": 128, "COLUMNS": 1024, "num_warps": 4}, {})
         for d in HEAD_SIZES if size == 2 else (128,):
-            for lse, entropy in ((False, False), (True, False), (False, True)):
-                tile = TILES[arch]["entropy_attention" if entropy else "attention"][size]
+            for lse in (False, True):
+                tile = TILES[arch]["attention"][size]
                 rows = attention_rows(tile, d)
                 constants = {
-                    "HAS_LSE": lse, "HAS_SINKS": False, "HAS_SOFTCAP": False, "ENTROPY": entropy, "GROUP": 4,
-                    "GROUP_PADDED": 4, "D": d, "D_PADDED": triton.next_power_of_2(d), "ROWS": rows // 4,
+                    "HAS_LSE": lse, "HAS_SINKS": False, "HAS_SOFTCAP": False, "GROUP": 4, "GROUP_PADDED": 4,
+                     "D": d, "D_PADDED": triton.next_power_of_2(d), "ROWS": rows // 4,
                     "KEYS": tile.keys, "PRECISION": tile.precision,
                     "num_warps": tile.warps, "num_stages": tile.stages,
                 }  # fmt: skip
-                name = f"{rows}x{tile.keys}, head size {d}" + ", lse given" * lse + ", entropy" * entropy
+                name = f"{rows}x{tile.keys}, head size {d}" + ", lse given" * lse
                 missing = ("sinks_ptr",) if lse else ("sinks_ptr", "lse_ptr")
                 yield _Case(_attention_mass_kernel, name, size, constants, {}, missing)
 
@@ -136,12 +133,12 @@ def _type_of(name: str, case: _Case) -> str:
         return "*fp32"
     if name == "z_ptr" and case.kernel is _block_gradient_kernel:
         return "*fp32"
-    if name.endswith("_ptr") or name in ("x", "w", "old_x", "old_w", "dz"):
+    if name.endswith("_ptr") or name in ("x", "w", "history_x", "history_w", "dz"):
         return f"*{element}"
-    return "fp32" if name in ("beta", "logit_scale", "softcap", "scale") else "i32"
+    return "fp32" if name in ("logit_scale", "softcap", "scale") else "i32"
 
 
-def _compile(case: _Case, arch: str) -> Report:
+def _compile(case: _Case, arch: str) -> CompiledKernel:
     options = {name: case.constants[name] for name in ("num_warps", "num_stages") if name in case.constants}
     constants = {name: value for name, value in case.constants.items() if name not in options}
     constants |= dict.fromkeys(case.skip)
@@ -149,18 +146,19 @@ def _compile(case: _Case, arch: str) -> Report:
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else _type_of(name, case) for name in names}
     # torch's tensors begin at 16 bytes, and so do rows, or they are copied
-    aligned = [n for n, t in signature.items() if t.startswith("*") or n in ("V", "D", "old_D") or "_stride" in n]
+    aligned = [n for n, t in signature.items() if t.startswith("*") or n in ("V", "D", "history_D") or "_stride" in n]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
     source = ASTSource(case.kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
     compiled = triton.compile(source, target=ARCHITECTURES[arch], options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spilled = _resources(compiled)
-    found = {name: text.count(code) for name, code in _INSTRUCTIONS.items() if code in text}
+    instructions = {name: text.count(code) for name, code in _INSTRUCTIONS.items() if code in text}
     name = case.kernel.__name__.strip("_").removesuffix("_kernel")
     shared = compiled.metadata.shared
     narrow = len(narrow_offsets(compiled.asm["ttir"]))
     element = _ELEMENT[case.size]
-    return Report(name, case.name, arch, element, registers, spilled, shared, SHARED_LIMIT[arch], narrow, found)
+    resources = (registers, spilled, shared, SHARED_LIMIT[arch])
+    return CompiledKernel(name, case.name, arch, element, *resources, narrow, instructions)
 
 
 # In Triton's IR, where every value is assigned once: %name = operation operands : type
@@ -176,7 +174,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     Rows inside a tile (constants and ranges alone) may: their number is small.
     """
     made: dict[str, tuple[str, list[str]]] = {}  # value -> its operation and operands
-    found = []
+    lines = []
 
     def is_stride(value: str) -> bool:
         operation, operands = made.get(value, ("argument", []))
@@ -196,9 +194,9 @@ def narrow_offsets(ttir: str) -> list[str]:
             if operation == "arith.muli" and not re.search(r": (i64|tensor<[\dx]*i64>)", rest):
                 for stride, row in (operands, operands[::-1]):
                     if is_stride(stride) and not inside_a_tile(row):
-                        found.append(line.strip())
+                        lines.append(line.strip())
                         break
-    return found
+    return lines
 
 
 def _resources(compiled) -> tuple[int, int]:
@@ -220,7 +218,7 @@ def _resources(compiled) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
 
 
-def reports(arch: str) -> Iterator[Report]:
+def compile_all(arch: str) -> Iterator[CompiledKernel]:
     """Compiles every kernel and tile for an architecture, one after the other.
 
     Raises:
@@ -234,10 +232,10 @@ def reports(arch: str) -> Iterator[Report]:
         yield _compile(case, arch)
 
 
-def as_row(report: Report) -> dict:
+def as_row(kernel: CompiledKernel) -> dict:
     """A row for the terminal."""
-    fields = asdict(report)
-    shared = f"{report.shared / 1024:.0f} of {report.shared_limit / 1024:.0f}"
-    found = " ".join(f"{name} {count}" for name, count in report.instructions.items()) or "-"
+    fields = asdict(kernel)
+    shared = f"{kernel.shared / 1024:.0f} of {kernel.shared_limit / 1024:.0f}"
+    instructions = " ".join(f"{name} {count}" for name, count in kernel.instructions.items()) or "-"
     kept = {name: fields[name] for name in ("kernel", "case", "element", "registers", "spilled", "narrow_offsets")}
-    return kept | {"shared KiB": shared, "instructions": found}
+    return kept | {"shared KiB": shared, "instructions": instructions}

@@ -56,17 +56,10 @@ def tanh(x):
 
 @triton.jit
 def head_logits(
-    product,
-    bias_ptr,
-    column,
-    columns,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """softcap · tanh(logit_scale · (product + bias) / softcap), as `tokensel.ops.reference.head_logits`. (ROWS, COLUMNS)"""
+    product, bias_ptr, column, columns, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """softcap · tanh(logit_scale · (product + bias) / softcap), as `ops.reference.head_logits`. (ROWS, COLUMNS)"""
     if HAS_BIAS:
         c = column + tl.arange(0, COLUMNS)
         product += tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
@@ -77,53 +70,27 @@ def head_logits(
 
 
 @triton.jit
-def add_product(
-    product, x, w, row, column, N, V, D, x_stride, w_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """product + ROWS rows of x (N, D) from `row` on times COLUMNS rows of w (V, D) from `column` on. (ROWS, COLUMNS)"""
-    for k in range(0, D, DEPTH):
-        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
-        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
-        product = multiply(a, b.T, product, PRECISION)
-    return product
-
-
-@triton.jit
 def tile_logits(
-    x,
-    w,
-    bias_ptr,
-    row,
-    column,
-    N,
-    V,
-    D,
-    x_stride,
-    w_stride,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, w, bias_ptr,  # pointers
+    row, column, N, V, D,  # shapes
+    x_stride, w_stride,  # strides
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
+):  # fmt: skip
     """Logits of ROWS rows of x (N, D) from `row` on against COLUMNS rows of w (V, D) from `column` on, in float32.
 
     Columns past V are what zeros give: mask them afterwards. (ROWS, COLUMNS)
     """
-    product = add_product(
-        tl.zeros([ROWS, COLUMNS], tl.float32), x, w, row, column, N, V, D, x_stride, w_stride,
-        ROWS, COLUMNS, DEPTH, TMA, PRECISION,
-    )  # fmt: skip
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, D, DEPTH):
+        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+        product = multiply(a, b.T, product, PRECISION)
     return head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
 
 
 @triton.jit
-def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
+def online_softmax(z, top, total, first, second, ENTROPY: tl.constexpr):
     """Takes a tile of logits into the running sums of each row, relative to the running maximum `top`:
 
         total = Σ exp(z - top),  first = Σ exp(z - top) (z - top),  second = Σ exp(z - top) (z - top)²
@@ -136,7 +103,7 @@ def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
     rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
     u = z - pivot[:, None]
     e = tl.exp(u)
-    if MOMENTS:
+    if ENTROPY:
         # (u + shift) replaces u in what was summed before
         second = rescale * (second + 2.0 * shift * first + shift * shift * total)
         first = rescale * (first + shift * total)
@@ -148,22 +115,22 @@ def online_softmax(z, top, total, first, second, MOMENTS: tl.constexpr):
 
 
 @triton.jit
-def take_logits(z, columns, stop, label, top, total, target, first, second, MOMENTS: tl.constexpr):
+def take_logits(z, columns, stop, label, top, total, target, first, second, ENTROPY: tl.constexpr):
     """Takes a tile of logits, of which the columns from `stop` on do not exist, into all sums of each row."""
     z = tl.where((columns < stop)[None, :], z, -float("inf"))
-    # found by comparison: a label outside the vocabulary reads nothing, and its target logit stays -inf
+    # looked for by comparison: a label outside the vocabulary reads nothing, and its target logit stays -inf
     hit = tl.where(columns.to(tl.int64)[None, :] == label[:, None], z, -float("inf"))
     target = tl.maximum(target, tl.max(hit, 1))
-    top, total, first, second = online_softmax(z, top, total, first, second, MOMENTS)
+    top, total, first, second = online_softmax(z, top, total, first, second, ENTROPY)
     return top, total, target, first, second
 
 
 @triton.jit
-def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, second, MOMENTS: tl.constexpr):
-    """Writes the sums of each row as fields of their own: top, total, target logit and, with MOMENTS, first, second."""
+def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, second, ENTROPY: tl.constexpr):
+    """Writes the sums of each row as fields of their own: top, total, target logit and, with ENTROPY, first, second."""
     tl.store(sums_ptr + row, top, mask=mask)
     tl.store(sums_ptr + field_stride + row, total, mask=mask)
     tl.store(sums_ptr + 2 * field_stride + row, target, mask=mask)
-    if MOMENTS:
+    if ENTROPY:
         tl.store(sums_ptr + 3 * field_stride + row, first, mask=mask)
         tl.store(sums_ptr + 4 * field_stride + row, second, mask=mask)

@@ -31,12 +31,11 @@ def estimates(N: int, V: int, D: int, *, rho: float = 0.6, arch: str = "sm_90") 
     product = 2.0 * N * V * D
     head, hidden = 2.0 * V * D, 2.0 * N * D
     row_tiles = -(-N // TILES[arch]["stats"][2].rows)
-    groups, contrasts = -(-2 * row_tiles // GROUP), -(-row_tiles // GROUP)  # each sweeps the heads of both models once
+    groups = -(-2 * row_tiles // GROUP)  # each sweeps the heads of both models once
     gradient = 2.0 * rho * N * V
     shape, kept = f"N {N}, V {V}, D {D}", f"{rho:.0%} kept"
     return [
         Estimate("hidden_stats, two models", shape, 2 * product, 2 * groups * head + 2 * hidden),
-        Estimate("contrast_stats", shape, 2 * product, 2 * contrasts * head + 2 * hidden),
         Estimate("logits_stats, two models", shape, 0.0, 2 * 2.0 * N * V),
         Estimate(f"gather_rows, {kept}", shape, 0.0, 2 * rho * hidden),
         Estimate(f"logits_gradient, {kept}", shape, rho * product, head + rho * hidden + gradient),
@@ -54,7 +53,6 @@ def attention_estimates(S: int, heads: int = 32, key_heads: int = 8, d: int = 12
     pairs = response * prompt + response**2 / 2
     return [
         Estimate("attention_mass", shape, 2.0 * heads * d * pairs, read),
-        Estimate("attention_mass, heads by entropy", shape, 2.0 * heads * d * pairs, read),
         Estimate("attention_mass, lse given", shape, 2.0 * heads * d * response * prompt, read),
     ]
 

@@ -1,9 +1,8 @@
 """Known-good tiles per chip family: `tiles.json`, no tuning at import or on a first call.
 
 The file is family -> kind of product -> size of an element -> tile. Kinds: "stats", online softmax behind the product;
-"full_stats", the same with bias, softcap, entropy and variance, which need more registers; "full_contrast", two
-models' products at once with those; "gradient", logits to their gradient; "matmul", a product alone; "attention", and
-"entropy_attention", which weighs heads.
+"full_stats", the same with bias, softcap, entropy and variance, which need more registers; "gradient", logits to their
+gradient; "matmul", a product alone; "attention", the mass on prompt keys.
 
 What a family must be able to run is checked by `tokensel kernels`, ahead of time: no spills, shared memory within the
 chip's limit. `tokensel tune` writes such a file for the GPU at hand; TOKENSEL_TILES=FILE puts it before the table.
@@ -65,8 +64,8 @@ class AttentionTile:
 Table = dict[str, dict[str, dict[int, "ProductTile | AttentionTile"]]]  # family -> kind -> bytes of an element -> tile
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
-KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "full_contrast", "gradient", "matmul")}
-KINDS |= {"attention": AttentionTile, "entropy_attention": AttentionTile}
+KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "gradient", "matmul")}
+KINDS |= {"attention": AttentionTile}
 SIZES = {"half": 2, "float32": 4}
 SHIPPED = Path(__file__).with_name("tiles.json")
 
@@ -81,14 +80,14 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
     """The tiles of a file, over those of another table.
 
     Raises:
-        ValueError: the file, the entry, what was expected and what was found.
+        ValueError: the file, the entry, what was expected and what is there.
     """
 
-    def need(condition: bool, where: str, expected: str, found: object) -> None:
+    def need(condition: bool, where: str, expected: str, value: object) -> None:
         if not condition:
-            raise ValueError(f"tiles of {path}: {where} must be {expected}; got {found!r}")
+            raise ValueError(f"tiles of {path}: {where} must be {expected}; got {value!r}")
 
-    def known(entry: object, where: str, names: tuple[str, ...]) -> dict:
+    def named(entry: object, where: str, names: tuple[str, ...]) -> dict:
         need(isinstance(entry, dict) and set(entry) <= set(names), where, f"of {', '.join(names)}", entry)
         return entry
 
@@ -97,9 +96,9 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
     except (OSError, ValueError) as error:
         raise ValueError(f"tiles of {path} cannot be read: {error}") from error
     table: Table = {family: {k: dict(sizes) for k, sizes in kinds.items()} for family, kinds in (below or {}).items()}
-    for family, kinds in known(content, "a family", FAMILIES).items():
-        for kind, sizes in known(kinds, f"a kind of {family}", tuple(KINDS)).items():
-            for size, entry in known(sizes, f"a size of {family} {kind}", tuple(SIZES)).items():
+    for family, kinds in named(content, "a family", FAMILIES).items():
+        for kind, sizes in named(kinds, f"a kind of {family}", tuple(KINDS)).items():
+            for size, entry in named(sizes, f"a size of {family} {kind}", tuple(SIZES)).items():
                 where, names = f"{family} {kind} {size}", file_fields(kind)
                 need(isinstance(entry, dict) and set(entry) == set(names), where, f"all of {', '.join(names)}", entry)
                 for name, value in entry.items():
@@ -150,8 +149,7 @@ def _load() -> Table:
     # so that a test of ragged shapes is more than one tile
     small = ProductTile(16, 64, 16, 4, 1, precision="widened")
     table["interpreter"] = {kind: dict.fromkeys(SIZES.values(), small) for kind in KINDS}
-    for kind in ("attention", "entropy_attention"):
-        table["interpreter"][kind] = dict.fromkeys(SIZES.values(), AttentionTile(16, 16, 4, 1, "widened"))
+    table["interpreter"]["attention"] = dict.fromkeys(SIZES.values(), AttentionTile(16, 16, 4, 1, "widened"))
     return table
 
 
@@ -198,10 +196,10 @@ def product_tile(like: Tensor, kind: str) -> ProductTile:
     return dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
 
 
-def attention_tile(like: Tensor, group: int, kind: str) -> tuple[int, dict]:
+def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:
     """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
     power of two."""
-    tile = TILES[chip_family(like.device)[0]][kind][like.element_size()]
+    tile = TILES[chip_family(like.device)[0]]["attention"][like.element_size()]
     constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
     return max(1, attention_rows(tile, like.shape[-1]) // group), constants
 

@@ -60,13 +60,11 @@ def calls(N: int, V: int, D: int, S: int, dtype: torch.dtype, device: str) -> di
         return selected_gradients(x, w, labels, coefficient, lse, want=(True, True, False), **plain)
 
     return {
-        "stats": lambda: hidden_sums(*pair, moments=False, ignore_index=-100, **plain),
-        "full_stats": lambda: hidden_sums(*pair, moments=True, ignore_index=-100, **full),
-        "full_contrast": lambda: hidden_sums(*pair, moments=True, ignore_index=-100, contrast=1.0, **full),
+        "stats": lambda: hidden_sums(*pair, entropy=False, ignore_index=-100, **plain),
+        "full_stats": lambda: hidden_sums(*pair, entropy=True, ignore_index=-100, **full),
         "gradient": gradients,
         "matmul": gradients,
-        "attention": lambda: attention_mass(q, k, *masks, by_entropy=False, **scores),
-        "entropy_attention": lambda: attention_mass(q, k, *masks, by_entropy=True, **scores),
+        "attention": lambda: attention_mass(q, k, *masks, **scores),
     }
 
 

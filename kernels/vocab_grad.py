@@ -24,7 +24,10 @@ BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in b
 
 @triton.jit
 def _gather_rows_kernel(
-    x_ptr, order_ptr, count_ptr, out_ptr, D, x_stride, out_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr, order_ptr, count_ptr, out_ptr,  # pointers
+    D,  # shapes
+    x_stride, out_stride,  # strides
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # constants
 ):  # fmt: skip
     """out[i] = x[order[i]] for i < count, zeros to the end of the last tile of ROWS; the rest is not written."""
     row = tl.program_id(0)
@@ -50,9 +53,10 @@ def _logits_gradient(z, columns, label, lse, coefficient, softcap, HAS_SOFTCAP: 
 
 @triton.jit
 def _block_gradient_kernel(
-    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr, first_column, C, z_stride, dz_stride,
-    logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
+    first_column, C,  # shapes
+    z_stride, dz_stride,  # strides
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,  # constants
 ):  # fmt: skip
     """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
     row = tl.program_id(0) + tl.arange(0, 1)
@@ -70,33 +74,13 @@ def _block_gradient_kernel(
 
 @triton.jit
 def _logits_gradient_kernel(
-    x,
-    w,
-    bias_ptr,
-    label_ptr,
-    lse_ptr,
-    coefficient_ptr,
-    count_ptr,
-    dz_ptr,
-    first_column,
-    N,
-    V,
-    D,
-    width,
-    x_stride,
-    w_stride,
-    dz_stride,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, count_ptr, dz_ptr,  # pointers
+    first_column, N, V, D, width,  # shapes
+    x_stride, w_stride, dz_stride,  # strides
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,  # constants
+):  # fmt: skip
     """dz[:, j] of vocabulary columns first_column + j for j < width, of the first `count` rows.
 
     Zero in the tiles' rows and columns past those: the products that follow may read whole tiles.
@@ -110,8 +94,10 @@ def _logits_gradient_kernel(
     row = row_tile * ROWS
     column = first_column + column_tile * COLUMNS
     z = tile_logits(
-        x, w, bias_ptr, row, column, N, V, D, x_stride, w_stride, logit_scale, softcap,
-        HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
+        x, w, bias_ptr,
+        row, column, N, V, D,
+        x_stride, w_stride,
+        logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
     )  # fmt: skip
     rows = row + tl.arange(0, ROWS)
     kept = rows < count
@@ -127,9 +113,11 @@ def _logits_gradient_kernel(
 
 @triton.jit
 def _hidden_gradient_kernel(
-    dz, w, dx_ptr, count_ptr, first_column, N, V, D, width, dz_stride, w_stride, dx_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    dz, w, dx_ptr, count_ptr,  # pointers
+    first_column, N, V, D, width,  # shapes
+    dz_stride, w_stride, dx_stride,  # strides
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
     """dx += dz W_block over `width` vocabulary columns: (K, C) · (C, D) -> (K, D) float32."""
     count = tl.load(count_ptr)
@@ -154,10 +142,11 @@ def _hidden_gradient_kernel(
 
 @triton.jit
 def _head_gradient_kernel(
-    dz, x, dw_ptr, dbias_ptr, count_ptr, first_column, N, V, D, width, dz_stride, x_stride, dw_stride,
-    WANT_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    dz, x, dw_ptr, dbias_ptr, count_ptr,  # pointers
+    first_column, N, V, D, width,  # shapes
+    dz_stride, x_stride, dw_stride,  # strides
+    WANT_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
     """dW_block = dzᵀ X over the kept rows: (C, K) · (K, D) -> (C, D), written once, in the head's type."""
     # with the bias alone there is one column tile
@@ -218,7 +207,9 @@ def selected_gradients(
     count = (~dropped).sum(dtype=torch.int32)
     compact = aligned(torch.empty(N, D, dtype=hidden.dtype, device=hidden.device))
     _gather_rows_kernel[(N,)](
-        hidden, order, count, compact, D, hidden.stride(0), compact.stride(0),
+        hidden, order, count, compact,
+        D,
+        hidden.stride(0), compact.stride(0),
         ROWS=tile.rows, COLUMNS=1024, num_warps=4,
     )  # fmt: skip
     y, log_z, c = labels[order], lse[order], coefficient[order] * logit_scale
@@ -237,20 +228,23 @@ def selected_gradients(
         block = min(width, V - first)
         _logits_gradient_kernel[(triton.cdiv(N, tile.rows) * triton.cdiv(block, tile.columns),)](
             x, w, bias, y, log_z, c, count, dz,
-            first, N, V, D, block, compact.stride(0), weight.stride(0), dz.stride(0), logit_scale, softcap or 1.0,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, **tile.constants(),
+            first, N, V, D, block,
+            compact.stride(0), weight.stride(0), dz.stride(0),
+            logit_scale, softcap or 1.0, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, **tile.constants(),
         )  # fmt: skip
         columns = triton.cdiv(D, plain.columns)
         if want_hidden:
             _hidden_gradient_kernel[(triton.cdiv(N, plain.rows) * columns,)](
                 dz_by_depth, w_by_depth, dx, count,
-                first, N, V, D, block, dz.stride(0), weight.stride(0), dx.stride(0),
+                first, N, V, D, block,
+                dz.stride(0), weight.stride(0), dx.stride(0),
                 **plain.constants(),
             )  # fmt: skip
         if want_weight or want_bias:
             _head_gradient_kernel[(triton.cdiv(block, plain.rows) * (columns if want_weight else 1),)](
                 dz_by_row, x_by_row, dw, db, count,
-                first, N, V, D, block, dz.stride(0), compact.stride(0), dw.stride(0) if want_weight else 0,
+                first, N, V, D, block,
+                dz.stride(0), compact.stride(0), dw.stride(0) if want_weight else 0,
                 WANT_BIAS=want_bias, **plain.constants(),
             )  # fmt: skip
     if want_hidden:
@@ -282,6 +276,8 @@ def write_block_gradient(
     K, C = z.shape
     _block_gradient_kernel[(K,)](
         z, bias, labels, lse, coefficient * logit_scale, dz,
-        first_column, C, z.stride(0), dz.stride(0), logit_scale, softcap or 1.0,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, COLUMNS=row_columns(z), num_warps=8,
+        first_column, C,
+        z.stride(0), dz.stride(0),
+        logit_scale, softcap or 1.0, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+        COLUMNS=row_columns(z), num_warps=8,
     )  # fmt: skip

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tokensel
 from tokensel.arguments import SelectiveTrainingArguments
+from tokensel.documents import BatchLayout
 from tokensel.ops.context_parallel import context_parallel_prompt_mass
-from tokensel.step import responses
 from tokensel.store import HistoryWriter
 from tokensel.trainer import SelectiveTrainer
 
@@ -71,7 +71,8 @@ def train(
         mine = share(batch, rank, ranks)
         if history is not None:
             mine = {name: value for name, value in mine.items() if name != "history_nll"}
-        kept = method.count(*responses(mine["labels"], mine["attention_mask"])).double()
+        layout = BatchLayout.from_batch(mine)
+        kept = method.count(layout.response, layout.sample).double()
         if ranks > 1:
             dist.all_reduce(kept)
         output = model(**mine, selection=tokensel.Selection(method, history=history, denominator=kept, step=step))

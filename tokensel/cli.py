@@ -137,7 +137,7 @@ def kernels(argv: list[str]) -> None:
     parser.add_argument("--arch", required=True, help="sm_80, sm_90, sm_100 or gfx942")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     given = parser.parse_args(argv)
-    rows = list(tqdm(compiled.reports(given.arch), desc=f"compile for {given.arch}", unit="kernel"))
+    rows = list(tqdm(compiled.compile_all(given.arch), desc=f"compile for {given.arch}", unit="kernel"))
     print(format_table([compiled.as_row(row) for row in rows]))
     shapes = ((8192, 128256, 4096), (8192, 151936, 3584))
     calls = [call for shape in shapes for call in roofline.estimates(*shape)]

@@ -9,7 +9,7 @@ import torch
 from tiny import causal_lm, lora, packed, padded, samples
 
 from tokensel import AdapterOff, Selection, apply_to, methods
-from tokensel.step import responses
+from tokensel.documents import BatchLayout
 
 
 def history_of(batch):
@@ -35,6 +35,11 @@ def patched(family="Llama", **changes):
 def by_sample(x, batch):
     """Values at valid tokens in the order of samples, whatever the layout."""
     return x[batch["attention_mask"].bool()] if "attention_mask" in batch else x[0]
+
+
+def responses(labels, **masks):
+    layout = BatchLayout.from_batch({"input_ids": labels, "labels": labels, **masks})
+    return layout.response, layout.sample
 
 
 # The published rule, with full logits and full attention
@@ -340,14 +345,14 @@ def test_output_is_label_aligned():
 def test_a_first_token_or_a_padding_label_is_no_response():
     labels = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]])
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
-    response, sample = responses(labels, mask)
+    response, sample = responses(labels, attention_mask=mask)
     assert response.tolist() == [[False, True, True, False], [False, False, True, True]]
     assert sample.tolist() == [[0] * 4, [4] * 4]
-    response, sample = responses(labels[:1], None, torch.tensor([[0, 1, 0, 1]]))
+    response, sample = responses(labels[:1], position_ids=torch.tensor([[0, 1, 0, 1]]))
     assert response.tolist() == [[False, True, False, True]] and sample.tolist() == [[0, 0, 2, 2]]
 
 
-def test_sink_tokens_are_no_prompt_and_heads_may_count_by_their_entropy():
+def test_sink_tokens_are_no_prompt():
     batch = packed(samples())
     model = causal_lm(attention="eager")
     with torch.no_grad():
@@ -361,18 +366,9 @@ def test_sink_tokens_are_no_prompt_and_heads_may_count_by_their_entropy():
         counts = prompt & (batch["position_ids"][0] >= sink)
         expected = (eager * counts).sum(-1).mean(0)
         torch.testing.assert_close(mass[response], expected[response], rtol=1e-5, atol=1e-6)
-    mass = run(model, batch, "attention", head_weights="entropy").mass[0].double()
-    per_head = (eager * prompt).sum(-1)  # (H, T)
-    seen = (torch.arange(56) - start + 1).double()
-    focus = 1 + torch.special.xlogy(eager, eager).sum(-1) / seen.log()
-    expected = (focus * per_head).sum(0) / focus.sum(0)
-    torch.testing.assert_close(mass[response], expected[response], rtol=1e-4, atol=1e-6)
-    assert (mass - per_head.mean(0))[response].abs().max() > 1e-3
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="head_weights must be one of mean, entropy; got 'max'"):
-        Selection(methods.get("full"), head_weights="max")
     with pytest.raises(ValueError, match="sink must not be negative"):
         Selection(methods.get("full"), sink=-1)
     with pytest.raises(ValueError, match="row must be one of token, predictor; got 'own'"):

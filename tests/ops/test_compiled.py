@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from tokensel_kernels.compiled import ARCHITECTURES, HEAD_SIZES
 from tokensel_kernels.roofline import attention_estimates, estimates
 
-PRODUCTS = {"hidden_stats", "contrast_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
+PRODUCTS = {"hidden_stats", "logits_gradient", "hidden_gradient", "head_gradient", "attention_mass"}
 MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
 
 
@@ -112,7 +112,7 @@ def test_an_unknown_chip_is_named(capsys, monkeypatch):
 def test_estimates_are_the_arithmetic_of_the_products(V, D, pair, backward, logits):
     """Milliseconds on an H200 at N = 8192: two products, three of 60 %, two reads of bfloat16 logits."""
     found = {e.kernel.partition(",")[0]: e.milliseconds() for e in estimates(8192, V, D)}
-    assert found["hidden_stats"] == found["contrast_stats"] == pytest.approx(pair, abs=0.06)
+    assert found["hidden_stats"] == pytest.approx(pair, abs=0.06)
     assert found["logits_stats"] == pytest.approx(logits, abs=0.01)
     gradients = ("logits_gradient", "hidden_gradient", "head_gradient")
     assert sum(found[name] for name in gradients) == pytest.approx(backward, abs=0.06)
@@ -127,6 +127,6 @@ def test_every_kernel_has_an_estimate(reports):
 
 
 def test_a_given_lse_leaves_only_the_prompt_columns():
-    whole, by_entropy, given = attention_estimates(8192)
+    whole, given = attention_estimates(8192)
     assert whole.operations / given.operations == pytest.approx(2.5)  # 1/4 + 3/8 of S columns against 1/4
-    assert whole.bytes == given.bytes and by_entropy.operations == whole.operations
+    assert whole.bytes == given.bytes

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import tokensel.ops.chunked
 import tokensel.ops.loss
 import tokensel.ops.stats
 import tokensel_kernels.attention_mass
@@ -23,10 +24,10 @@ from tokensel import (
     prompt_attention_mass,
     selected_cross_entropy,
     token_stats,
-    token_stats_contrast,
     token_stats_from_logits,
     token_stats_pair,
 )
+from tokensel.ops.token_stats import stats_of_sums
 from tokensel_kernels import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,45 +112,6 @@ def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, mon
     torch.testing.assert_close(plain.nll, pair[0].nll)
 
 
-def assert_contrast_within_budget(stats, models, labels, beta, fields=FIELDS, **options):
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        z, old = (head_of(*model, **options, dtype=dtype) for model in models)
-        found.append(truth_of_logits((1 + beta) * z - beta * old, labels))
-    assert_within_budget(stats, *found, labels, fields)
-
-
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_contrast_of_two_models(options, dtype, tma, monkeypatch):
-    if DEVICE == "cpu":
-        small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
-        for kind in ("stats", "full_contrast"):
-            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
-    hidden, weight, labels, bias = make(V=700, dtype=dtype)  # several shares
-    models = ((hidden, weight), make(V=700, D=24, dtype=dtype)[:2])
-    options = options | ({"bias": bias} if "bias" in options else {})
-    for beta in (1.0, 0.3):
-        stats = token_stats_contrast(*models, labels, beta=beta, entropy=True, impl="fused", **options)
-        assert_contrast_within_budget(stats, models, labels, beta, **options)
-    plain = token_stats_contrast(*models, labels, beta=0.3, impl="fused", **options)
-    assert_contrast_within_budget(plain, models, labels, 0.3, FIELDS[:3], **options)
-
-
-def test_a_model_against_itself_or_nothing_is_that_model():
-    hidden, weight, labels, _ = make(dtype=torch.bfloat16)
-    expected = token_stats(hidden, weight, labels, impl="fused").nll
-    same = token_stats_contrast((hidden, weight), (hidden, weight), labels, beta=1.5, impl="fused").nll
-    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
-    other = make(D=24, dtype=torch.bfloat16)[:2]
-    assert torch.equal(token_stats_contrast((hidden, weight), other, labels, beta=0.0, impl="fused").nll, expected)
-    none = torch.full_like(labels, -100)
-    assert (token_stats_contrast((hidden, weight), other, none, impl="fused").nll == 0).all()
-    empty = [(h[:0], w) for h, w in ((hidden, weight), other)]
-    assert token_stats_contrast(*empty, labels[:0], impl="fused").nll.shape == (0,)
-
-
 @pytest.mark.parametrize("N, V, D", [(1, 1, 16), (16, 64, 32), (17, 65, 33), (3, 200, 7), (40, 129, 8), (33, 64, 100)])
 def test_shapes_that_are_no_multiple_of_anything(N, V, D):
     hidden, weight = torch.randn(N, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
@@ -224,13 +186,12 @@ def widened_product(a, b, out):
 @pytest.fixture
 def gpu_chunked(monkeypatch):
     """Chunked as it runs on a GPU; without one, around products of the CPU."""
-    for module in (tokensel.stats, tokensel.ops.loss):
-        monkeypatch.setattr(module, "GPU_COLUMNS", 64)
+    monkeypatch.setattr(tokensel.ops.chunked, "GPU_COLUMNS", 64)
     if DEVICE == "cpu":
-        for module in (tokensel.stats, tokensel.ops.loss):
+        for module in (tokensel.ops.stats, tokensel.ops.loss):
             monkeypatch.setattr(module, "on_gpu", lambda like: True)
-            monkeypatch.setattr(module, "product", widened_product)
-        monkeypatch.setattr(tokensel.loss, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))
+        monkeypatch.setattr(tokensel.ops.chunked, "product", widened_product)
+        monkeypatch.setattr(tokensel.ops.chunked, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,18 +211,6 @@ def test_library_products_of_both_models_are_read_once(workspace_mib, options, d
         assert_within_budget(stats, exact, eager, labels)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
-@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
-def test_the_contrast_by_library_products(workspace_mib, options, dtype, gpu_chunked):
-    hidden, weight, labels, bias = make(dtype=dtype)
-    models = ((hidden, weight), make(D=24, dtype=dtype)[:2])
-    options = options | ({"bias": bias} if "bias" in options else {})
-    common = {"entropy": True, "impl": "chunked", "workspace_mib": workspace_mib}
-    stats = token_stats_contrast(*models, labels, beta=0.7, **common, **options)
-    assert_contrast_within_budget(stats, models, labels, 0.7, **options)
-
-
 @pytest.mark.parametrize("V", [63, 64, 65, 129])
 def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
     labels = torch.tensor([label for label in (0, 63, 64, 65, 128) if label < V] + [-100], device=DEVICE)
@@ -276,7 +225,7 @@ def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
 def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monkeypatch):
-    monkeypatch.setattr(tokensel.loss, "_WORKSPACE_MIB", 0.0023)  # blocks of nine rows
+    monkeypatch.setattr(tokensel.ops.chunked, "WORKSPACE_MIB", 0.0023)  # blocks of nine rows
     hidden, weight, labels, bias = make(dtype=dtype)
     keep = torch.randn(len(labels), device=DEVICE) * (torch.rand(len(labels), device=DEVICE) < 0.6)
     names = ("hidden",) if frozen else ("hidden", "weight", "bias")
@@ -498,27 +447,6 @@ def test_mass_under_every_pair_of_options(names, given_lse):
     torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("names", [(), NAMES, *[(name,) for name in NAMES]], ids="+".join)
-def test_heads_weighted_by_their_entropy(names):
-    q, k, prompt, options = attention_inputs(names, torch.float32)
-    options["head_weights"] = "entropy"
-    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
-    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
-    torch.testing.assert_close(mass, exact.float(), rtol=2e-5, atol=2e-6)
-    mean = prompt_attention_mass(q, k, prompt, impl="fused", **options | {"head_weights": "mean"})
-    assert (mass - mean).abs().max() > 0.01
-
-
-def test_heads_that_look_at_everything_alike_count_nothing():
-    q, k, prompt, _ = attention_inputs((), torch.float32)
-    options = {"query_mask": torch.ones_like(prompt), "head_weights": "entropy", "impl": "fused"}
-    flat = prompt_attention_mass(q * 0, k, prompt, **options)  # then all of them count the same
-    torch.testing.assert_close(flat, prompt.cumsum(-1) / torch.arange(1, 42, device=DEVICE))
-    q[:, 1:] = 0  # these have no say
-    one = prompt_attention_mass(q[:, :1], k[:, :1], prompt, **options | {"head_weights": "mean"})
-    torch.testing.assert_close(prompt_attention_mass(q, k, prompt, **options)[:, 1:], one[:, 1:], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mass_is_as_exact_as_eager_float32(dtype):
     q, k, prompt, options = attention_inputs(("key_mask", "softcap"), dtype)
@@ -567,18 +495,16 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_has_no_likelihood():
     labels = surrounded(torch.tensor([*OUTSIDE, 149], device=DEVICE))
     old_hidden, old_weight = (surrounded(t) for t in make(N=len(labels), D=24)[:2])
     models = [(hidden, weight), (old_hidden, old_weight)]
-    head = {"bias": bias, "softcap": None, "logit_scale": 1.0, "moments": False, "ignore_index": -100}
+    head = {"bias": bias, "softcap": None, "logit_scale": 1.0, "entropy": False, "ignore_index": -100}
     logits = [surrounded(x @ w.T) for x, w in models]
     of_logits = torch.full((3, 2, 1, len(labels)), torch.nan, device=DEVICE)
     tokensel_kernels.vocab_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
-    contrast = tokensel_kernels.vocab_stats.hidden_sums(models, labels, contrast=1.0, **head)
     z, old = (z + bias for z in logits)
     for sums, expected in (
         (tokensel_kernels.vocab_stats.hidden_sums(models, labels, **head), (z, old)),
         (of_logits, (z, old)),
-        (contrast, (2 * z - old,)),
     ):
-        for stats, truly in zip(tokensel.ops.stats._stats_of_sums(sums, labels, -100), expected, strict=True):
+        for stats, truly in zip(stats_of_sums(sums, labels, -100), expected, strict=True):
             torch.testing.assert_close(stats.lse, truly.logsumexp(-1))
             assert (stats.nll[:-1] == torch.inf).all() and stats.nll[-1].isfinite()
 
@@ -654,7 +580,7 @@ def test_the_host_waits_for_nothing(tma, on_a_gpu, monkeypatch):
 
     if DEVICE == "cpu":
         small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")
-        for kind in ("stats", "full_stats", "full_contrast", "gradient", "matmul"):
+        for kind in ("stats", "full_stats", "gradient", "matmul"):
             monkeypatch.setitem(tiles.TILES["interpreter"][kind], 2, small)
     hidden, weight, labels, bias = make(dtype=torch.bfloat16)
     old = make(D=24, dtype=torch.bfloat16)[:2]
@@ -669,11 +595,9 @@ def test_the_host_waits_for_nothing(tma, on_a_gpu, monkeypatch):
     head = {"bias": bias, "softcap": 20.0, "impl": "fused"}
     with NoWaiting() as mode:
         now, before = token_stats_pair((hidden, weight), old, labels, entropy=True, **head)
-        token_stats_contrast((hidden, weight), old, labels, **head)
         token_stats_from_logits((hidden @ weight.T).detach(), labels, impl="fused")
         signals = {"nll": now.nll, "history_nll": before.nll}
-        for weights in ("mean", "entropy"):
-            mass = prompt_attention_mass(q, k, prompt, head_weights=weights, impl="fused", **options)[0]
+        mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)[0]
         signals |= {"mass": mass, "uniform_mass": uniform_prompt_mass(prompt, **masks)[0]}
         signals = TokenSignals(response, sample, **signals)
         keep = methods.get("sstoken", debias="uniform")(signals)
@@ -810,7 +734,7 @@ def test_tuning_takes_the_fastest_tile_that_runs(tmp_path, monkeypatch):
     family = tiles.chip_family(torch.device(DEVICE))[0]
     start = tiles.ProductTile(16, 64, 16, 4, 3, precision="widened")
     table = {kind: {4: start} for kind in tiles.KINDS}
-    table |= {kind: {4: tiles.AttentionTile(16, 16, 4, 1, "widened")} for kind in ("attention", "entropy_attention")}
+    table["attention"] = {4: tiles.AttentionTile(16, 16, 4, 1, "widened")}
     monkeypatch.setitem(tiles.TILES, family, table)
     timed = tune.calls(20, 70, 24, 8, torch.float32, DEVICE)
     once, said = set(timed), []
@@ -828,10 +752,10 @@ def test_tuning_takes_the_fastest_tile_that_runs(tmp_path, monkeypatch):
     found = tune.tune(timed, family, 4, milliseconds=milliseconds, tell=said.append)[family]
     assert not once and set(found) == set(tiles.KINDS)
     best = dataclasses.replace(start, rows=32, depth=64, stages=1)
-    for kind in ("stats", "full_stats", "full_contrast", "gradient"):
+    for kind in ("stats", "full_stats", "gradient"):
         assert found[kind][4] == best == table[kind][4]
     assert found["matmul"][4] == dataclasses.replace(best, depth=32)  # gradients of 32 rows are zero no further
-    assert found["attention"][4].rows == 16 and found["entropy_attention"][4].rows == 32
+    assert found["attention"][4].rows == 16
     assert any("attention: AttentionTile(rows=32" in line and "does not run: out of resource" in line for line in said)
     tiles.write_tiles(tmp_path / "tuned.json", {"sm_90": found})
     written = tiles.read_tiles(tmp_path / "tuned.json")["sm_90"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -87,64 +86,6 @@ def test_mass_equals_its_definition_under_every_pair_of_options(names, given_lse
     mass = prompt_attention_mass(q, k, prompt, lse=lse, **options)
     torch.testing.assert_close(mass, exact, rtol=1e-10, atol=1e-12)
     assert exact.count_nonzero() > 10
-
-
-def by_entropy(q, k, prompt, **o):
-    """Each head by 1 - entropy / log(number of visible keys), row by row and head by head."""
-    see = visible(prompt, o.get("key_mask"), o.get("segment_ids"), o.get("window"))
-    z = scores(q, k, o.get("scale"), o.get("softcap"))
-    mass = torch.zeros(B, S, dtype=torch.float64)
-    for b, i in itertools.product(range(B), range(S)):
-        keys = see[b, i].nonzero()[:, 0]
-        if len(keys) == 0:
-            continue
-        counts = prompt[b, keys]
-        if "turn_ids" in o:
-            counts = counts & (o["turn_ids"][b, keys] != o["turn_ids"][b, i])
-        masses, weights = [], []
-        for h in range(HQ):
-            row = z[b, h, i, keys]
-            p = row.softmax(-1)
-            weights.append(1 + (p * p.log()).sum() / math.log(len(keys)) if len(keys) > 1 else torch.tensor(0.0))
-            sink = o["sinks"][h].double().view(1) if "sinks" in o else row[:0]
-            masses.append(torch.cat([row, sink]).softmax(-1)[: len(keys)][counts].sum())
-        masses, weights = torch.stack(masses).double(), torch.stack(weights).double()
-        mass[b, i] = (weights * masses).sum() / weights.sum() if weights.sum() > 0 else masses.mean()
-    key_mask = o.get("key_mask", torch.ones_like(prompt))
-    asked = (o["query_mask"] if "query_mask" in o else ~prompt) & key_mask
-    return torch.where(asked, mass, 0)
-
-
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
-@pytest.mark.parametrize("names", [(), NAMES, *[(n,) for n in NAMES]], ids="+".join)
-def test_heads_weighted_by_their_entropy(names, impl, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 400)
-    q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
-    mass = prompt_attention_mass(q, k, prompt, head_weights="entropy", impl=impl, **options)
-    torch.testing.assert_close(mass, by_entropy(q, k, prompt, **options), rtol=1e-9, atol=1e-11)
-    mean = prompt_attention_mass(q, k, prompt, impl=impl, **options)
-    assert (mass - mean).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_heads_that_look_at_everything_alike_count_nothing_and_all_of_them_the_same(impl):
-    q, k, prompt, _ = make()
-    prompt[:, 0] = True
-    options = {"query_mask": torch.ones_like(prompt), "head_weights": "entropy", "impl": impl}
-    flat = prompt_attention_mass(q * 0, k, prompt, **options)
-    torch.testing.assert_close(flat, prompt.cumsum(-1) / torch.arange(1, S + 1))
-    assert (prompt_attention_mass(q, k, prompt, **options)[:, 0] == 1).all()  # one visible key
-    q[:, 1:] = 0  # the other heads have no say
-    one = prompt_attention_mass(q[:, :1], k[:, :1], prompt, **options | {"head_weights": "mean"})
-    torch.testing.assert_close(prompt_attention_mass(q, k, prompt, **options)[:, 1:], one[:, 1:], rtol=1e-4, atol=1e-4)
-
-
-def test_bad_head_weights_are_named():
-    q, k, prompt, _ = make()
-    with pytest.raises(ValueError, match="head_weights must be one of mean, entropy; got 'max'"):
-        prompt_attention_mass(q, k, prompt, head_weights="max")
-    with pytest.raises(ValueError, match="head_weights='entropy' needs the scores of all visible keys; leave lse out"):
-        prompt_attention_mass(q, k, prompt, head_weights="entropy", lse=torch.zeros(B, HQ, S))
 
 
 @pytest.mark.parametrize("names", [(), NAMES], ids=["plain", "all"])

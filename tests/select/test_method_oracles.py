@@ -290,30 +290,6 @@ def test_samples_share_a_budget_by_the_spread_of_their_scores():
     assert (flat[[0, 25, 50, 75]] <= n).all()
 
 
-def test_ranks_ignore_outliers_and_count_ties_half():
-    from tokensel.select.scores import rank_per_sample
-
-    rel = torch.tensor([99, 3, 1, 1, 1e6, 2, 99, 5, 5, 5]).float()
-    expected = torch.tensor([0, 0.75, 0.125, 0.125, 1, 0.5, 0, 0.5, 0.5, 0.5])
-    torch.testing.assert_close(rank_per_sample(rel, GIVEN), expected)
-    one = torch.zeros(10).bool()
-    one[4] = True
-    assert rank_per_sample(rel, given(response=one))[4] == 0.5
-
-
-def test_ranked_and_gated_blends():
-    from tokensel.select.scores import rank_per_sample
-
-    rel, mass = SIGNALS["history_nll"] - NLL, SIGNALS["mass"]
-    ranked = methods.get("sstoken", gamma=0.3, rel_scale="rank", rel_sign=-1).score(GIVEN)
-    expected = 0.3 * rank_per_sample(-rel, GIVEN) + 0.7 * rank_per_sample(mass, GIVEN)
-    torch.testing.assert_close(ranked[RESPONSE], expected[RESPONSE])
-    gated = methods.get("sstoken", gamma=0.5, rel_scale="gate", rel_sign=-1, rel_floor=0.2).score(GIVEN)
-    torch.testing.assert_close(
-        gated[RESPONSE].double(), 0.5 * (-rel >= -0.2).double()[RESPONSE] + 0.5 * mass[RESPONSE], rtol=1e-6, atol=1e-6
-    )
-
-
 # Gradients: the loss of a method is its formula with weights that are constants
 
 FORMULAS = {  # Σ over tokens of weight · nll, divided: from statistics in float64
