@@ -1,12 +1,9 @@
 """Every causal language model of transformers that a tiny config can be made of, and what tokensel makes of it.
 
-`python -m tests.architectures` writes README's support table from this; test_architectures.py tests each row.
+hf/test_architectures.py tests each row; `python -m tools.write_docs` makes the table of docs/models.md from this.
 """
 
 from __future__ import annotations
-
-import textwrap
-from pathlib import Path
 
 import torch
 import transformers
@@ -173,8 +170,8 @@ def supported() -> list[str]:
 
 def tiny_config(model_type: str, changes: dict):
     cls = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
-    known = cls().to_dict()
-    return cls(**{name: value for name, value in _TINY.items() if name in known} | changes)
+    fields = cls().to_dict()
+    return cls(**{name: value for name, value in _TINY.items() if name in fields} | changes)
 
 
 def tiny_model(model_type: str, attention: str = "eager", dtype: torch.dtype = torch.float64):
@@ -198,28 +195,3 @@ def tiny_model(model_type: str, attention: str = "eager", dtype: torch.dtype = t
                 if parameter.dim() == 1:  # norms, biases, sinks and the like begin as ones or zeros
                     parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
-
-
-_BEGIN, _END = "<!-- made by `python -m tests.architectures` -->", "<!-- end -->"
-
-
-def support_table() -> str:
-    """README's table, in Markdown."""
-    head = f"{len(supported())} architectures are tested with every signal (`model_type`; of a vision model, its text):"
-    lines = textwrap.wrap(", ".join(supported()), 118, break_on_hyphens=False)
-    table = ["", "| `model_type` | selected by | because they |", "| --- | --- | --- |"]
-    for how, groups in (("methods without attention", NO_ATTENTION), ("none: refused", REFUSED)):
-        table += [f"| {', '.join(sorted(rows))} | {how} | {why} |" for why, (_, rows) in groups.items()]
-    return "\n".join([head, *lines, *table])
-
-
-def with_support_table(readme: str) -> str:
-    """README's text with the table between its marks."""
-    before, _, rest = readme.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n{support_table()}\n{_END}{after}"
-
-
-if __name__ == "__main__":
-    path = Path(__file__).parents[1] / "README.md"
-    path.write_text(with_support_table(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from tokensel.testing import (
     make_tokenizer,
     plant_noise,
 )
+from tokensel.trainer import SelectiveTrainer
 
+WIDTH = 128  # of the model
 STEPS = 100  # of fine-tuning, 16 rows each
+SHORT = 60  # of them, in the studies of text and of feedback
 RATE = 5e-4
 SPLITS = 4  # of token_cleaning_iterative
 ROWS = {"base": 960, "noisy": 1600, "clean": 1600, "held_out": 200}
@@ -116,7 +120,7 @@ def build_world(folder: Path, seed: int, *, kind: str, share: float, base_steps:
             rows = [{k: row[k] for k in ("input_ids", "labels")} for row in rows]
         world.save_rows(name, rows)
     set_seed(seed)
-    model = make_model(tokenizer, hidden_size=128 * scale, seed=seed)
+    model = make_model(tokenizer, hidden_size=WIDTH * scale, seed=seed)
     base = train(model, tokenizer, world.rows("base"), steps=base_steps * scale, rate=2e-3, seed=seed)
     base.save_model(str(folder / "base"))
     return world
@@ -167,13 +171,13 @@ def record_everything(world: World) -> None:
 
 def nll_alone(model, batch) -> torch.Tensor:
     """Losses of the responses without their prompts: behind the first token alone. [B, S]"""
-    found = torch.zeros(batch["labels"].shape)
+    nll = torch.zeros(batch["labels"].shape)
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
         response = labels != -100
         alone = torch.cat([ids[:1], ids[response]])[None]
         logits = model(input_ids=alone).logits[0, :-1].float()
-        found[row, response] = torch.nn.functional.cross_entropy(logits, alone[0, 1:], reduction="none")
-    return found
+        nll[row, response] = torch.nn.functional.cross_entropy(logits, alone[0, 1:], reduction="none")
+    return nll
 
 
 def contrast_nll(positive, negative, batch) -> torch.Tensor:
@@ -187,8 +191,26 @@ def contrast_nll(positive, negative, batch) -> torch.Tensor:
 # One method on one world
 
 
-def fine_tune(world: World, name: str, parameters: dict, steps=STEPS, rate=RATE, lora=False, **settings) -> dict:
-    """Trains the base on the noisy rows by a method -> held-out loss, what was kept, tokens/s, curves."""
+def base_nll(world: World) -> float:
+    """Held-out loss of the base, before fine-tuning."""
+    model = AutoModelForCausalLM.from_pretrained(world.folder / "base")
+    nothing = SelectiveTrainingArguments(output_dir=str(world.folder), method="full", report_to="none")
+    trainer = SelectiveTrainer(model, nothing, processing_class=world.tokenizer)
+    return held_out_nll(trainer, world.rows("held_out"))
+
+
+def fine_tune(
+    world: World,
+    name: str,
+    parameters: dict,
+    steps=STEPS,
+    rate=RATE,
+    lora=False,
+    curves: Sequence[str] = (),
+    **settings,
+) -> dict:
+    """Trains the base on the noisy rows by a method -> held-out loss, what was kept, tokens/s; logged values that are
+    asked for in `curves`, as [step, value] pairs."""
     tokenizer, rows = world.tokenizer, world.rows("noisy")
     model = AutoModelForCausalLM.from_pretrained(world.folder / "base")
     if lora:
@@ -223,14 +245,16 @@ def fine_tune(world: World, name: str, parameters: dict, steps=STEPS, rate=RATE,
     planted, kept, dropped = (sum(getattr(t, n) for t in trainers) for n in ("planted", "noise_kept", "dropped"))
     totals = [t.selection_totals() for t in trainers]
     history = trainers[-1].state.log_history
-    return {
+    result = {
         "nll": held_out_nll(trainers[-1], world.rows("held_out")),
         "noise_kept": kept / planted if planted else None,
         "precision": (planted - kept) / dropped if dropped else None,
         "kept_share": 1 - dropped / sum(t["responses"] for t in totals),
         "tokens_per_second": sum(t["tokens_per_second"] for t in totals) / len(totals),
-        "curves": {k: [[e["step"], e[k]] for e in history if k in e] for k in ("kept_nll", "dropped_nll", "rel_mean")},
     }
+    if curves:
+        result["curves"] = {name: [[e["step"], e[name]] for e in history if name in e] for name in curves}
+    return result
 
 
 def chosen_rows(world: World, method, rows: datasets.Dataset, reference: str) -> datasets.Dataset:

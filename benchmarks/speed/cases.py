@@ -166,6 +166,6 @@ def chosen(name: str, patterns: list[str]) -> list[Case]:
     cases = SETS[name]
     for pattern in patterns:
         if not any(fnmatch(case.name, pattern) for case in cases):
-            known = "\n  ".join(case.name for case in cases)
-            raise ValueError(f"no case of the set {name} is called {pattern!r}; known are\n  {known}")
+            names = "\n  ".join(case.name for case in cases)
+            raise ValueError(f"no case of the set {name} is called {pattern!r}; known are\n  {names}")
     return [case for case in cases if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]

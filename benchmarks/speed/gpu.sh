@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GPU tests and GPU benchmarks in one go, under ten minutes: benchmarks/gpu.sh [FOLDER]
+# GPU tests and GPU benchmarks in one go, under ten minutes: benchmarks/speed/gpu.sh [FOLDER]
 #
 # For a bare machine: a python3 (or $PYTHON) with PyTorch, Triton, Transformers, pytest, pytest-benchmark and
 # matplotlib; no network, and no installation of tokensel. Without git, TOKENSEL_COMMIT names the commit. Writes
-# tests.xml, gpu.json, the report and its plots into FOLDER, or $OUT, or benchmarks/results. Ends with the tests'
+# tests.xml, gpu.json, its tables (gpu.txt) and plots into FOLDER, or $OUT, or benchmarks/results. Ends with the tests'
 # status, or the benchmarks'.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 python=${PYTHON:-python3}
 out=${1:-${OUT:-benchmarks/results}}
 mkdir -p "$out"
@@ -24,7 +24,7 @@ ln -s "$PWD/kernels" "$link/tokensel_kernels"
 export PYTHONPATH="$PWD:$link${PYTHONPATH:+:$PYTHONPATH}"
 
 # An interrupt, so that pytest writes what it has; 180 + 330 s.
-timeout -s INT -k 10 180 "$python" -m pytest tests/test_kernels.py -q --junitxml "$out/tests.xml"
+timeout -s INT -k 10 180 "$python" -m pytest tests/ops/test_kernels*.py -q --junitxml "$out/tests.xml"
 tests=$?
 timeout -s INT -k 10 330 "$python" -m pytest benchmarks --set gpu --minutes 4.5 --results "$out/gpu.json" \
     --benchmark-disable -q

@@ -22,9 +22,9 @@ def _largest(*differences: Tensor) -> float:
     return float(torch.cat([d.detach().double().abs().flatten() for d in differences]).max())
 
 
-def _std_error(found: Tensor, exact: Tensor) -> float:
+def _std_error(value: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((value.double() - exact).norm() / exact.norm())
 
 
 class Inputs:
@@ -65,8 +65,8 @@ class HeadInputs(Inputs):
         N, V, D = case.tokens, case.shape.vocabulary, case.shape.hidden
         self.hidden = self.normal(N, D)  # (N, D)
         self.weight = self.normal(V, D, std=2 / math.sqrt(D))  # (V, D): logits with a spread of 2
-        self.old_hidden = (self.hidden + 0.05 * self.normal(N, D)).to(self.dtype)  # the model a little earlier
-        self.old_weight = self.weight.clone()
+        self.history_hidden = (self.hidden + 0.05 * self.normal(N, D)).to(self.dtype)  # the model a little earlier
+        self.history_weight = self.weight.clone()
         self.labels = self.new_labels(N, V)
         self.sample = torch.arange(N, device=device) // SAMPLE_ROWS
         self.given_keep = self.keep(*torch.rand(2, N, generator=self.generator, device=device))
@@ -77,22 +77,26 @@ class HeadInputs(Inputs):
         if self.case.work == "kept_backward":
             return  # its ways hold statistics of the first draw
         self.draw(self.hidden)
-        self.old_hidden.copy_(self.hidden + 0.05 * self.normal(*self.hidden.shape))
+        self.history_hidden.copy_(self.hidden + 0.05 * self.normal(*self.hidden.shape))
         self.labels.random_(len(self.weight), generator=self.generator)
 
-    def keep(self, nll: Tensor, old_nll: Tensor) -> Tensor:
-        return top_share(old_nll - nll, torch.ones_like(self.labels, dtype=torch.bool), self.sample, self.rho)
+    def keep(self, nll: Tensor, history_nll: Tensor) -> Tensor:
+        return top_share(history_nll - nll, torch.ones_like(self.labels, dtype=torch.bool), self.sample, self.rho)
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
-        """float64 log-sum-exp of every row and losses under both models: [lse, nll, old_nll]."""
-        found = []
-        for x, w in ((self.hidden, self.weight), (self.old_hidden, self.old_weight)):
-            x, w = x.detach().double(), w.detach()
-            blocks = [(x @ part.double().T).logsumexp(1) for part in w.split(8192)]
-            lse = torch.stack(blocks).logsumexp(0)
-            found += [lse, lse - (x * w[self.labels].double()).sum(1)]
-        return [found[0], found[1], found[3]]
+        """float64 log-sum-exp of every row and losses under both models: [lse, nll, history_nll]."""
+        (lse, nll), (_, history_nll) = (
+            self._exact_lse_and_nll(x, w)
+            for x, w in ((self.hidden, self.weight), (self.history_hidden, self.history_weight))
+        )
+        return [lse, nll, history_nll]
+
+    def _exact_lse_and_nll(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = x.detach().double(), w.detach()
+        blocks = [(x @ part.double().T).logsumexp(1) for part in w.split(8192)]
+        lse = torch.stack(blocks).logsumexp(0)
+        return lse, lse - (x * w[self.labels].double()).sum(1)
 
     def errors(self, out: dict) -> dict[str, float]:
         lse, *exact = self.exact
@@ -101,7 +105,7 @@ class HeadInputs(Inputs):
         keep, exact_keep = out["keep"], self.given_keep
         if self.case.work == "selection_step":
             exact_keep = self.keep(*exact)
-        found = {"loss": float((out["loss"] - exact[0][keep].mean()).abs()), "kept": int((keep != exact_keep).sum())}
+        errors = {"loss": float((out["loss"] - exact[0][keep].mean()).abs()), "kept": int((keep != exact_keep).sum())}
         kept, share = keep.nonzero()[:, 0], 1 / int(keep.sum())
 
         def d_logits(rows: Tensor, columns: Tensor) -> Tensor:
@@ -115,21 +119,21 @@ class HeadInputs(Inputs):
         d_hidden = sum(d_logits(rows, c) @ self.weight.detach()[c].double() for c in everything.split(8192))
         columns = torch.cat([self.labels[rows], everything[:: V // CHECKED]])
         d_weight = d_logits(kept, columns).T @ self.hidden.detach()[kept].double()
-        found["d_hidden"] = _std_error(self.hidden.grad[rows], d_hidden)
-        found["d_weight"] = _std_error(self.weight.grad[columns], d_weight)
-        return found
+        errors["d_hidden"] = _std_error(self.hidden.grad[rows], d_hidden)
+        errors["d_weight"] = _std_error(self.weight.grad[columns], d_weight)
+        return errors
 
 
 class LogitsInputs(Inputs):
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
         N, V = case.tokens, case.shape.vocabulary
-        self.logits, self.old_logits = self.normal(N, V, std=2), self.normal(N, V, std=2)  # (N, V)
+        self.logits, self.history_logits = self.normal(N, V, std=2), self.normal(N, V, std=2)  # (N, V)
         self.labels = self.new_labels(N, V)
 
     def errors(self, out: dict) -> dict[str, float]:
         rows = slice(0, CHECKED)
-        pairs = zip(out["nll"], (self.logits, self.old_logits), strict=True)
+        pairs = zip(out["nll"], (self.logits, self.history_logits), strict=True)
         exact = [(a[rows], F.cross_entropy(z[rows].double(), self.labels[rows], reduction="none")) for a, z in pairs]
         return {"nll": _largest(*(a - b for a, b in exact))}
 
@@ -275,9 +279,9 @@ class ModelInputs(Inputs):
         return [head[columns], layer[:CHECKED]]
 
     def _exact_gradients(self, keep: Tensor) -> list[Tensor]:
-        for known, found in self.gradients:
-            if torch.equal(known, keep):
-                return found
+        for measured_keep, gradients in self.gradients:
+            if torch.equal(measured_keep, keep):
+                return gradients
         model, total = self.float32_model, None
         for ids, kept in zip(self.input_ids, keep, strict=True):  # one at a time: float32 takes twice the memory
             loss = self._sample_nll(model, ids)[kept].sum() / keep.sum()
@@ -298,16 +302,16 @@ class ModelInputs(Inputs):
 
     def errors(self, out: dict) -> dict[str, float]:
         keep = out.get("keep", self.response)  # (B, S - 1)
-        found = {"loss": float((out["loss"] - self._nll()[keep].mean()).abs())}
+        errors = {"loss": float((out["loss"] - self._nll()[keep].mean()).abs())}
         if "keep" in out:
             wanted = self.exact_keep.sum(1)  # of each sample
-            found["kept_count"] = int((keep.sum(1) - wanted).abs().sum())
+            errors["kept_count"] = int((keep.sum(1) - wanted).abs().sum())
             if not out.get("live"):  # whose history is the model itself: what is kept hangs on rounding
-                found["kept_share"] = float((keep & ~self.exact_keep).sum() / wanted.sum())
+                errors["kept_share"] = float((keep & ~self.exact_keep).sum() / wanted.sum())
         weights = self.model.lm_head.weight, self.model.model.layers[0].mlp.down_proj.weight
         pairs = zip(self._checked(*(w.grad for w in weights)), self._exact_gradients(keep), strict=True)
         d_head, d_layer = (_std_error(a, b.double()) for a, b in pairs)
-        return found | {"d_head": d_head, "d_layer": d_layer}
+        return errors | {"d_head": d_head, "d_layer": d_layer}
 
 
 INPUTS: dict[str, type[Inputs]] = {

@@ -4,8 +4,8 @@
 
 A Llama of two layers, 256 wide, with a vocabulary of 32,000, in float32; ssToken with a recorded history. The published
 way holds full logits of both models (of one here, as the history is recorded) and the last layer's full attention.
-Writes benchmarks/results/long_rows.json after every length, and at its end docs/long_rows.png and the README's table.
-Started again after an interruption it goes on (`--fresh` does not); a length that fails is recorded with its reason.
+Writes benchmarks/results/long_rows.json after every length; `python -m tools.write_docs` shows it in the docs. Started
+again after an interruption it goes on (`--fresh` does not); a length that fails is recorded with its reason.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.quality.study import README, RESULTS, attempt, begun, into_readme, write
-from benchmarks.speed.measure import limited_memory, machine, peak_extra_mib
+from benchmarks.machine import machine
+from benchmarks.resume import RESULTS, attempt, digest, resume, write
+from benchmarks.speed.measure import limited_memory, peak_extra_mib
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 CPU = torch.device("cpu")
@@ -90,9 +91,9 @@ def peak_of(way: str, length: int) -> float | None:
         raise
 
 
-def measure(found: dict, save: Callable[[], None]) -> None:
-    """Fills found["peak_mib"] with the peaks by way and length that it lacks, each in a process of its own."""
-    peaks = found.setdefault("peak_mib", {})
+def measure(results: dict, save: Callable[[], None]) -> None:
+    """Fills results["peak_mib"] with the peaks by way and length that it lacks, each in a process of its own."""
+    peaks = results.setdefault("peak_mib", {})
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for way in WAYS:
             there = peaks.setdefault(way, {})
@@ -102,12 +103,12 @@ def measure(found: dict, save: Callable[[], None]) -> None:
                     save()
 
 
-def table(found: dict) -> str:
+def table(results: dict) -> str:
     """MiB by length; below it how many are not there yet, and why others failed."""
     lines = ["| tokens of the row | " + " | ".join(map(str, LENGTHS)) + " |", "| --- |" + " --: |" * len(LENGTHS)]
     notes, done = [], 0
     for way in WAYS:
-        peaks, cells = found["peak_mib"].get(way, {}), []
+        peaks, cells = results["peak_mib"].get(way, {}), []
         for length in map(str, LENGTHS):
             peak = peaks.get(length)
             done += length in peaks
@@ -124,22 +125,22 @@ def table(found: dict) -> str:
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
-def plot(found: dict, path: Path) -> None:
+def plot(results: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for way, peaks in found["peak_mib"].items():
-        known = {n: peaks[str(n)] for n in LENGTHS if isinstance(peaks[str(n)], float)}
-        axes.loglog(list(known), list(known.values()), "o-", label=way, base=2)
-        if known and None in peaks.values():
-            last = max(known)
-            axes.annotate("out of memory beyond", (last, known[last]), (6, 2), textcoords="offset points", fontsize=8)
+    for way, peaks in results["peak_mib"].items():
+        points = {n: peaks[str(n)] for n in LENGTHS if isinstance(peaks[str(n)], float)}
+        axes.loglog(list(points), list(points.values()), "o-", label=way, base=2)
+        if points and None in peaks.values():
+            last = max(points)
+            axes.annotate("out of memory beyond", (last, points[last]), (6, 2), textcoords="offset points", fontsize=8)
     axes.set_xlabel("tokens of the row")
     axes.set_ylabel("peak memory of a step (MiB)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Description": digest(results["peak_mib"])})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,17 +151,16 @@ def main(argv: list[str] | None = None) -> None:
     path, settings = options.output / "long_rows.json", {"machine": machine(CPU)}
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        found = settings if options.fresh else begun(path, settings)
+        results = settings if options.fresh else resume(path, settings)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
-        measure(found, lambda: write(path, found))
+        measure(results, lambda: write(path, results))
     except KeyboardInterrupt:
         parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
-    print(table(found))
+    print(table(results))
     if options.output == RESULTS:
-        plot(found, README.parent / "docs/long_rows.png")
-        into_readme("long rows", table(found))
+        print("`python -m tools.write_docs` puts the table into the docs")
 
 
 if __name__ == "__main__":

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import platform
 import resource
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tokensel
 from benchmarks.speed.cases import Case
+from benchmarks.speed.floors import FLOORS, native_floor
 from benchmarks.speed.inputs import INPUTS, Inputs
-from benchmarks.speed.peers import FLOORS, Absent, native_floor, ways_of
+from benchmarks.speed.losses import Absent
+from benchmarks.speed.peers import ways_of
 
-ROOT = Path(__file__).resolve().parents[1]
 ENOUGH = 3.0  # seconds of rounds
 # Seconds of a first run, and how often a way that takes longer is run again at most; a quicker one as the others are.
 MOST = {30.0: 0, 10.0: 2}
@@ -32,39 +27,6 @@ MOST = {30.0: 0, 10.0: 2}
 LIMITS = {"nll": 2e-3, "loss": 2e-3, "kept": 0, "d_hidden": 2e-2, "d_weight": 2e-2, "mass": 2e-3}
 # Of a whole model's step, whose bfloat16 layers move a few tokens across the edge of what is kept.
 LIMITS |= {"kept_count": 0, "kept_share": 5e-2, "d_head": 5e-2, "d_layer": 1e-1}
-
-
-def machine(device: torch.device) -> dict:
-    """What a figure has to be read with: processor, memory, versions, commit."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    git = ["git", "-C", str(ROOT)]
-    commit = os.environ.get("TOKENSEL_COMMIT", "")
-    if not commit and shutil.which("git"):
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        # what the suite itself writes changes nothing that is measured
-        status = [*git, "status", "--porcelain", "-uno", "--", "tokensel", "kernels", "benchmarks/*.py"]
-        if subprocess.run(status, capture_output=True, text=True).stdout.strip():
-            commit += "+changes"
-    found = {
-        "device": device.type,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tokensel": tokensel.__version__,
-        "commit": commit or "unknown",
-    }
-    for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip}
-    return found
 
 
 class Clock:
@@ -106,7 +68,7 @@ def _status_kib(field: str) -> int:
 
 def peak_extra_mib(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
     """(most memory while `run()` runs, above what there was before, MiB; what it returned). On a CPU resident memory,
-    Linux only; on a GPU allocated memory."""
+    Linux only; on a GPU allocated memory. `tokensel.metrics.peak_memory_mib` is another: a process's from its start."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -168,22 +130,22 @@ def measure_case(case: Case, device: torch.device, clock: Clock, rounds: tuple[i
             inputs = INPUTS[case.work](case, device)
         except Exception as error:  # recorded, or every way would try again
             return record | {"floor": None, "ways": {name: {"failed": _reason(error)} for name in ways_of(case)}}
-        found: dict[str, dict] = {}
+        ways: dict[str, dict] = {}
         runs: dict[str, Callable] = {}
         for name, prepare in ways_of(case).items():
-            found[name] = {}
+            ways[name] = {}
             try:
                 runs[name] = prepare(inputs)
-                found[name] |= _first_run(name, runs[name], inputs, clock)
+                ways[name] |= _first_run(name, runs[name], inputs, clock)
             except (Absent, ImportError) as error:
-                found[name]["absent"] = str(error)
+                ways[name]["absent"] = str(error)
             except Exception as error:  # others' code may fail in its own ways: recorded, and shown in the table
-                found[name]["failed"] = _reason(error)
-            if "first_run" not in found[name]:
+                ways[name]["failed"] = _reason(error)
+            if "first_run" not in ways[name]:
                 runs.pop(name, None)
             _forget(inputs)
         if case.group == "memory":
-            return record | {"ways": found}
+            return record | {"ways": ways}
         floors: dict[str, dict] = {"floor": {}, "native_floor": {}}
         for name, prepare in {"floor": FLOORS[case.work], "native_floor": native_floor}.items():
             try:
@@ -192,10 +154,10 @@ def measure_case(case: Case, device: torch.device, clock: Clock, rounds: tuple[i
                     runs[name] = run
             except Exception as error:
                 floors[name]["failed"] = _reason(error)
-        _rounds({name: (found | floors)[name] for name in runs}, runs, inputs, clock, rounds)
+        _rounds({name: (ways | floors)[name] for name in runs}, runs, inputs, clock, rounds)
         scale = case.operations / (2 * inputs.square**3) if case.work in ("attention_mass", "training_step") else 1.0
         floor = floors["floor"].get("median")
-        record |= {"floor": floor and scale * floor, "ways": found}
+        record |= {"floor": floor and scale * floor, "ways": ways}
         if case.work in ("pair_stats", "kept_backward", "selection_step"):
             native = floors["native_floor"]
             record["native_floor"] = native.get("median") if native else record["floor"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from architectures import NO_ATTENTION, REFUSED, supported, tiny_model, with_support_table
+from architectures import NO_ATTENTION, REFUSED, supported, tiny_model
 from tiny import VOCABULARY
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -144,8 +143,3 @@ def test_an_architecture_is_refused_with_the_reason(why, model_type):
         with pytest.raises(ValueError, match=error):
             tokensel.apply_to(model, layer)
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
-
-
-def test_the_readme_says_what_is_tested():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert with_support_table(readme) == readme, "run python -m tests.architectures"

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`, and the results file."""
+"""Options of `pytest benchmarks`, and its file of results. Here, because pytest asks the folder that it is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, measure
+from benchmarks import resume
+from benchmarks.machine import machine
+from benchmarks.speed import cases, measure
 from benchmarks.speed.peers import ways_of
 
 
@@ -54,22 +56,22 @@ class Results:
         smoke = config.getoption("--set") == "smoke"
         self.clock = measure.Clock(config.device, flush_mib=1 if smoke else 256)
         self.rounds = {"rounds": (1, 1)} if smoke else {}
-        self.content = {"machine": measure.machine(config.device), "load": os.getloadavg()[0], "records": []}
+        self.content = {"machine": machine(config.device), "load": os.getloadavg()[0], "records": []}
         if self.path and self.path.exists() and not config.getoption("--fresh"):
-            find = config.pluginmanager.get_plugin
-            with find("capturemanager").global_and_fixture_disabled():  # on the terminal, not in a test's output
-                self.content = self.continued(find("terminalreporter").write_line)
+            plugin = config.pluginmanager.get_plugin
+            with plugin("capturemanager").global_and_fixture_disabled():  # on the terminal, not in a test's output
+                self.content = self.continued(plugin("terminalreporter").write_line)
 
     def continued(self, say: Callable[[str], None]) -> dict:
         """What an interrupted run of this machine and commit has left, or the new content."""
         try:
-            old = json.loads(self.path.read_text(encoding="utf-8"))
-            machine, finished = old["machine"], len(old["records"])
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            measured_on, finished = content["machine"], len(content["records"])
         except (ValueError, KeyError, TypeError):
-            machine, finished = None, 0
-        if machine == self.content["machine"]:
+            measured_on, finished = None, 0
+        if measured_on == self.content["machine"]:
             say(f"\n{self.path}: {finished} cases are kept; --fresh measures them anew")
-            return old
+            return content
         say(f"\n{self.path} is of another machine, commit or version: every case is measured anew")
         return self.content
 
@@ -84,9 +86,7 @@ class Results:
         records.append(record)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.with_suffix(".part")
-            whole.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            whole.replace(self.path)
+            resume.write(self.path, self.content, indent=1)
         return record
 
 

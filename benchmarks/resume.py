@@ -1,0 +1,53 @@
+"""Results that survive an interruption, and runs whose failure costs the others nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tokensel.files import replacing
+
+RESULTS = Path(__file__).parent / "results"  # those that are committed
+
+
+def attempt(function: Callable, *arguments: object, **settings: object) -> object:
+    """What the function returns, or {"failed": why}."""
+    try:
+        return function(*arguments, **settings)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def measured(run: object) -> bool:
+    """Whether a run has ended well: None is one that has not been started."""
+    return run is not None and not (isinstance(run, dict) and "failed" in run)
+
+
+def resume(path: Path, settings: dict) -> dict:
+    """The file's results, if they are of the same settings; else the settings alone.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    if not path.exists():
+        return dict(settings)
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; --fresh replaces it") from error
+    return results if all(results.get(name) == value for name, value in settings.items()) else dict(settings)
+
+
+def write(path: Path, results: dict, indent: int | None = None) -> None:
+    """Replaces the file as a whole: whoever interrupts this keeps the one before."""
+    with replacing(path) as whole:
+        whole.write_text(json.dumps(results, indent=indent) + "\n", encoding="utf-8")
+
+
+def digest(content: object) -> str:
+    """Names the results that a picture shows: it is in the picture's metadata."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Results of `pytest benchmarks --results`: read, and compared with the floor and with one another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.resume import digest
+
+AUTO = {"cpu": "tokensel chunked", "cuda": "tokensel fused"}  # what impl="auto" takes, for bfloat16 on a GPU
+
+
+@dataclass
+class Results:
+    """What one machine has measured."""
+
+    machine: dict
+    records: list[dict]
+    load: float
+    folder: Path
+
+    @property
+    def digest(self) -> str:
+        return digest(self.records)
+
+    @property
+    def main_dtype(self) -> str:
+        """The type that the machine's cases are measured in, but for a few."""
+        return "float32" if self.machine["device"] == "cpu" else "bfloat16"
+
+    def of(self, work: str, **wanted: object) -> list[dict]:
+        fields = {"work": work, **wanted}
+        return [r for r in self.records if all(r["case"][key] == value for key, value in fields.items())]
+
+
+def load(paths: list[Path]) -> dict[str, Results]:
+    """Results by device ("cpu", "cuda").
+
+    Raises:
+        ValueError: a file that is not one of results, or results of two machines, or two states of one.
+    """
+    results: dict[str, Results] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            machine, records = content["machine"], content["records"]
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); `make bench` writes one") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no results of `pytest benchmarks --results`: {error!r}") from error
+        before = results.setdefault(machine["device"], Results(machine, [], content["load"], path.parent))
+        if differing := [
+            f"{key}: {before.machine.get(key)} and {machine.get(key)}"
+            for key in sorted(before.machine | machine)
+            if before.machine.get(key) != machine.get(key)
+        ]:
+            raise ValueError(
+                f"{path} is of another machine or state than the files before it ({', '.join(differing)}); figures of "
+                "two are not mixed in one table: report them one at a time"
+            )
+        names = {record["name"] for record in before.records}
+        if twice := [record["name"] for record in records if record["name"] in names]:
+            raise ValueError(f"{path} holds {twice[0]} again, which a file before it has measured; give each file once")
+        before.records += records
+    return results
+
+
+def of_floor(record: dict, way: str) -> float | None:
+    median = record["ways"].get(way, {}).get("median")
+    return median / record["floor"] if median and record.get("floor") else None
+
+
+def ratio(record: dict, way: str, other: str, what: str = "median") -> float | None:
+    """How many times as much of `what` (median seconds, extra_mib) `way` takes as `other`."""
+    a, b = (record["ways"].get(name, {}).get(what) for name in (way, other))
+    return a / b if a is not None and b else None  # no memory seen at all is too little to be compared with

@@ -1,0 +1,217 @@
+"""Writes every generated part of README and docs: python -m tools.write_docs [--check]
+
+What stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and the pictures of results, are made from the
+committed results (benchmarks/results/*.json) and from the code. `--check` writes nothing, names what differs and exits
+with 1. `make quickstart` measures results/quickstart.json anew: its `quickstart/table.json` has the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.quality.tables import TABLES
+from benchmarks.resume import RESULTS, digest
+from benchmarks.speed import long_rows, tables
+from benchmarks.speed.plots import PICTURES
+from benchmarks.speed.results import Results, load
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def speed_results() -> dict[str, Results]:
+    """By device, what is committed."""
+    return load(sorted(RESULTS.glob("[cg]pu.json")))
+
+
+# The parts.
+
+
+def quickstart() -> str:
+    """The quickstart's table, and what it says of each method."""
+    from examples.quickstart import verdict
+
+    results = read("quickstart")
+    rows = results["table"]
+    notes = {"sstoken": ", as published", "history_excess": ", REL with the sign reversed"}
+    best = min(rows, key=lambda row: row["held-out clean NLL"])
+    base = {"method": "base, before fine-tuning", "held-out clean NLL (nats)": f"{results['base_nll']:.3f}"}
+    lines = [base | {"planted noise kept": "", "tokens kept": ""}]
+    for row in rows:
+        nll = f"{row['held-out clean NLL']:.3f}"
+        lines.append(
+            {
+                "method": f"`{row['method']}`{notes.get(row['method'], '')}",
+                "held-out clean NLL (nats)": f"**{nll}**" if row is best else nll,
+                "planted noise kept": row["noise kept"].replace("%", " %"),
+                "tokens kept": row["tokens kept"].replace("%", " %"),
+            }
+        )
+    return "\n".join([tables.markdown(lines), "", *(f"- {line}" for line in verdict(rows))])
+
+
+def step() -> str:
+    results = speed_results()["cpu"]
+    return "\n\n".join([*tables.step(results), f"`make bench` on {tables.machine_line(results)}."])
+
+
+def speed(device: str) -> str:
+    pictures = [f"![{alt}]({device}_{name}.svg)" for name, alt in PICTURES.items()]
+    return tables.page(speed_results(), device, "\n".join(pictures))
+
+
+def quality(study: str) -> str:
+    return TABLES[study](read(f"quality.{study}"))
+
+
+def rows_of_any_length() -> str:
+    return long_rows.table(read("long_rows"))
+
+
+def architectures() -> str:
+    """Which models are tested, and which are refused or have no attention to measure."""
+    from tests.architectures import NO_ATTENTION, REFUSED, supported
+
+    names = supported()
+    head = f"{len(names)} architectures are tested with every signal (`model_type`; of a vision model, its text):"
+    lines = textwrap.wrap(", ".join(names), 118, break_on_hyphens=False)
+    table = ["", "| `model_type` | selected by | because they |", "| --- | --- | --- |"]
+    for how, groups in (("methods without attention", NO_ATTENTION), ("none: refused", REFUSED)):
+        table += [f"| {', '.join(sorted(rows))} | {how} | {why} |" for why, (_, rows) in groups.items()]
+    return "\n".join([head, *lines, *table])
+
+
+def methods() -> str:
+    import tokensel
+
+    lines = ["| method | score and rule | scope | needs |", "| --- | --- | --- | --- |"]
+    for row in tokensel.methods.describe():
+        rule = row["score and rule"].rstrip(".")
+        lines.append(f"| `{row['method']}` | {rule} | {row['scope']} | {row['needs']} |")
+    return "\n".join(lines)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"quickstart": quickstart, "step": step},
+    "docs/benchmarks.md": {
+        name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
+    },
+    "docs/quality.md": {
+        **{study: functools.partial(quality, study) for study in TABLES},
+        "long_rows": rows_of_any_length,
+    },
+    "docs/models.md": {"architectures": architectures},
+    "docs/methods.md": {"methods": methods},
+}
+
+
+def with_part(text: str, name: str, body: str) -> str:
+    """The page with `body` between the part's markers.
+
+    Raises:
+        ValueError: a marker that is not there, or there twice; names it.
+    """
+    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+    for marker in (begin, end):
+        if text.count(marker) != 1:
+            raise ValueError(f"needs one line {marker.strip()}, has {text.count(marker)}")
+    before, _, rest = text.partition(begin)
+    _, end, after = rest.partition(end)
+    if not end:
+        raise ValueError(f"has <!-- end: {name} --> before {begin.strip()}")
+    return f"{before}{begin}\n{body}\n\n{end}{after}"
+
+
+# The pictures: file -> the digest of what it shows, which is in its metadata.
+
+
+def draw_speed(device: str) -> None:
+    from benchmarks.speed import plots
+
+    plots.write(speed_results()[device], DOCS)
+
+
+def draw_feedback() -> None:
+    from benchmarks.quality.plots import plot_feedback
+
+    plot_feedback(read("quality.feedback"), DOCS / "feedback.png")
+
+
+def draw_long_rows() -> None:
+    long_rows.plot(read("long_rows"), DOCS / "long_rows.png")
+
+
+def pictures() -> list[tuple[list[str], str, Callable[[], None]]]:
+    """(files, digest of what they show, how they are drawn)."""
+    of_speed = [
+        ([f"{device}_{name}.svg" for name in PICTURES], results.digest, functools.partial(draw_speed, device))
+        for device, results in speed_results().items()
+    ]
+    feedback, peaks = read("quality.feedback")["rows"], read("long_rows")["peak_mib"]
+    return [
+        *of_speed,
+        (["feedback.png"], digest(feedback), draw_feedback),
+        (["long_rows.png"], digest(peaks), draw_long_rows),
+    ]
+
+
+def shows(picture: Path, what: str) -> bool:
+    return picture.exists() and what.encode() in picture.read_bytes()
+
+
+def write_docs(*, check: bool = False) -> tuple[list[str], list[str]]:
+    """Writes what differs, unless it is only checked: (what differed, what is wrong with pages)."""
+    differing, wrong = [], []
+    for page, parts in PAGES.items():
+        path = ROOT / page
+        if not path.exists():
+            wrong.append(
+                f"{page} is not there; it needs <!-- begin: NAME --> and <!-- end: NAME --> of: {', '.join(parts)}"
+            )
+            continue
+        text = before = path.read_text(encoding="utf-8")
+        for name, make in parts.items():
+            try:
+                changed = with_part(text, name, make())
+            except ValueError as error:
+                wrong.append(f"{page} {error}")
+                continue
+            if changed != text:
+                differing.append(f"{page}: {name}")
+            text = changed
+        if text != before and not check:
+            path.write_text(text, encoding="utf-8")
+    for names, what, draw in pictures():
+        if stale := [name for name in names if not shows(DOCS / name, what)]:
+            differing += [f"docs/{name}" for name in stale]
+            if not check:
+                draw()
+    return differing, wrong
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything differs")
+    options = parser.parse_args(argv)
+    differing, wrong = write_docs(check=options.check)
+    for part in differing:
+        print(f"{part} {'differs; run python -m tools.write_docs' if options.check else 'written'}")
+    for problem in wrong:
+        print(problem, file=sys.stderr)
+    if wrong or (options.check and differing):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
