@@ -41,10 +41,10 @@ format: .venv/.dev  ## repair what `make lint` can repair by itself
 
 bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and README's figures (15 min)
 	$(BIN)/python -m pytest benchmarks --results benchmarks/results/cpu.json --fresh --minutes 14 --benchmark-disable; \
-	measured=$$?; $(BIN)/python -m benchmarks.speed.tables benchmarks/results/[cg]pu.json --readme README.md && exit $$measured
+	measured=$$?; $(BIN)/python -m tools.write_docs && exit $$measured
 
 bench-gpu:  ## GPU tests and benchmarks with the python3 that is there; needs no installation and no network (10 min)
-	benchmarks/gpu.sh
+	benchmarks/speed/gpu.sh
 
 bench-smoke: .venv/.installed  ## run the GPU benchmarks' code on a CPU, in Triton's interpreter, on tiny shapes
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest benchmarks --set smoke --benchmark-disable
