@@ -1,4 +1,4 @@
-"""The quality studies: every method runs in the small worlds, and the README shows what was committed."""
+"""The quality studies: every method runs in the small worlds, and a study that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import long_rows, quality, worlds
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import plots, runner, studies, tables, text_rows, worlds
+from benchmarks.resume import RESULTS, attempt, measured
 from tokensel import methods
 
 
@@ -25,15 +27,17 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_trains_by_changing_one_word(world, name):
-    found = worlds.fine_tune(world, name, {}, steps=4)
-    assert math.isfinite(found["nll"]) and found["tokens_per_second"] > 0
+    result = worlds.fine_tune(world, name, {}, steps=4)
+    assert math.isfinite(result["nll"]) and result["tokens_per_second"] > 0
     everything = {"full", "weighted", "dft", "soft_weights", "shad_rft", "critical_tokens"}
     if name in everything:
-        assert found["kept_share"] == 1 == found["noise_kept"] and found["precision"] is None
+        assert result["kept_share"] == 1 == result["noise_kept"] and result["precision"] is None
     elif name != "profit":  # an untrained model gives every token less than tau
-        assert 0 < found["kept_share"] < 1 and 0 <= found["noise_kept"] <= 1
-        kept_noise = found["noise_kept"]
-        assert found["precision"] == pytest.approx(found["precision"]) and (kept_noise < 1 or found["precision"] == 0)
+        assert 0 < result["kept_share"] < 1 and 0 <= result["noise_kept"] <= 1
+        kept_noise = result["noise_kept"]
+        assert result["precision"] == pytest.approx(result["precision"]) and (
+            kept_noise < 1 or result["precision"] == 0
+        )
 
 
 def test_swapped_rows_are_noise_from_end_to_end(world):
@@ -53,40 +57,39 @@ def test_swapped_rows_are_noise_from_end_to_end(world):
 
 
 def test_a_spread_is_the_mean_and_half_the_range():
-    assert quality.spread([1.0, 2.0, 4.0]) == "2.333 ± 1.500"
-    assert quality.spread([None]) == "-" == quality.percent([None])
-    assert quality.percent([0.5, 0.6]) == "55 %"
+    assert tables.spread([1.0, 2.0, 4.0]) == "2.333 ± 1.500"
+    assert tables.spread([None]) == "-" == tables.percent([None])
+    assert tables.percent([0.5, 0.6]) == "55 %"
 
 
-def test_a_table_goes_between_its_markers(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text("a\n<!-- table: text -->\nold\n<!-- end of table: text -->\nb\n", encoding="utf-8")
-    quality.into_readme("text", "| new |", page)
-    assert page.read_text() == "a\n<!-- table: text -->\n| new |\n<!-- end of table: text -->\nb\n"
-    with pytest.raises(ValueError, match="lacks the markers <!-- table: planted -->"):
-        quality.into_readme("planted", "", page)
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("quality.*.json")), ids=lambda file: file.stem)
+def test_the_committed_results_are_those_of_the_studies(file):
+    results = json.loads(file.read_text(encoding="utf-8"))
+    parts = {"tokenizer": None, "later": []}
+    study = studies.text(1, parts) if results["study"] == "text" else command.STUDIES[results["study"]](1)
+    assert {row: {c for c in runs if isinstance(runs[c], list)} for row, runs in results["rows"].items()} == {
+        row: set(runs) for row, runs in study.rows.items()
+    }
+    assert all(len(runs) == results["seeds"] == 3 for runs in all_runs_by_seed(results))
+    if results["study"] == "planted":
+        assert {row["method"] for row in results["rows"].values()} == set(methods.names())
 
 
-@pytest.mark.parametrize("file", sorted(quality.RESULTS.glob("quality.*.json")), ids=lambda file: file.stem)
-def test_the_readme_shows_the_committed_results(file):
-    found = json.loads(file.read_text(encoding="utf-8"))
-    assert quality.STUDIES[found["study"]][1](found) in quality.README.read_text(encoding="utf-8")
-    if found["study"] == "planted":
-        assert {row["method"] for row in found["rows"].values()} == set(methods.names())
-        assert all(len(row["runs"]) == found["seeds"] == 3 for row in found["rows"].values())
+def all_runs_by_seed(results):
+    return [runs for row in results["rows"].values() for runs in row.values() if isinstance(runs, list)]
 
 
 def test_real_text_needs_a_prompt_and_a_completion():
-    assert quality.as_prompt_and_completion({"question": "q", "answer": "a"}) == {"prompt": "q\n", "completion": "a"}
-    with pytest.raises(ValueError, match=r"or messages; found \['text'\]"):
-        quality.as_prompt_and_completion({"text": "a"})
+    assert text_rows.as_prompt_and_completion({"question": "q", "answer": "a"}) == {"prompt": "q\n", "completion": "a"}
+    with pytest.raises(ValueError, match=r"or messages; got \['text'\]"):
+        text_rows.as_prompt_and_completion({"text": "a"})
 
 
 def test_of_a_chat_the_last_answer_is_the_completion():
     said = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"), ("user", "w")]
     row = {"messages": [{"role": role, "content": content} for role, content in said]}
     prompt = "system: s\nuser: u\nassistant: a\nuser: v\nassistant: "
-    assert quality.as_prompt_and_completion(row) == {"prompt": prompt, "completion": "b"}
+    assert text_rows.as_prompt_and_completion(row) == {"prompt": prompt, "completion": "b"}
     assert len(row["messages"]) == 6
     for messages, reason in (
         ([], "an assistant's message"),
@@ -95,7 +98,7 @@ def test_of_a_chat_the_last_answer_is_the_completion():
         ([{"role": "assistant", "content": None}], "both strings"),
     ):
         with pytest.raises(ValueError, match=reason):
-            quality.as_prompt_and_completion({"messages": messages})
+            text_rows.as_prompt_and_completion({"messages": messages})
 
 
 def write_text(path, n, row=lambda i: {"prompt": f"What is {i}?", "completion": f"It is {i}. Ask no more."}):
@@ -105,14 +108,14 @@ def write_text(path, n, row=lambda i: {"prompt": f"What is {i}?", "completion": 
 
 @pytest.fixture
 def small_text(monkeypatch):
-    monkeypatch.setattr(quality, "TEXT_ROWS", {"held_out": 2, "noisy": 4, "clean": 4})
+    monkeypatch.setattr(text_rows, "TEXT_ROWS", {"held_out": 2, "noisy": 4, "clean": 4})
 
 
 @pytest.mark.parametrize("n", [50, 1500, 2000])
 def test_a_file_with_too_few_rows_is_refused_before_anything_is_trained(tmp_path, capsys, n):
     file = write_text(tmp_path / "mine.jsonl", n)
     with pytest.raises(SystemExit) as stopped:
-        quality.main(["text", str(file), "--output", str(tmp_path)])
+        command.main(["text", str(file), "--output", str(tmp_path)])
     assert stopped.value.code == 2
     assert f"mine.jsonl has {n:,} rows, and `text` needs 3,840 at --scale 1" in capsys.readouterr().err
 
@@ -128,10 +131,10 @@ def test_a_row_that_is_no_example_is_named(tmp_path, capsys, small_text, line, r
     file = write_text(tmp_path / "mine.jsonl", 8)
     file.write_text(file.read_text() + line + "\n" + file.read_text(), encoding="utf-8")
     with pytest.raises(SystemExit):
-        quality.main(["text", str(file), "--output", str(tmp_path)])
+        command.main(["text", str(file), "--output", str(tmp_path)])
     assert reason in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        quality.main(["text", str(tmp_path / "none.jsonl"), "--output", str(tmp_path)])
+        command.main(["text", str(tmp_path / "none.jsonl"), "--output", str(tmp_path)])
     assert "no such file" in capsys.readouterr().err
 
 
@@ -140,7 +143,7 @@ def test_nothing_else_sees_the_rows_of_the_reference(tmp_path, small_text):
         question = {"role": "user", "content": f"What is {i}?"}
         return {"messages": [question, {"role": "assistant", "content": f"It is {i}."}]}
 
-    parts = quality.text_parts(write_text(tmp_path / "chat.jsonl", 16, chat), 1)
+    parts = text_rows.text_parts(write_text(tmp_path / "chat.jsonl", 16, chat), 1)
     tokenizer = parts["tokenizer"]
     seen = [row["prompt"] + row["completion"] for row in parts["later"]]
     for name in ("held_out", "base", "clean"):
@@ -148,7 +151,7 @@ def test_nothing_else_sees_the_rows_of_the_reference(tmp_path, small_text):
     assert [len(parts[name]) for name in ("held_out", "base", "later", "clean")] == [2, 6, 4, 4]
     assert len(set(seen)) == 16
     with pytest.raises(ValueError, match=r"has 16 rows, and `text` needs 32 at --scale 2"):
-        quality.text_parts(tmp_path / "chat.jsonl", 2)
+        text_rows.text_parts(tmp_path / "chat.jsonl", 2)
 
 
 RUN = {
@@ -162,15 +165,15 @@ RUN = {
 
 
 @pytest.fixture
-def studies(monkeypatch, tmp_path, small_text):
-    """`studies(name, *options)` runs a study whose trainings are instant; what it asked for is in `studies.asked`."""
+def run_study(monkeypatch, tmp_path, small_text):
+    """`run_study(name, *options)` runs one whose trainings are instant; what it asked for is in `run_study.asked`."""
 
     def serial(function, tasks, label, *, fresh=False):
         for key, arguments in tasks.items():
-            yield key, quality.attempt(function, *arguments)
+            yield key, attempt(function, *arguments)
 
-    def fine_tune(world, name, parameters, *arguments, **settings):
-        run.asked.append((name, parameters, arguments))
+    def fine_tune(world, name, parameters, *, steps, **settings):
+        run.asked.append((name, parameters, steps))
         if error := run.errors.pop(len(run.asked), None):
             raise error
         return RUN
@@ -182,76 +185,77 @@ def studies(monkeypatch, tmp_path, small_text):
     def run(name, *options):
         given = [str(write_text(tmp_path / "mine.jsonl", 40))] if name == "text" else []
         run.asked = []
-        quality.main([name, *given, "--seeds", "1", "--output", str(tmp_path / "new" / "folder"), *options])
+        command.main([name, *given, "--seeds", "1", "--output", str(tmp_path / "new" / "folder"), *options])
 
     run.errors, run.asked = {}, []
     run.path = lambda name: tmp_path / "new" / "folder" / f"quality.{name}.json"
-    monkeypatch.setattr(quality, "run_all", serial)
-    monkeypatch.setattr(quality, "fine_tune", fine_tune)
-    monkeypatch.setattr(quality, "base_nll", lambda world: 2.0)
-    monkeypatch.setattr(quality, "train", lambda *arguments, **settings: Trained())
-    monkeypatch.setattr(quality, "further", lambda *arguments: None)
+    monkeypatch.setattr(runner, "run_all", serial)
+    monkeypatch.setattr(runner, "fine_tune", fine_tune)
+    for module in (runner, studies):
+        monkeypatch.setattr(module, "base_nll", lambda world: 2.0)
+    monkeypatch.setattr(studies, "train", lambda *arguments, **settings: Trained())
+    monkeypatch.setattr(studies, "further", lambda *arguments: None)
     for name in ("_planted_world", "_text_world", "_feedback_world"):
-        monkeypatch.setattr(quality, name, lambda folder, *arguments: worlds.World(folder, 0))
+        monkeypatch.setattr(studies, name, lambda folder, *arguments: worlds.World(folder, 0))
     return run
 
 
-@pytest.mark.parametrize(("name", "total"), [("planted", 55), ("text", 24), ("feedback", 96)])
-def test_an_interrupted_study_goes_on_with_what_it_has(studies, capsys, name, total):
-    studies.errors = {3: ValueError("no luck"), 6: KeyboardInterrupt()}
+@pytest.mark.parametrize(("name", "total"), [("planted", 52), ("text", 21), ("feedback", 96)])
+def test_an_interrupted_study_goes_on_with_what_it_has(run_study, capsys, name, total):
+    run_study.errors = {3: ValueError("no luck"), 6: KeyboardInterrupt()}
     with pytest.raises(SystemExit) as stopped:
-        studies(name)
+        run_study(name)
     assert stopped.value.code == 130
-    found = json.loads(studies.path(name).read_text())
-    table = quality.STUDIES[name][1](found)
+    results = json.loads(run_study.path(name).read_text())
+    table = tables.TABLES[name](results)
     assert f"\n- unfinished: 5 of {total} runs\n- failed: " in table and table.endswith("ValueError: no luck")
-    assert "| failed |" in table and sum(map(quality.measured, quality.all_runs(found).values())) == 4
+    assert "| failed |" in table and sum(map(measured, tables.all_runs(results).values())) == 4
 
     capsys.readouterr()
-    studies(name)
-    assert len(studies.asked) == total - 4  # what failed is tried again
+    run_study(name)
+    assert len(run_study.asked) == total - 4  # what failed is tried again
     printed = capsys.readouterr().out
     assert "4 runs are in " in printed and "unfinished" not in printed and "failed" not in printed
-    studies(name)
-    assert not studies.asked
-    studies(name, "--fresh")
-    assert len(studies.asked) == total
-    studies(name, "--seeds", "2")
-    assert len(studies.asked) == 2 * total
+    run_study(name)
+    assert not run_study.asked
+    run_study(name, "--fresh")
+    assert len(run_study.asked) == total
+    run_study(name, "--seeds", "2")
+    assert len(run_study.asked) == 2 * total
     assert "is of other settings" in capsys.readouterr().out
 
 
-def test_a_world_that_fails_costs_its_own_runs(studies, monkeypatch, capsys):
-    def make(folder, kind, *arguments):
+def test_a_world_that_fails_costs_its_own_runs(run_study, monkeypatch, capsys):
+    def make(folder, seed, scale, kind, *arguments):
         if kind == "swapped":
             raise RuntimeError("no world")
         return worlds.World(folder, 0)
 
-    monkeypatch.setattr(quality, "_feedback_world", make)
-    studies("feedback")
-    assert len(studies.asked) == 72
-    table = quality.feedback_table(json.loads(studies.path("feedback").read_text()))
+    monkeypatch.setattr(studies, "_feedback_world", make)
+    run_study("feedback")
+    assert len(run_study.asked) == 72
+    table = tables.feedback_table(json.loads(run_study.path("feedback").read_text()))
     assert table.count("RuntimeError: no world") == 24 and "| swapped | 60 steps | full | 0.0001 | failed |" in table
     assert "unfinished" not in table
 
 
 def test_every_failure_in_a_worker_comes_back_as_its_reason():
-    found = dict(quality.run_all(math.sqrt, {"four": (4.0,), "minus": (-1.0,)}, "roots"))
-    assert found["four"] == 2 and found["minus"]["failed"].startswith("ValueError: ")
+    results = dict(runner.run_all(math.sqrt, {"four": (4.0,), "minus": (-1.0,)}, "roots"))
+    assert results["four"] == 2 and results["minus"]["failed"].startswith("ValueError: ")
 
 
-def test_a_larger_scale_is_in_the_steps_and_in_the_labels(studies, capsys, tmp_path):
-    studies("feedback", "--scale", "2")
-    assert {arguments[0] for _, _, arguments in studies.asked} == {120}
-    found = json.loads(studies.path("feedback").read_text())
-    assert {label.split("|")[1] for label in found["rows"]} == {"120 steps", "800 steps"}
+def test_a_larger_scale_is_in_the_steps_and_in_the_labels(run_study, capsys, tmp_path):
+    run_study("feedback", "--scale", "2")
+    assert {steps for _, _, steps in run_study.asked} == {120}
+    results = json.loads(run_study.path("feedback").read_text())
+    assert {label.split("|")[1] for label in results["rows"]} == {"120 steps", "800 steps"}
     assert "120 steps of fine-tuning, model 256 wide, on " in capsys.readouterr().out
-    quality.plot_feedback(found, tmp_path / "feedback.png")
-    studies("planted", "--scale", "3")
-    assert {arguments[0] for _, _, arguments in studies.asked} == {300}
-    assert next(p for name, p, _ in studies.asked if name == "forgetting")["lambda_steps"] == 300
-    studies("text", "--scale", "2")
-    assert {arguments[0] for _, _, arguments in studies.asked} == {120}
+    plots.plot_feedback(results, tmp_path / "feedback.png")
+    run_study("planted", "--scale", "3")
+    assert {steps for _, _, steps in run_study.asked} == {300}
+    assert next(p for name, p, _ in run_study.asked if name == "forgetting")["lambda_steps"] == 300
+    run_study("text", "--scale", "2")
+    assert {steps for _, _, steps in run_study.asked} == {120}
 
 
 def test_a_larger_world_has_more_rows_and_steps_for_every_model(tmp_path, monkeypatch):
@@ -270,93 +274,36 @@ def test_a_larger_world_has_more_rows_and_steps_for_every_model(tmp_path, monkey
     assert taken == [(6, 48), (8, 32), (8, 32)]  # base, reference, shuffled: no epoch more than at scale 1
     assert len(made.rows("noisy")) == 32 and len(made.rows("held_out")) == 8
     assert json.loads((tmp_path / "0/base/config.json").read_text())["hidden_size"] == 256
-    found = quality._tune(made, "sstoken", {}, 8)
-    assert math.isfinite(found["nll"]) and taken[-1] == (8, 32)
+    result = runner._tune(made, runner.Run(("mixed",), "sstoken", {}, 8))
+    assert math.isfinite(result["nll"]) and taken[-1] == (8, 32)
 
 
-def test_the_device_that_was_used_is_recorded(studies, monkeypatch):
-    monkeypatch.setattr(quality, "device_used", lambda: torch.device("meta"))
-    monkeypatch.setattr(quality, "machine", lambda device: {"device": device.type})
-    studies("feedback")
-    assert json.loads(studies.path("feedback").read_text())["machine"] == {"device": "meta"}
+def test_the_device_that_was_used_is_recorded(run_study, monkeypatch):
+    monkeypatch.setattr(command, "device_used", lambda: torch.device("meta"))
+    monkeypatch.setattr(command, "machine", lambda device: {"device": device.type})
+    run_study("feedback")
+    assert json.loads(run_study.path("feedback").read_text())["machine"] == {"device": "meta"}
     monkeypatch.undo()
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert quality.device_used().type == device
+        assert runner.device_used().type == device
 
 
 def test_every_method_that_keeps_a_share_runs_at_every_rho():
-    cases = quality.planted_cases(1)
+    cases = studies.planted_cases(1)
     assert {name for name, _, _ in cases.values()} == set(methods.names())
     for name in methods.names():
         rho = inspect.signature(methods.builder(name)).parameters.get("rho")
         asked = {p.get("rho", rho.default) for n, p, s in cases.values() if n == name} if rho else {0.4, 0.6, 0.8}
         assert asked >= {0.4, 0.6, 0.8}, name
-    assert cases["forgetting, rho 0.8"][1] == {"rho": 0.8, "lambda_steps": quality.STEPS}
+    assert cases["forgetting, rho 0.8"][1] == {"rho": 0.8, "lambda_steps": studies.STEPS}
 
 
 def test_memory_has_a_column_where_there_is_something_to_see():
     def table(extra):
         rows = {"full": {"runs": [RUN], "peak_mib": 600.0}, "rel": {"runs": [RUN], "peak_mib": 600.0 + extra}}
-        return quality.planted_table({"rows": rows | {"dft": {"runs": [None], "peak_mib": None}}, "base_nll": [2.0]})
+        return tables.planted_table({"rows": rows | {"dft": {"runs": [None], "peak_mib": None}}, "base_nll": [2.0]})
 
     assert "MiB" not in table(0.9) and "| rel | 1.000 ± 0.000 | 50 % | 50 % | 50 % | 9 |\n" in table(0.9)
     assert "| extra MiB |" in table(2) and "| 9 | 2 |\n" in table(2)
     assert "dft" not in table(2) and table(2).endswith("- unfinished: 2 of 3 runs")
-
-
-def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
-    class Here:
-        def __init__(self, *arguments, **settings):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *arguments):
-            pass
-
-        def apply(self, function, arguments):
-            return function(*arguments)
-
-    class Spawned:
-        Pool = Here
-
-    asked, errors = [], {2: ValueError("no luck"), 4: KeyboardInterrupt()}
-
-    def peak_of(way, length):
-        asked.append(length)
-        if error := errors.pop(len(asked), None):
-            raise error
-        return None if length == 32768 else float(length)
-
-    monkeypatch.setattr(long_rows.multiprocessing, "get_context", lambda kind: Spawned)
-    monkeypatch.setattr(long_rows, "peak_of", peak_of)
-    options = ["--output", str(tmp_path / "new" / "folder")]
-    with pytest.raises(SystemExit):
-        long_rows.main(options)
-    found = json.loads((tmp_path / "new/folder/long_rows.json").read_text())
-    assert found["peak_mib"]["tokensel"] == {"1024": 1024.0, "2048": {"failed": "ValueError: no luck"}, "4096": 4096.0}
-    table = long_rows.table(found)
-    assert "| tokensel, MiB | 1,024 | failed | 4,096 | not measured |" in table
-    assert "- unfinished: 3 of 12 lengths\n- failed: tokensel, 2048: ValueError: no luck" in table
-    long_rows.main(options)
-    assert len(asked) == 4 + 10 and "out of memory" in (out := capsys.readouterr().out) and "failed" not in out
-    long_rows.plot(json.loads((tmp_path / "new/folder/long_rows.json").read_text()), tmp_path / "plot.png")
-    long_rows.main(options)
-    assert len(asked) == 14
-    long_rows.main([*options, "--fresh"])
-    assert len(asked) == 26
-
-
-def test_the_readme_shows_how_memory_grows_with_the_row():
-    found = json.loads((quality.RESULTS / "long_rows.json").read_text(encoding="utf-8"))
-    assert long_rows.table(found) in quality.README.read_text(encoding="utf-8")
-    peaks = found["peak_mib"]["tokensel"]
-    assert peaks["32768"] < 2.3 * peaks["16384"]  # linear: twice, not four times
-
-
-def test_the_published_way_holds_what_ours_does_not():
-    ours, theirs = (long_rows.peak_of(way, 1024) for way in ("tokensel", "as published"))
-    logits = 1024 * 32000 * 4 / 2**20
-    assert ours < 1.5 * logits < 3 * logits < theirs

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, measure, peers
+from benchmarks.machine import machine
+from benchmarks.speed import cases, floors, measure, peers
 from benchmarks.speed.cases import SETS, Case
 from benchmarks.speed.inputs import INPUTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 ONCE = {"rounds": (1, 1)}
 HEADS = ["pair_stats", "kept_backward", "selection_step"]
@@ -93,8 +94,8 @@ def test_every_way_is_right_to_the_precision_of_its_type(work, dtype, clock, mon
 @pytest.mark.parametrize("error", [1e-2, math.nan])
 def test_a_wrong_output_is_seen(error, clock, ways):
     ways(tokensel=lambda s: {"nll": [nll + error for nll in exact_nll(s)["nll"]]}, other=exact_nll)
-    found = measure.measure_case(small("pair_stats"), CPU, clock, **ONCE)["ways"]
-    assert measure.wrong(found["tokensel"]) and not measure.wrong(found["other"])
+    results = measure.measure_case(small("pair_stats"), CPU, clock, **ONCE)["ways"]
+    assert measure.wrong(results["tokensel"]) and not measure.wrong(results["other"])
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,9 @@ def test_a_spoilt_output_is_seen(work, way, spoilt, clock, monkeypatch):
 
     prepare = peers.WAYS[work][way]
     monkeypatch.setitem(peers.WAYS, work, {"tokensel": prepare, "tokensel spoilt": spoil})
-    found = measure.measure_case(small(work, batch=2 if work == "training_step" else 1), CPU, clock, **ONCE)["ways"]
-    assert "errors" in found["tokensel spoilt"] and measure.wrong(found["tokensel spoilt"])
-    assert not measure.wrong(found["tokensel"]), found["tokensel"]
+    results = measure.measure_case(small(work, batch=2 if work == "training_step" else 1), CPU, clock, **ONCE)["ways"]
+    assert "errors" in results["tokensel spoilt"] and measure.wrong(results["tokensel spoilt"])
+    assert not measure.wrong(results["tokensel"]), results["tokensel"]
 
 
 def test_what_a_way_forgets_to_write_is_nan(clock, ways):
@@ -152,9 +153,9 @@ def test_what_a_way_forgets_to_write_is_nan(clock, ways):
 
 def test_memory_of_one_way_runs_out_and_the_others_go_on(clock, ways):
     ways(huge=lambda s: torch.ones(2**45), small=exact_nll)
-    found = measure.measure_case(small("pair_stats"), CPU, clock, **ONCE)["ways"]
-    assert found["huge"] == {"failed": "out of memory"}
-    assert found["small"]["median"] > 0
+    results = measure.measure_case(small("pair_stats"), CPU, clock, **ONCE)["ways"]
+    assert results["huge"] == {"failed": "out of memory"}
+    assert results["small"]["median"] > 0
 
 
 def test_inputs_that_do_not_fit_are_recorded_and_tried_once(clock, monkeypatch):
@@ -178,7 +179,7 @@ def test_memory_runs_out_in_a_round_or_in_the_floor_and_the_others_go_on(clock, 
         return torch.ones(2**45) if len(calls) == 4 else exact_nll(s)  # first run, its memory, two rounds
 
     ways(later=later, small=exact_nll)
-    monkeypatch.setitem(peers.FLOORS, "pair_stats", lambda s: torch.ones(2**45))
+    monkeypatch.setitem(floors.FLOORS, "pair_stats", lambda s: torch.ones(2**45))
     record = measure.measure_case(small("pair_stats"), CPU, clock, rounds=(3, 3))
     later, finished = (record["ways"][way] for way in ("later", "small"))
     assert later["failed"] == "out of memory" and len(later["seconds"]) == 1 and "median" not in later
@@ -194,15 +195,15 @@ def test_first_runs_count_where_there_is_no_other_and_slow_ways_run_less_often(
     times = itertools.chain([first], itertools.repeat(4))
     monkeypatch.setattr(clock, "time", lambda run: (run(), next(times), {}, None)[1:])
     monkeypatch.setattr(measure, "ENOUGH", 0.0)
-    found = measure.measure_case(small("pair_stats"), CPU, clock)["ways"]["slow"]
-    assert found["seconds"] == counted and found["median"] == counted[0]
+    slow = measure.measure_case(small("pair_stats"), CPU, clock)["ways"]["slow"]
+    assert slow["seconds"] == counted and slow["median"] == counted[0]
 
 
 def test_rounds_have_new_values_that_are_the_same_for_all_ways(clock, ways):
     seen = {"a": [], "b": []}
 
     def look(way):
-        return lambda s: seen[way].append([float(t.sum()) for t in (s.hidden.detach(), s.old_hidden, s.labels)])
+        return lambda s: seen[way].append([float(t.sum()) for t in (s.hidden.detach(), s.history_hidden, s.labels)])
 
     ways(a=look("a"), b=look("b"))
     for _ in range(2):
@@ -230,10 +231,10 @@ def test_outputs_are_right_for_new_values_too(work):
 def test_rounds_are_interleaved_and_medians_taken(clock, ways):
     calls = []
     ways(a=lambda s: calls.append("a"), b=lambda s: calls.append("b"))
-    found = measure.measure_case(small("pair_stats"), CPU, clock, rounds=(3, 3))["ways"]
+    results = measure.measure_case(small("pair_stats"), CPU, clock, rounds=(3, 3))["ways"]
     assert "".join(calls) == "aabb" + "ab" * 3  # first runs and their memory, then rounds
     assert all(
-        len(result["seconds"]) == 3 and sorted(result["seconds"])[1] == result["median"] for result in found.values()
+        len(result["seconds"]) == 3 and sorted(result["seconds"])[1] == result["median"] for result in results.values()
     )
 
 
@@ -263,8 +264,8 @@ def test_operations_are_those_that_are_declared(work, way):
     }
     case = small(work, "bfloat16" if way == "native floor" else "float32", tokens=1280)
     inputs = INPUTS[work](case, CPU)
-    floors = {"floor": peers.FLOORS[work], "native floor": peers.native_floor}
-    run = floors[way](inputs) if way in floors else peers.WAYS[work][way](inputs)
+    made = {"floor": floors.FLOORS[work], "native floor": floors.native_floor}
+    run = made[way](inputs) if way in made else peers.WAYS[work][way](inputs)
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
     # ceil(rho n) of each sample are kept; the mass computes the blocks on the diagonal whole
@@ -318,7 +319,7 @@ def test_an_interrupted_run_goes_on_unless_it_is_of_another_state(tmp_path):
 
 def test_the_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert measure.machine(CPU)["commit"] == "unknown"
+    assert machine(CPU)["commit"] == "unknown"
 
 
 def test_an_unknown_case_names_the_known_ones():

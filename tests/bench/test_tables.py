@@ -1,4 +1,4 @@
-"""What is made of the benchmarks' results: tables, targets, plots, and README, which shows the committed ones."""
+"""What is made of the benchmarks' results: tables, targets, plots."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, peers, report
+from benchmarks.speed import measure, peers, plots, tables, targets
 from benchmarks.speed.cases import Case
+from benchmarks.speed.results import load, ratio
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("[cg]pu.json"))
 CPU = torch.device("cpu")
 ONCE = {"rounds": (1, 1)}
 
@@ -34,30 +33,30 @@ def write_results(path: Path, records=(), **machine) -> Path:
 def test_results_of_two_machines_are_never_mixed(tmp_path):
     here, there = write_results(tmp_path / "here.json"), write_results(tmp_path / "there.json", cpu="B")
     more = write_results(tmp_path / "more.json", [{"name": "a"}])
-    assert [record["name"] for record in report.load([here, more])["cpu"].records] == ["a"]
+    assert [record["name"] for record in load([here, more])["cpu"].records] == ["a"]
     with pytest.raises(ValueError, match="more.json holds a again"):
-        report.load([more, more])
+        load([more, more])
     with pytest.raises(ValueError, match=r"there.json is of another machine.*cpu: A and B"):
-        report.load([here, there])
-    assert set(report.load([here, write_results(tmp_path / "gpu.json", device="cuda", gpu="G")])) == {"cpu", "cuda"}
+        load([here, there])
+    assert set(load([here, write_results(tmp_path / "gpu.json", device="cuda", gpu="G")])) == {"cpu", "cuda"}
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path):
     for content in ("{}", "[]", "no JSON"):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(ValueError, match="other.json holds no results"):
-            report.load([tmp_path / "other.json"])
+            load([tmp_path / "other.json"])
 
 
 def test_a_file_that_is_not_there_is_a_line_not_a_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path / "nope.json")])
+        tables.main([str(tmp_path / "nope.json")])
     assert stop.value.code == 2 and "nope.json cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def test_what_was_not_measured_says_so(tmp_path):
-    results = report.load([write_results(tmp_path / "empty.json")])
-    rows = [target.row(results) for target in report.TARGETS]
+    results = load([write_results(tmp_path / "empty.json")])
+    rows = [target.row(results) for target in targets.TARGETS]
     assert (
         len(rows) == 18 and {row["measured"] for row in rows} == {"not measured"} and {row[""] for row in rows} == {""}
     )
@@ -71,28 +70,28 @@ def record(group="step", work="selection_step", **ways) -> dict:
 def test_what_did_not_run_says_why_in_every_table(tmp_path):
     ways = {"tokensel chunked": {"failed": "out of memory"}, "published": {"median": 2.0, "extra_mib": 7.0}}
     ways |= {"CCE": {"absent": "needs a GPU"}}
-    results = report.load([write_results(tmp_path / "some.json", [record(**ways)])])["cpu"]
-    ours, published, absent = report.case_rows(results)
+    results = load([write_results(tmp_path / "some.json", [record(**ways)])])["cpu"]
+    ours, published, absent = tables.case_rows(results)
     assert ours["time"] == ours["extra MiB"] == published["/ ours"] == absent["time"] == "not measured"
     assert ours["errors, or why not"] == "out of memory" and absent["errors, or why not"] == "needs a GPU"
     assert published["rate"] == "1 GFLOP/s"
-    (step, _) = report.step_rows(results)
+    (step, _) = tables.step_rows(results)
     assert step["float32: time"] == "out of memory" and step["float32: extra MiB"] == "not measured"
-    (row,) = report.overview_rows(results)
+    (row,) = tables.overview_rows(results)
     assert row["tokensel"] == "out of memory" and row["fastest peer"] == "published" and row["of that peer"] == "7"
-    assert "Not run there: CCE (needs a GPU)." in report.readme_block({"cpu": results})
+    assert "Not run there: CCE (needs a GPU)." in tables.page({"cpu": results}, "cpu")
 
 
 def test_a_ratio_to_no_memory_at_all_is_no_ratio():
     measured = record(ours={"extra_mib": 0.0}, other={"extra_mib": 5.0})
-    assert report.ratio(measured, "other", "ours", "extra_mib") is None
-    assert report.ratio(measured, "ours", "other", "extra_mib") == 0
+    assert ratio(measured, "other", "ours", "extra_mib") is None
+    assert ratio(measured, "ours", "other", "extra_mib") == 0
 
 
 def test_the_attention_itself_is_no_peer_of_its_mass(tmp_path):
     ways = {name: {"median": s} for name, s in (("tokensel chunked", 4.0), ("flash forward", 1.0), ("SDPA", 2.0))}
-    results = report.load([write_results(tmp_path / "some.json", [record(work="attention_mass", **ways)])])["cpu"]
-    (row,) = report.overview_rows(results)
+    results = load([write_results(tmp_path / "some.json", [record(work="attention_mass", **ways)])])["cpu"]
+    (row,) = tables.overview_rows(results)
     assert row["fastest peer"] == "SDPA" and row["its time / ours"] == "0.50"
 
 
@@ -103,18 +102,18 @@ def test_growth_is_the_slope_over_all_lengths(tmp_path):
 
     for mib, slope in (([1.0, 2.0, 4.0], 1), ([1.0, 4.0, 16.0], 2), ([1.0, 4.0, 4.0], 1)):
         records = [at(512 * 2**i, value) for i, value in enumerate(mib)]
-        found = report.load([write_results(tmp_path / "some.json", records)])["cpu"]
-        assert report._mass_growth(found) == [pytest.approx(slope)]
+        results = load([write_results(tmp_path / "some.json", records)])["cpu"]
+        assert targets._mass_growth(results) == [pytest.approx(slope)]
 
 
 def test_a_target_is_met_by_its_worst_case_alone(tmp_path):
-    results = report.load([write_results(tmp_path / "some.json")])
-    target = report.Target("cpu", "t", True, 1.15, lambda _: [1.0, None, 1.2])
+    results = load([write_results(tmp_path / "some.json")])
+    target = targets.Target("cpu", "t", True, 1.15, lambda _: [1.0, None, 1.2])
     assert target.row(results)[""] == "**not met**" and target.row(results)["measured"] == "1.2"
-    assert report.Target("cpu", "t", False, 1.0, lambda _: [1.0, 1.2]).row(results)[""] == "met"
+    assert targets.Target("cpu", "t", False, 1.0, lambda _: [1.0, 1.2]).row(results)[""] == "met"
 
 
-def test_the_report_writes_plots_and_rewrites_the_readme(tmp_path, clock, capsys, monkeypatch):
+def test_the_command_prints_tables_and_writes_plots(tmp_path, clock, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     only = {name: peers.WAYS["selection_step"][name] for name in ("tokensel chunked", "published")}
     monkeypatch.setitem(peers.WAYS, "selection_step", only)
@@ -123,27 +122,15 @@ def test_the_report_writes_plots_and_rewrites_the_readme(tmp_path, clock, capsys
     content = json.loads(path.read_text())
     content["records"] = [measure.measure_case(case, CPU, clock, **ONCE)]
     path.write_text(json.dumps(content))
-    readme = Path("README.md")
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(path), "--readme", str(readme)])
-    text, printed = readme.read_text(), capsys.readouterr().out
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| published |" in text and "not measured" in text and "/ floor" in printed
-    assert {f.name for f in Path().glob("cpu_*.*g")} == {
-        f"cpu_{n}.{t}" for n in report.PICTURES for t in ("png", "svg")
-    }
-    with pytest.raises(ValueError, match="no lines <!-- benchmarks"):
-        report.rewritten("nothing", "block")
+    tables.main([str(path)])
+    printed = capsys.readouterr().out
+    assert "/ floor" in printed
+    text = tables.page(load([path]), "cpu", "![picture](cpu_time.svg)")
+    assert "| published |" in text and "not measured" in text and "![picture](cpu_time.svg)" in text
+    assert {f.name for f in Path().glob("cpu_*.*g")} == {f"cpu_{name}.svg" for name in plots.PICTURES}
+    assert all(load([path])["cpu"].digest in f.read_text() for f in Path().glob("cpu_*.svg"))
 
 
-def test_readme_and_pictures_show_the_committed_results():
-    assert RESULTS, "run `make bench`"
-    results = report.load([path.relative_to(ROOT) for path in RESULTS])
-    for found in results.values():
-        for name in (f"{found.machine['device']}_{picture}" for picture in report.PICTURES):
-            for picture in (ROOT / found.folder / f"{name}{suffix}" for suffix in (".png", ".svg")):
-                assert found.digest.encode() in picture.read_bytes(), f"{picture.name} shows other results: make bench"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.readme_block(results) in text, (
-        "run python -m benchmarks.speed.tables benchmarks/results/[cg]pu.json --readme README.md"
-    )
+def test_of_a_device_without_results_the_targets_are_shown():
+    text = tables.page({}, "cuda")
+    assert text.startswith("Nothing has been measured yet (`make bench-gpu`)") and text.count("not measured") == 8
