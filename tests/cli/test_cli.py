@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tokensel
 from tokensel import cli, methods
 from tokensel.arguments import SelectionArguments
-from tokensel.cli import last_complete_checkpoint, main
+from tokensel.cli import main
+from tokensel.finetune import last_complete_checkpoint
 from tokensel.store import HistoryStore
 from tokensel.testing import make_model, make_rows, make_tokenizer
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import DataCollatorForSeq2Seq
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = ["full", "random", "sstoken", "history_excess"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokensel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(code: str, cwd: Path, *args: object) -> str:

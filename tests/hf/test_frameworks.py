@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 from tokensel.trainer import TokenSelectionMixin
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FRAMEWORKS = ["raw_loop", "trainer", "trl_sft", "lightning_module", "axolotl_plugin", "llamafactory_recipe"]
 CHOSEN = {"method": "sstoken", "method_args": {"gamma": 0.5, "rho": 0.6}, "history": "adapter_off"}
 

@@ -28,6 +28,7 @@ from tiny import causal_lm, lora, padded, samples
 from transformers import TrainerCallback
 
 from tokensel import AdapterEMA, AdapterOff, LastSeen, ModelCopy, OtherModel, Selection, apply_to, methods
+from tokensel.documents import BatchLayout
 from tokensel.history import load_reference
 from tokensel.testing import make_model, make_rows, make_tokenizer
 
@@ -195,18 +196,18 @@ def test_a_bfloat16_model_has_a_float32_average():
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_an_offloaded_average_moves_as_one_beside_the_model(dtype, tied):
     batch = padded(samples())
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs, layout = {name: batch[name] for name in ("input_ids", "attention_mask")}, BatchLayout.from_batch(batch)
     model = causal_lm(dtype=dtype, tie_word_embeddings=tied)
     beside, offloaded = ModelCopy(model, 0.5), ModelCopy(model, 0.5, offload=True)
     assert all(p.device.type == "meta" for p in offloaded.model.parameters())
-    start = beside.token_nll(inputs, batch["labels"])
+    start = beside.token_nll(layout, inputs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     for history in (beside, offloaded):
         history.after_step()
-    moved = beside.token_nll(inputs, batch["labels"])
-    assert torch.equal(offloaded.token_nll(inputs, batch["labels"]), moved)
+    moved = beside.token_nll(layout, inputs)
+    assert torch.equal(offloaded.token_nll(layout, inputs), moved)
     assert float((moved - start).abs().max()) > 0.1
 
 
@@ -385,7 +386,9 @@ def test_eight_bits_are_near_the_reference(reference, tmp_path):
         kinds = {type(p.data).__name__ for n, p in model.named_parameters() if "proj" in n}
         assert ("Int8Tensor" in str(kinds)) == eight_bit, kinds
         losses.append(
-            OtherModel(model).token_nll({k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"])
+            OtherModel(model).token_nll(
+                BatchLayout.from_batch(batch), {k: batch[k] for k in ("input_ids", "attention_mask")}
+            )
         )
     assert 0 < float((losses[0] - losses[1]).abs().max()) < 0.1
 

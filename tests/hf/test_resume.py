@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokensel import cli
+from tokensel import cli, finetune
 from tokensel.testing import make_model, make_rows, make_tokenizer
 
 STEPS, SAVE_STEPS = 40, 4
@@ -106,13 +106,13 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(recorded, t
         assert 2 * SAVE_STEPS <= reached < STEPS
 
         # as if the kill had come while a checkpoint was written: everything but the trainer's state, half of a file
-        complete = Path(cli.last_complete_checkpoint(str(killed)))
+        complete = Path(finetune.last_complete_checkpoint(str(killed)))
         half = killed / f"checkpoint-{int(complete.name.rpartition('-')[2]) + SAVE_STEPS}"
         shutil.copytree(complete, half, ignore=shutil.ignore_patterns("trainer_state.json"), dirs_exist_ok=True)
         (half / "trainer_state.json").unlink(missing_ok=True)
         weights = (half / "adapter_model.safetensors").read_bytes()
         (half / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
-        assert cli.last_complete_checkpoint(str(killed)) == str(complete)
+        assert finetune.last_complete_checkpoint(str(killed)) == str(complete)
 
         first = (killed / f"checkpoint-{SAVE_STEPS}" / "trainer_state.json").stat().st_mtime_ns
         resumed = start(recorded, killed, "--resume_from_checkpoint", "last")

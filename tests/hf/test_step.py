@@ -198,7 +198,7 @@ def test_permuting_a_batch_permutes_the_mask(method):
 def test_splitting_a_step_into_micro_batches_changes_no_gradient(method):
     rows, model = samples(), patched()
     batch = padded(rows)
-    kept = methods.get(method).count(*responses(batch["labels"], batch["attention_mask"]))
+    kept = methods.get(method).count(*responses(batch["labels"], attention_mask=batch["attention_mask"]))
     whole = run(model, batch, method)
     whole.loss.backward()
     assert int(whole.weights.sum()) == int(kept)

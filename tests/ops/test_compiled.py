@@ -32,7 +32,7 @@ def reports(request, tmp_path_factory):
 
 def test_no_kernel_spills_or_takes_more_than_the_chip_has(reports):
     arch, found = reports
-    assert len(found) == 42 and {r["arch"] for r in found} == {arch}
+    assert len(found) == 30 and {r["arch"] for r in found} == {arch}
     for report in found:
         where = f"{report['kernel']} ({report['case']}, {report['element']})"
         assert report["spilled"] == 0, where
