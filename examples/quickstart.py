@@ -169,7 +169,8 @@ def main() -> None:
         out / "selection.html", order, title="Which tokens were kept, and why", table=table, notes=notes
     )
     plot_rel(out / "rel.png", runs)
-    (out / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    results = {"base_nll": round(base_nll, 4), "table": table}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\nopen {out / 'selection.html'} and {out / 'rel.png'}; {time.perf_counter() - started:.0f} s in all")
 
 

@@ -78,7 +78,7 @@ def quickstart(tmp_path_factory):
 
 def test_the_quickstart_writes_its_table(quickstart):
     out, printed = quickstart
-    table = json.loads((out / "table.json").read_text(encoding="utf-8"))
+    table = json.loads((out / "results.json").read_text(encoding="utf-8"))["table"]
     assert [row["method"] for row in table] == METHODS
     for row in table:
         assert 0 < row["held-out clean NLL"] < 20 and row["tokens/s"] > 0 and row["peak memory MiB"] > 0
@@ -92,7 +92,8 @@ def test_the_quickstart_writes_its_table(quickstart):
 
 def test_the_quickstart_says_who_is_better_by_its_own_numbers(quickstart):
     out, printed = quickstart
-    nll = {row["method"]: row["held-out clean NLL"] for row in json.loads((out / "table.json").read_text())}
+    table = json.loads((out / "results.json").read_text(encoding="utf-8"))["table"]
+    nll = {row["method"]: row["held-out clean NLL"] for row in table}
     for name in ("sstoken", "history_excess"):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{name}: held-out clean NLL")]
         assert claims(line) == {other: nll[name] < nll[other] for other in ("random", "full")}
