@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(addprefix tests/test_,model.py step.py trainer.py trl.py frameworks.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix lint format bench bench-gpu bench-smoke clean
+.PHONY: help quickstart test test-matrix lint format bench bench-gpu bench-smoke write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +39,7 @@ format: .venv/.dev  ## repair what `make lint` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and README's figures (15 min)
+bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and the docs (15 min)
 	$(BIN)/python -m pytest benchmarks --results benchmarks/results/cpu.json --fresh --minutes 14 --benchmark-disable; \
 	measured=$$?; $(BIN)/python -m tools.write_docs && exit $$measured
 
@@ -48,6 +48,9 @@ bench-gpu:  ## GPU tests and benchmarks with the python3 that is there; needs no
 
 bench-smoke: .venv/.installed  ## run the GPU benchmarks' code on a CPU, in Triton's interpreter, on tiny shapes
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest benchmarks --set smoke --benchmark-disable
+
+write-docs: .venv/.installed  ## rewrite the parts of README and docs that are made from results and code
+	$(BIN)/python -m tools.write_docs
 
 clean:  ## remove the environment, caches and everything the targets wrote
 	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache quickstart

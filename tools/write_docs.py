@@ -1,8 +1,8 @@
 """Writes every generated part of README and docs: python -m tools.write_docs [--check]
 
-What stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and the pictures of results, are made from the
-committed results (benchmarks/results/*.json) and from the code. `--check` writes nothing, names what differs and exits
-with 1. `make quickstart` measures results/quickstart.json anew: its `quickstart/table.json` has the same numbers.
+What stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and the pictures of results, are made from the code
+and from the committed results (benchmarks/results/*.json; quickstart.json is `make quickstart`'s results.json).
+`--check` writes nothing, names what differs and exits with 1.
 """
 
 from __future__ import annotations
