@@ -8,6 +8,7 @@ import re
 import shutil
 import types
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -261,7 +262,7 @@ def test_one_layer_or_several_in_yaml_and_as_flags(tmp_path, monkeypatch, text, 
     path = tmp_path / "run.yaml"
     path.write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: {tmp_path}\n{text}\n")
     read = []
-    monkeypatch.setattr(cli, "train", lambda settings, arguments: read.append(arguments.layer))
+    monkeypatch.setattr("tokensel.finetune.train", lambda settings, arguments: read.append(arguments.layer))
     assert main(["train", str(path), *(["--layer", *map(str, given)] if given else [])]) == 0
     assert read == [given or layers]
 
@@ -362,10 +363,38 @@ def test_an_unknown_flag_is_named(capsys, no_loading):
     assert "--outputs" in error_of(capsys)
 
 
-def test_an_unknown_command_is_named(capsys):
-    assert main(["tran"]) == 2
-    known = "score, select, train, methods, report, kernels and tune"
-    assert error_of(capsys) == f"unknown command 'tran'; there are {known} (tokensel --help)"
+@pytest.mark.parametrize("command, near", [("tran", "train"), ("scor", "score"), ("kernel", "kernels"), ("xyz", None)])
+def test_an_unknown_command_is_named_with_the_nearest(capsys, command, near):
+    assert main([command]) == 2
+    hint = "" if near is None else f" did you mean {near!r}?"
+    commands = "score, select, train, methods, report, kernels, tune"
+    assert error_of(capsys) == f"unknown command {command!r};{hint} There are {commands} (tokensel --help)"
+
+
+@pytest.mark.parametrize("command", ["score", "train"])
+def test_a_misspelt_setting_is_named_with_the_nearest(tmp_path, capsys, no_loading, command):
+    (tmp_path / "run.yaml").write_text("max_lenght: 9\n")
+    assert main([command, str(tmp_path / "run.yaml")]) == 2
+    assert "unknown settings max_lenght (did you mean max_length?); " in error_of(capsys)
+    assert main([command, "--max_lenght", "9"]) == 2
+    assert "unknown: --max_lenght 9 (did you mean max_length?)" in error_of(capsys)
+
+
+def test_a_setting_of_an_earlier_version_says_what_became_of_it(tmp_path, capsys, no_loading):
+    (tmp_path / "run.yaml").write_text("head_weights: entropy\n")
+    expected = "head_weights: it went in 0.2, and every head counts the same; leave it out"
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert error_of(capsys) == f"{tmp_path / 'run.yaml'}: {expected}"
+    assert main(["train", "--head_weights", "entropy"]) == 2
+    assert error_of(capsys) == expected
+    with pytest.raises(ValueError, match=r"has no parameter rel_scale \(it went in 0.2: .*\); it takes: gamma, rho"):
+        methods.get("sstoken", rel_scale="rank")
+
+
+def test_a_choice_that_does_not_exist_is_named_in_yaml_as_by_a_flag(tmp_path, capsys, no_loading):
+    (tmp_path / "run.yaml").write_text("dtype: float99\n")
+    assert main(["score", str(tmp_path / "run.yaml")]) == 2
+    assert "argument --dtype: invalid choice: 'float99' (choose from 'auto', 'float32'" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -614,11 +643,12 @@ def test_a_full_disk_while_scoring_leaves_no_store_and_says_how_to_go_on(
 ):
     output = tmp_path / "h.parquet"
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(pyarrow.parquet.ParquetWriter):
+        def write_table(self, *args):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+        patch.setattr("tokensel.store.writer.pq", types.SimpleNamespace(ParquetWriter=FullDisk))
         assert score(model_dir, data, output) == 2
     error = error_of(capsys)
     assert "No space left on device while writing the history store; what was done is kept in" in error

@@ -80,7 +80,9 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         f"tokensel-{tokensel.__version__}.dist-info",
     }
     assert {name for name in names if name.startswith("tokensel/")} == {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "tokensel").glob("*.py")
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "py.typed", "page.html")
+        for path in (ROOT / "tokensel").rglob(pattern)
     }
     shipped = "tokensel_kernels/tiles.json"
     assert {n for n in names if n.startswith("tokensel_kernels/") and not n.endswith(".py")} == {shipped}

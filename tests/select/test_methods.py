@@ -9,6 +9,7 @@ import torch
 
 from tokensel import SelectionMethod, TokenSignals, methods
 from tokensel.documents import token_keys
+from tokensel.select import method
 from tokensel.select.rules import TopShare
 
 # two samples side by side: 5 and 4 response tokens behind prompts
@@ -220,7 +221,7 @@ def test_bad_signals_are_named():
 
 
 def test_a_method_of_ones_own_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(method, "_METHODS", dict(method._METHODS))
 
     @methods.register
     def hardest(rho=0.5):
