@@ -62,8 +62,14 @@ def quickstart() -> str:
 
 
 def step() -> str:
+    """The selection step on a CPU, with the columns that a first page needs."""
     results = speed_results()["cpu"]
-    return "\n\n".join([*tables.step(results), f"`make bench` on {tables.machine_line(results)}."])
+    return "\n\n".join(
+        [
+            *tables.step(results, without=("/ ours", "error of the loss")),
+            f"`make bench` on {tables.machine_line(results)}.",
+        ]
+    )
 
 
 def speed(device: str) -> str:

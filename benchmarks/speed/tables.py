@@ -165,13 +165,15 @@ def page(results: dict[str, Results], device: str, pictures: str = "") -> str:
     )
 
 
-def step(results: Results) -> list[str]:
-    """The selection step: a line that says of what, and its table. Empty where none was measured."""
+def step(results: Results, without: tuple[str, ...] = ()) -> list[str]:
+    """The selection step: a line that says of what, and its table, `without` some of each type's columns. Empty where
+    none was measured."""
     if not (records := results.of("selection_step", group="step")):
         return []
     case = records[0]["case"]
     line = f"A selection step, {case['model']}, {case['tokens']} rows, rho {case['rho']}:"
-    return [line, markdown(step_rows(results))]
+    rows = [{name: v for name, v in row.items() if not name.endswith(without)} for row in step_rows(results)]
+    return [line, markdown(rows)]
 
 
 def _folded(title: str, body: str) -> str:
