@@ -19,7 +19,7 @@ from benchmarks.quality.tables import TABLES
 from benchmarks.resume import RESULTS, digest
 from benchmarks.speed import long_rows, tables
 from benchmarks.speed.plots import PICTURES
-from benchmarks.speed.results import Results, load
+from benchmarks.speed.results import Results, load, machine_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -67,7 +67,7 @@ def step() -> str:
     return "\n\n".join(
         [
             *tables.step(results, without=("/ ours", "error of the loss")),
-            f"`make bench` on {tables.machine_line(results)}.",
+            f"`make bench` on {machine_line(results)}.",
         ]
     )
 

@@ -6,8 +6,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.speed.cases import MODELS
-from benchmarks.speed.results import Results, of_floor
-from benchmarks.speed.tables import machine_line
+from benchmarks.speed.results import Results, machine_line, of_floor
 
 PICTURES = {  # name -> what it shows
     "time": "time of every way against the floor",

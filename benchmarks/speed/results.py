@@ -75,3 +75,11 @@ def ratio(record: dict, way: str, other: str, what: str = "median") -> float | N
     """How many times as much of `what` (median seconds, extra_mib) `way` takes as `other`."""
     a, b = (record["ways"].get(name, {}).get(what) for name in (way, other))
     return a / b if a is not None and b else None  # no memory seen at all is too little to be compared with
+
+
+def machine_line(results: Results) -> str:
+    m = results.machine
+    place = f"{m['gpu']}, " if "gpu" in m else ""
+    busy = f"; load average {results.load:.1f} at the start, so others ran" if results.load > 0.5 else ""
+    place += f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
+    return f"{place}, PyTorch {m['torch']}, commit {m['commit'][:10]}{busy}"

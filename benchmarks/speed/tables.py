@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.speed.results import AUTO, Results, load, of_floor, ratio
+from benchmarks.speed import plots
+from benchmarks.speed.results import AUTO, Results, load, machine_line, of_floor, ratio
 from benchmarks.speed.targets import TARGETS
 from tokensel.report import format_table
 
@@ -100,14 +101,6 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def machine_line(results: Results) -> str:
-    m = results.machine
-    place = f"{m['gpu']}, " if "gpu" in m else ""
-    busy = f"; load average {results.load:.1f} at the start, so others ran" if results.load > 0.5 else ""
-    place += f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
-    return f"{place}, PyTorch {m['torch']}, commit {m['commit'][:10]}{busy}"
-
-
 def step_rows(results: Results) -> list[dict]:
     """The selection step of every type side by side, one row a way that somebody could run here."""
     records = results.of("selection_step", group="step")
@@ -188,8 +181,6 @@ def main(arguments: list[str] | None = None) -> None:
         results = load(options.results)
     except ValueError as error:
         parser.error(str(error))
-    from benchmarks.speed import plots  # needs matplotlib
-
     for own in results.values():
         print(f"{machine_line(own)}\n")
         print(format_table(case_rows(own), left=("way", "errors, or why not")), end="\n\n")

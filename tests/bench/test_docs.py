@@ -9,7 +9,7 @@ from tools import write_docs
 
 def test_every_generated_part_is_as_the_results_and_the_code_are():
     differing, wrong = write_docs.write_docs(check=True)
-    assert not differing and not wrong, "run python -m tools.write_docs"
+    assert not differing and not wrong, f"run python -m tools.write_docs: {differing + wrong}"
 
 
 def test_a_part_goes_between_its_markers():
