@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import ROWS, TOKENIZER, build, eager_nll, make_trainer, record
+from training import ROWS, TOKENIZER, build, eager_nll, make_trainer, record
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from tokensel.cli import main

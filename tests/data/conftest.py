@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from recorded import ROWS, make_documents, write
+import recorded
+import stored
 
 import tokensel.store.writer as writer_module
+from tokensel.store import HistoryStore
 from tokensel.testing import make_model, make_rows, make_tokenizer
 
 
@@ -19,11 +21,11 @@ def small_row_groups(monkeypatch):
 
 @pytest.fixture
 def stores(tmp_path):
-    documents = make_documents()
+    documents = recorded.make_documents()
     files = {}
     for i, name in enumerate(("base", "reference", "alone")):
         writer_module.ROW_GROUP_TOKENS = 50 + 23 * i  # so that the files' row groups end at different documents
-        files[name] = write(tmp_path / f"{name}.parquet", documents, name)
+        files[name] = recorded.write(tmp_path / f"{name}.parquet", documents, name)
     return files
 
 
@@ -39,6 +41,14 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [*ROWS, *ROWS[:5]]  # five rows come twice
+    rows = [*recorded.ROWS, *recorded.ROWS[:5]]  # five rows come twice
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    path = stored.write(
+        tmp_path / "h.parquet", stored.make_documents(), model="tiny", max_length=64, dataset="rows.jsonl"
+    )
+    return HistoryStore.open(path)

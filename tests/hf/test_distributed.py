@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import spread_ops
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -33,7 +34,7 @@ JOBS = ("spread", *["zero3"] * HAS_DEEPSPEED, "checkpoint", "trainers", "vocabul
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """(directory, standard error, seconds from a rank's death to the end) of one launch that does all jobs."""
-    directory, here = tmp_path_factory.mktemp("ranks"), Path(__file__).parent
+    directory, here = tmp_path_factory.mktemp("ranks"), Path(ranks.__file__).parent
     ranks.recorded_settings(directory)  # makes the stores
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), str(Path(tokensel.__file__).parents[1]), *sys.path]),
@@ -154,18 +155,18 @@ def logits(hidden, weight, bias, softcap, logit_scale):
 
 def eager_gradients(dtype, coefficient):
     """Gradients of Σ coefficient · nll by autograd through logits of that dtype."""
-    hidden, _, weight, bias, labels = ranks.head_inputs(dtype)
+    hidden, _, weight, bias, labels = spread_ops.head_inputs(dtype)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    z = logits(*leaves, **ranks.HEAD_OPTIONS)
+    z = logits(*leaves, **spread_ops.HEAD_OPTIONS)
     nll = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     gradients = torch.autograd.grad((coefficient.to(z.dtype) * nll).sum(), leaves)
     return dict(zip(("hidden", "weight", "bias"), gradients, strict=True))
 
 
-@pytest.mark.parametrize("dtype, impl", ranks.VOCABULARY_CASES)
+@pytest.mark.parametrize("dtype, impl", spread_ops.VOCABULARY_CASES)
 def test_a_head_spread_over_two_ranks_selects_as_on_one(found, dtype, impl):
     first, second = (rank["vocabulary"][f"{dtype}-{impl}"] for rank in found)
-    alone = ranks.head_step(dtype, impl)
+    alone = spread_ops.head_step(dtype, impl)
     assert torch.equal(first["keep"], alone["keep"]) and 0 < int(alone["keep"].sum()) < 60
     for name, value in first["stats"].items():
         assert torch.equal(value, second["stats"][name])  # every rank knows the same
@@ -175,7 +176,7 @@ def test_a_head_spread_over_two_ranks_selects_as_on_one(found, dtype, impl):
     assert torch.equal(first["loss"], first["without stats"])
 
 
-@pytest.mark.parametrize("dtype, impl", ranks.VOCABULARY_CASES)
+@pytest.mark.parametrize("dtype, impl", spread_ops.VOCABULARY_CASES)
 def test_the_gradients_of_a_spread_head_are_within_twice_the_error_of_eager_ones(found, dtype, impl):
     kept = found[0]["vocabulary"][f"{dtype}-{impl}"]["keep"]
     coefficient = 3 * kept * torch.linspace(-1, 2, len(kept), dtype=torch.float64) / 10
@@ -198,7 +199,7 @@ def mesh():
 
 
 def test_one_rank_holds_the_whole_vocabulary(mesh):
-    spread, plain = ranks.head_step("float32", "chunked", mesh), ranks.head_step("float32", "chunked")
+    spread, plain = spread_ops.head_step("float32", "chunked", mesh), spread_ops.head_step("float32", "chunked")
     for name, value in plain.items():
         if name != "stats":
             assert torch.equal(spread[name], value), name
@@ -234,9 +235,9 @@ def test_a_head_that_is_spread_otherwise_is_refused(mesh, hidden, weight, bias, 
 # Attention whose keys are spread over the ranks
 
 
-@pytest.mark.parametrize("cut", ranks.CUTS)
+@pytest.mark.parametrize("cut", spread_ops.CUTS)
 def test_the_mass_of_a_sequence_spread_over_two_ranks_is_exact(found, cut):
-    q, k, options = ranks.attention_inputs()
+    q, k, options = spread_ops.attention_inputs()
     expected = tokensel.prompt_attention_mass(q, k, **options, impl="reference")
     assert expected.count_nonzero() > 15
     mass = sum(rank["context"][cut] for rank in found)
@@ -245,7 +246,7 @@ def test_the_mass_of_a_sequence_spread_over_two_ranks_is_exact(found, cut):
 
 @pytest.mark.parametrize("left_out", ["", "key_mask", "segment_ids", "turn_ids", "query_mask", "window", "sinks"])
 def test_mass_in_parts_joins_to_the_mass_in_any_order(left_out):
-    q, k, options = ranks.attention_inputs()
+    q, k, options = spread_ops.attention_inputs()
     options.pop(left_out, None)
     if "query_mask" not in options:  # the parts compute every row then
         options["query_mask"] = torch.ones_like(options["prompt_mask"])

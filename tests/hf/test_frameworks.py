@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from test_trainer import PLAIN, ROWS, TOKENIZER, build_lora
+from training import PLAIN, ROWS, TOKENIZER, build_lora
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from tokensel.trainer import TokenSelectionMixin

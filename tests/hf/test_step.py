@@ -26,14 +26,13 @@ def run(model, batch, method="sstoken", history=None, **settings):
 
 
 def patched(family="Llama", **changes):
-    # eager attention's softmax is float32 whatever the model is; but SDPA has no softcap
+    # eager's softmax is float32 whatever the model is; SDPA has no softcap
     model = causal_lm(family, attention="eager" if family == "Gemma2" else "sdpa", **changes)
     apply_to(model)
     return model
 
 
-def by_sample(x, batch):
-    """Values at valid tokens in the order of samples, whatever the layout."""
+def by_sample(x, batch):  # values at valid tokens in the order of samples, whatever the layout
     return x[batch["attention_mask"].bool()] if "attention_mask" in batch else x[0]
 
 

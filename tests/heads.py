@@ -1,0 +1,70 @@
+"""Heads, hidden states and the float64 truth about them, for the tests of statistics."""
+
+from __future__ import annotations
+
+import torch
+
+FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(N=37, V=2300, D=40, dtype=torch.float32, spread=1.0):
+    """hidden, weight, labels, bias; every fifth row ignored. 2,300 columns are two blocks, the second one ragged."""
+    hidden = torch.randn(N, D) * spread
+    weight, bias = torch.randn(V, D) / D**0.5 * 3, torch.randn(V)
+    labels = torch.randint(0, V, (N,))
+    labels[::5] = -100
+    return hidden.to(dtype), weight.to(dtype), labels, bias.to(dtype)
+
+
+def truth(hidden, weight, labels, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    """The definitions, row by row of [N, V] logits in `dtype`; None where the row is ignored."""
+    return truth_of_logits(head_of(hidden, weight, bias, softcap, logit_scale, dtype), labels)
+
+
+def head_of(hidden, weight, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def truth_of_logits(z, labels):
+    lse = (z - z.amax(-1, keepdim=True)).exp().sum(-1).log() + z.amax(-1)
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    target = z[torch.arange(len(z)), labels.clamp(min=0)]
+    entropy = -(p * log_p).sum(-1)
+    return {
+        "lse": lse,
+        "target_logit": target,
+        "nll": lse - target,
+        "entropy": entropy,
+        "logp_var": (p * (log_p + entropy[:, None]) ** 2).sum(-1),
+        "top1": z.amax(-1),
+    }
+
+
+def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):
+    """No further from float64 than twice what the eager computation is, plus rounding of the result itself.
+
+    Moments are joined through the lse of each shard, a float32 number: its rounding counts too.
+    """
+    valid = labels != -100
+    for name in fields:
+        error = (getattr(stats, name)[valid].double() - exact[name][valid]).abs().max()
+        allowed = 2 * (eager[name][valid].double() - exact[name][valid]).abs().max()
+        scale = exact[name][valid].abs().max().clamp(min=1)
+        lse = exact["lse"][valid].abs().max() if name in ("entropy", "logp_var") else 0
+        allowed += torch.finfo(torch.float32).eps * scale * (4 + lse)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+OPTIONS = [
+    {},
+    {"bias": True},
+    {"softcap": 5.0},
+    {"logit_scale": 0.25},
+    {"bias": True, "softcap": 30.0, "logit_scale": 1.7},
+]

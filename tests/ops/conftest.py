@@ -1,0 +1,21 @@
+"""Fixtures that several files of this folder share."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_inputs import DEVICE, widened_product
+
+import tokensel.ops.chunked
+import tokensel.ops.loss
+import tokensel.ops.stats
+
+
+@pytest.fixture
+def gpu_chunked(monkeypatch):
+    """Chunked as it runs on a GPU; without one, around products of the CPU."""
+    monkeypatch.setattr(tokensel.ops.chunked, "GPU_COLUMNS", 64)
+    if DEVICE == "cpu":
+        for module in (tokensel.ops.stats, tokensel.ops.loss):
+            monkeypatch.setattr(module, "on_gpu", lambda like: True)
+        monkeypatch.setattr(tokensel.ops.chunked, "product", widened_product)
+        monkeypatch.setattr(tokensel.ops.chunked, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))

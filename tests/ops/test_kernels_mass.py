@@ -1,0 +1,86 @@
+"""The Triton kernels against float64: on a GPU if there is one, else in Triton's interpreter (small, ragged shapes)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kernel_inputs import DEVICE, DTYPES, NAMES, attention_inputs
+
+import tokensel_kernels.attention_mass
+import tokensel_kernels.vocab_grad
+import tokensel_kernels.vocab_stats
+from tokensel import (
+    prompt_attention_mass,
+)
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    for module in (tokensel_kernels.attention_mass, tokensel_kernels.vocab_grad, tokensel_kernels.vocab_stats):
+        monkeypatch.setattr(module.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+# Attention mass
+
+
+def lse_of(q, k, prompt, key_mask=None, segment_ids=None, window=None, scale=None, softcap=None, **_):
+    S = q.shape[2]
+    i, j = torch.arange(S, device=DEVICE)[:, None], torch.arange(S, device=DEVICE)[None]
+    sees = ((j <= i) & (i - j < (window or S)))[None]
+    sees = sees & (torch.ones_like(prompt) if key_mask is None else key_mask)[:, None]
+    if segment_ids is not None:
+        sees = sees & (segment_ids[:, :, None] == segment_ids[:, None])
+    z = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    z = z * (scale or q.shape[-1] ** -0.5)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z.masked_fill(~sees[:, None], -torch.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("names", [(), NAMES, *itertools.combinations(NAMES, 2)], ids="+".join)
+def test_mass_under_every_pair_of_options(names, given_lse):
+    q, k, prompt, options = attention_inputs(names, torch.float32)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    lse = lse_of(q, k, prompt, **options).float() if given_lse else None
+    mass = prompt_attention_mass(q, k, prompt, lse=lse, impl="fused", **options)
+    torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass_is_as_exact_as_eager_float32(dtype):
+    q, k, prompt, options = attention_inputs(("key_mask", "softcap"), dtype)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    eager = prompt_attention_mass(q, k, prompt, impl="reference", **options)
+    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    eps = torch.finfo(torch.float32).eps
+    assert (mass - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2 * eps
+
+
+@pytest.mark.parametrize("Hq, Hk", [(1, 1), (4, 4), (6, 2), (8, 1), (7, 7), (5, 1)])
+@pytest.mark.parametrize("d", [8, 64, 96, 256])
+def test_head_sizes_and_groups(Hq, Hk, d):
+    q, k, prompt, options = attention_inputs(("key_mask",), torch.float32, d, Hq, Hk)
+    exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
+    mass = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
+
+
+def test_mass_of_strided_inputs_and_what_padding_holds():
+    q, k, prompt, options = attention_inputs(("key_mask",), torch.bfloat16)
+    expected = prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    padding = ~options["key_mask"]
+    q[padding[:, None].expand(q.shape[:3])] = torch.nan
+    k[padding[:, None].expand(k.shape[:3])] = torch.nan
+    q, k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
+    assert torch.equal(prompt_attention_mass(q, k, prompt, impl="fused", **options), expected)

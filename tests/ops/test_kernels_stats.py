@@ -1,0 +1,234 @@
+"""The Triton kernels against float64: on a GPU if there is one, else in Triton's interpreter (small, ragged shapes)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_inputs import DEVICE, DTYPES, make, summed_magnitude
+
+import tokensel.ops.chunked
+import tokensel.ops.loss
+import tokensel.ops.stats
+import tokensel_kernels.attention_mass
+import tokensel_kernels.vocab_grad
+import tokensel_kernels.vocab_stats
+from tokensel import (
+    selected_cross_entropy,
+    token_stats,
+    token_stats_from_logits,
+    token_stats_pair,
+)
+from tokensel_kernels import tiles
+
+pytest.importorskip("triton")
+FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    for module in (tokensel_kernels.attention_mass, tokensel_kernels.vocab_grad, tokensel_kernels.vocab_stats):
+        monkeypatch.setattr(module.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def head_of(hidden, weight, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    z = (z if bias is None else z + bias.to(dtype)) * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def truth(hidden, weight, labels, *head, **options):
+    return truth_of_logits(head_of(hidden, weight, *head, **options), labels)
+
+
+def truth_of_logits(z, labels):
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    lse, entropy = z.logsumexp(-1), -(p * log_p).sum(-1)
+    target = z.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    variance = (p * (log_p + entropy[:, None]) ** 2).sum(-1)
+    return dict(zip(FIELDS, (lse, target, lse - target, entropy, variance, z.amax(-1)), strict=True))
+
+
+def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):
+    valid = labels != -100
+    for name in fields:
+        error = (getattr(stats, name)[valid].double() - exact[name][valid]).abs().max()
+        allowed = 2 * (eager[name][valid].double() - exact[name][valid]).abs().max()
+        allowed += 4 * torch.finfo(torch.float32).eps * exact[name][valid].abs().max().clamp(min=1)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    assert (stats.nll[~valid] == 0).all() and (stats.lse[~valid] == -torch.inf).all()
+
+
+OPTIONS = [{}, {"bias": True}, {"softcap": 5.0}, {"bias": True, "softcap": 20.0, "logit_scale": 0.6}]
+
+
+# Statistics from hidden states
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, monkeypatch):
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
+        for kind in ("stats", "full_stats"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
+    hidden, weight, labels, bias = make(dtype=dtype)
+    old_hidden, old_weight = make(D=24, dtype=dtype)[:2]  # another hidden size
+    options = options | ({"bias": bias} if "bias" in options else {})
+    pair = token_stats_pair((hidden, weight), (old_hidden, old_weight), labels, entropy=True, impl="fused", **options)
+    for stats, inputs in zip(pair, ((hidden, weight), (old_hidden, old_weight)), strict=True):
+        exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
+        assert_within_budget(stats, exact, eager, labels)
+    (plain,) = (token_stats(hidden, weight, labels, impl="fused", **options),)
+    assert plain.entropy is None
+    torch.testing.assert_close(plain.nll, pair[0].nll)
+
+
+@pytest.mark.parametrize("N, V, D", [(1, 1, 16), (16, 64, 32), (17, 65, 33), (3, 200, 7), (40, 129, 8), (33, 64, 100)])
+def test_shapes_that_are_no_multiple_of_anything(N, V, D):
+    hidden, weight = torch.randn(N, D, device=DEVICE), torch.randn(V, D, device=DEVICE)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="fused")
+    exact, eager = (truth(hidden, weight, labels, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("scale", [0.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
+def test_flat_peaked_and_far_off_logits(scale, shift):
+    hidden, weight, labels, bias = make()
+    hidden, bias = hidden * scale, bias * 0 + shift
+    stats = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    exact, eager = (truth(hidden, weight, labels, bias, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 7, 100])
+def test_any_number_of_vocabulary_shares_merges_to_the_same(processors, monkeypatch):
+    hidden, weight, labels, _ = make(V=700, dtype=torch.bfloat16)
+    expected = token_stats(hidden, weight, labels, entropy=True, impl="reference")
+    tile = tiles.ProductTile(16, 64, 32, 4, 1, precision="widened", processors=processors)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tokensel_kernels.vocab_stats, "product_tile", lambda *a: tile)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="fused")
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=2e-6, atol=5e-6)
+
+
+def test_reruns_are_bitwise_equal_and_ignored_rows_are_never_read():
+    hidden, weight, labels, bias = make(dtype=torch.bfloat16)
+    first = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    hidden[16:32] = torch.nan
+    hidden[0] = torch.nan
+    second = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("rows", ["ignored", "none"])
+def test_nothing_to_score(rows):
+    hidden, weight, labels, _ = make()
+    labels = torch.full_like(labels, -100)
+    hidden, labels = (hidden, labels) if rows == "ignored" else (hidden[:0], labels[:0])
+    assert token_stats(hidden, weight, labels, entropy=True, impl="fused").nll.tolist() == [0.0] * len(labels)
+    assert token_stats_from_logits(hidden @ weight.T, labels, impl="fused")[0].nll.tolist() == [0.0] * len(labels)
+
+
+def test_strided_inputs():
+    hidden, weight, labels, _ = make(N=36)
+    expected = token_stats(hidden, weight, labels, impl="reference").nll
+    wide = torch.randn(36, 81, device=DEVICE)
+    wide[:, 1::2] = hidden
+    tall = weight.T.contiguous().T
+    torch.testing.assert_close(token_stats(wide[:, 1::2], tall, labels, impl="fused").nll, expected)
+    every_other = torch.stack([labels, labels * 0], 1)[:, 0]
+    torch.testing.assert_close(token_stats(hidden, weight, every_other, impl="fused").nll, expected)
+    logits = token_stats_from_logits(hidden @ weight.T, every_other, impl="fused")[0].nll
+    torch.testing.assert_close(logits, expected)
+    batched = token_stats(hidden.view(4, 9, -1), weight, labels.view(4, 9), impl="fused").nll
+    torch.testing.assert_close(batched, expected.view(4, 9))
+
+
+# The chunked implementation on a GPU
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
+def test_library_products_of_both_models_are_read_once(workspace_mib, options, dtype, gpu_chunked):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    old_hidden, old_weight = make(D=24, dtype=dtype)[:2]
+    options = options | ({"bias": bias} if "bias" in options else {})
+    models, options = ((hidden, weight), (old_hidden, old_weight)), options | {"workspace_mib": workspace_mib}
+    pair = token_stats_pair(*models, labels, entropy=True, impl="chunked", **options)
+    alone = token_stats(hidden, weight, labels, impl="chunked", **options)
+    torch.testing.assert_close(alone.nll, pair[0].nll)
+    del options["workspace_mib"]
+    for stats, inputs in zip(pair, models, strict=True):
+        exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
+        assert_within_budget(stats, exact, eager, labels)
+
+
+@pytest.mark.parametrize("V", [63, 64, 65, 129])
+def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
+    labels = torch.tensor([label for label in (0, 63, 64, 65, 128) if label < V] + [-100], device=DEVICE)
+    hidden, weight = torch.randn(len(labels), 12, device=DEVICE), torch.randn(V, 12, device=DEVICE)
+    stats = token_stats(hidden, weight, labels, entropy=True, impl="chunked")
+    exact, eager = (truth(hidden, weight, labels, dtype=d) for d in (torch.float64, torch.float32))
+    assert_within_budget(stats, exact, eager, labels)
+    assert token_stats(hidden[:0], weight, labels[:0], impl="chunked").nll.shape == (0,)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["head trained", "head frozen"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
+def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monkeypatch):
+    monkeypatch.setattr(tokensel.ops.chunked, "WORKSPACE_MIB", 0.0023)  # blocks of nine rows
+    hidden, weight, labels, bias = make(dtype=dtype)
+    keep = torch.randn(len(labels), device=DEVICE) * (torch.rand(len(labels), device=DEVICE) < 0.6)
+    names = ("hidden",) if frozen else ("hidden", "weight", "bias")
+    found = []
+    for impl, wide in (("chunked", dtype), ("reference", dtype), ("reference", torch.float64)):
+        inputs = dict(zip(("hidden", "weight", "bias"), (t.to(wide) for t in (hidden, weight, bias)), strict=True))
+        for name in names:
+            inputs[name] = inputs[name].clone().requires_grad_()
+        x, w, b = inputs.values()
+        loss = selected_cross_entropy(x, w, labels, keep.to(wide), bias=b, impl=impl, **options)
+        (loss * -1.7).backward()
+        found.append([inputs[name].grad for name in names])
+    exact = found[2]
+    for name, ours, eager, truly in zip(names, *found, strict=True):
+        rounding = torch.finfo(dtype).eps
+        allowed = 2 * (eager.double() - truly).abs().max() + 2 * rounding * truly.abs().max()
+        allowed += rounding * summed_magnitude(name, (hidden, weight, bias), labels, keep, exact, **options)
+        assert (ours.double() - truly).abs().max() <= allowed, name
+
+
+# Statistics from logits
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_from_logits_of_one_and_two_models(dtype, entropy):
+    labels = make(N=12, V=333)[2]
+    logits, old = ((torch.randn(12, 333, device=DEVICE) * 3).to(dtype) for _ in range(2))
+    before = logits.clone()
+    both = token_stats_from_logits(logits, labels, old, entropy=entropy, impl="fused")
+    fields = FIELDS if entropy else FIELDS[:3]
+    for stats, z in zip(both, (logits, old), strict=True):
+        assert_within_budget(
+            stats, truth_of_logits(z.double(), labels), truth_of_logits(z.float(), labels), labels, fields
+        )
+    alone, nothing = token_stats_from_logits(logits, labels, impl="fused")
+    assert nothing is None and torch.equal(alone.nll, both[0].nll)
+    assert torch.equal(logits, before)
+    wide = torch.randn(12, 400, device=DEVICE).to(dtype)
+    wide[:, :333] = logits
+    assert torch.equal(token_stats_from_logits(wide[:, :333], labels, impl="fused")[0].nll, alone.nll)
