@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -189,13 +189,13 @@ class SelectiveTrainingArguments(SelectionArguments, TrainingArguments):
 class DataArguments:
     """The model and the text, common to score and train."""
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
         default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the weights; auto is what the model was saved in."}
     )
-    dataset_name: str | None = field(
+    dataset_name: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
         default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hugging Face dataset."})
@@ -208,7 +208,9 @@ class DataArguments:
 class ScoreArguments(DataArguments):
     """Settings of `tokensel score`."""
 
-    output: str | None = field(default=None, metadata={"help": "Parquet file to write; must not exist yet."})
+    output: str = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Parquet file to write; must not exist yet."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
     impl: str = field(
@@ -230,13 +232,15 @@ class ScoreArguments(DataArguments):
 class SelectArguments:
     """Settings of `tokensel select`."""
 
-    method: str | None = field(default=None, metadata={"help": "A method that ranks by recorded losses, or random."})
+    method: str = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "A method that ranks by recorded losses, or random."}
+    )
     method_args: str | None = field(default=None, metadata={"help": "Its parameters, as of `tokensel train`."})
-    recorded: str | None = field(
+    recorded: str = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Stores that `tokensel score` made of one dataset: base=a.parquet,reference=b.parquet."},
     )
-    output: str | None = field(
+    output: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
         default=None, metadata={"help": "Parquet file of weights to write, for weights_store; must not exist yet."}
     )
 
@@ -284,7 +288,7 @@ def refuse_contradictions(settings: SelectionArguments) -> None:
             raise ValueError(f"{name} is for history {' or '.join(users)}, but history is {settings.history!r}")
 
 
-def refuse_other_losses(args: TrainingArguments | None) -> None:
+def refuse_other_losses(args: Any) -> None:
     """Refuses settings under which another loss than the selection step's would be trained; turns Liger's off.
 
     The base trainers patch the model by these settings when they are built, so this comes before. A setting that a

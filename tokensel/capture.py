@@ -7,9 +7,11 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -34,7 +36,7 @@ class Captured:
     q: Tensor
     k: Tensor
     options: dict  # scale, softcap, window, sinks as prompt_attention_mass takes them
-    group: object | None = None  # the ranks that the heads are spread over (tensor parallel)
+    group: ProcessGroup | None = None  # the ranks that the heads are spread over (tensor parallel)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class _Layer:
     """The state that the capturing attention function finds on its module."""
 
     index: int
-    config: object  # the module's own config, which the base implementation must see
+    config: Any  # the module's own config, which the base implementation must see
     window: int | None  # by config.layer_types; some families have it in their mask and not in the call (Qwen2-MoE)
     armed: bool = False
     captured: Captured | None = None
@@ -50,7 +52,9 @@ class _Layer:
     probed: Tensor | None = None  # [B, S] float64
 
 
-def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
+def _capturing_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """Delegates to the base implementation; keeps q and k while armed."""
     layer: _Layer = module._tokensel_capture
     if layer.armed:
@@ -76,7 +80,7 @@ def _capturing_attention(module, query, key, value, attention_mask, **kwargs):
         module.config = ours
 
 
-def _base_attention(module: nn.Module) -> Callable:
+def _base_attention(module: Any) -> Callable:
     """The attention function that a module would call if it were not captured."""
     name = module.config._attn_implementation
     if name != "eager":
@@ -90,7 +94,7 @@ def _base_attention(module: nn.Module) -> Callable:
         ) from None
 
 
-def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
+def _refuse_unknown(module: Any, kwargs: dict[str, Any]) -> None:
     """Raises for what would show on longer rows than the self-test's alone."""
     unknown = [n for n, value in kwargs.items() if isinstance(value, Tensor) and n not in ("s_aux", "position_ids")]
     if unknown:
@@ -109,14 +113,14 @@ def _refuse_unknown(module: nn.Module, kwargs: dict) -> None:
         )
 
 
-def _layer_type(config, layer: int) -> str | None:
+def _layer_type(config: Any, layer: int) -> str | None:
     types = getattr(config, "layer_types", None) or []
     return types[layer] if layer < len(types) else None
 
 
-def _attention_modules(name: str, base: PreTrainedModel, layer: int | Sequence[int]) -> dict[int, nn.Module]:
+def _attention_modules(name: str, base: PreTrainedModel, layer: int | Sequence[int]) -> dict[int, Any]:
     """Attention modules by layer index. Negative numbers count the full-attention layers from the end."""
-    modules: dict[int, nn.Module] = {}
+    modules: dict[int, Any] = {}
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # without a vision tower
     for m in decoder.modules():
         index = getattr(m, "layer_idx", None)
@@ -144,7 +148,7 @@ def _attention_modules(name: str, base: PreTrainedModel, layer: int | Sequence[i
             f"the attention of {name} cannot be captured: its layers are {', '.join(sorted(set(kinds.values())))}, but "
             f"prompt mass is known of {', '.join(_FULL + _WINDOWED)}; {_WITHOUT}"
         )
-    chosen: dict[int, nn.Module] = {}
+    chosen: dict[int, Any] = {}
     for number in wanted:
         try:
             index = full[number] if number < 0 else {i: i for i in attending}[number]
@@ -170,7 +174,7 @@ class AttentionCapture:
     def __init__(self, model: PreTrainedModel, base: PreTrainedModel, layer: int | Sequence[int] | None) -> None:
         """Args: base: the model without its head. layer: as in `tokensel.apply_to`."""
         self._of = type(model).__name__
-        modules = {} if layer is None else _attention_modules(self._of, base, layer)
+        modules: dict[int, Any] = {} if layer is None else _attention_modules(self._of, base, layer)
         self.layers = tuple(modules)
         self._modules = list(modules.values())
         self._states = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,9 +43,9 @@ def possible_head_options(model: PreTrainedModel) -> list[dict]:
     """
     config = model.config.get_text_config()
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
-    scales = [getattr(config, n, None) for n in names]
+    scales: list[Any] = [getattr(config, n, None) for n in names]
     scales = [x for x in scales if isinstance(x, (int, float)) and x not in (0, 1)]
-    width = getattr(config, "dim_model_base", None)  # muP, MiniCPM
+    width: Any = getattr(config, "dim_model_base", None)  # muP, MiniCPM
     scales += [config.hidden_size / width] if width else []
     caps = [getattr(config, n, None) for n in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
     caps = [x for x in caps if x]
@@ -56,7 +57,7 @@ def possible_head_options(model: PreTrainedModel) -> list[dict]:
 
 def refuse_fused_loss(model: PreTrainedModel) -> None:
     """Libraries replace a model's forward by one that makes the loss, on the instance or on its class."""
-    forward = model.forward
+    forward: Any = model.forward
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         library = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]  # __module__ may be copied
@@ -90,7 +91,7 @@ def model_without_head(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; token selection takes decoders alone")
     if model.base_model is not model:
-        return model.base_model
+        return cast(PreTrainedModel, model.base_model)
     # the attribute that base_model looks for may not exist (Llama 4)
     inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     if len(inner) != 1:

@@ -27,6 +27,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
 
 def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict[str, float]:
     """Fine-tunes with token selection and saves the model (or adapter) to `output_dir` -> the metrics."""
+    assert arguments.output_dir is not None  # a required setting
 
     method = arguments.build_method()  # a wrong name should not have to wait for the model to load
     checkpoint = arguments.resume_from_checkpoint
@@ -56,7 +57,7 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
             target_modules=targets if targets == "all-linear" else targets.split(","),
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora)  # type: ignore[assignment]
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
     rows, held_out = encoded[settings.dataset_name][0], None

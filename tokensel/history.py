@@ -16,6 +16,7 @@ import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,15 @@ class LiveHistory:
     signal: str = "history_nll"
     shares_head: bool = False
 
-    def after_step(self, gather: Callable[[list], list] = list) -> None:
+    def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
+        """Final hidden states under the history, [B, S, D], of one that shares the head."""
+        raise NotImplementedError
+
+    def token_nll(self, layout: BatchLayout, batch: dict[str, Any], impl: str = "auto") -> Tensor:
+        """Negative log-likelihood of the response tokens, nats, [B, S], of one that does not."""
+        raise NotImplementedError
+
+    def after_step(self, gather: Callable[[list[Any]], list[Any]] = list) -> None:
         """To be called after each optimizer step. gather: joins lists of host objects over ranks, in rank order."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -71,7 +80,7 @@ class AdapterOff(LiveHistory):
         self.model = model
         self.switches = _adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
 
-    def hidden(self, patched: PatchedModel, batch: dict) -> Tensor:
+    def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
         with self():
             return patched.backbone(batch)
@@ -80,13 +89,13 @@ class AdapterOff(LiveHistory):
     def __call__(self) -> Iterator[None]:
         """The model is its history inside: adapters disabled, eval mode, no gradient."""
         for switch in self.switches:
-            switch._disable_adapters = True
+            switch._disable_adapters = True  # type: ignore[assignment]
         try:
             with eval_mode(self.model), torch.no_grad():
                 yield
         finally:
             for switch in self.switches:
-                switch._disable_adapters = False
+                switch._disable_adapters = False  # type: ignore[assignment]
 
 
 def _adapter_layers(model: nn.Module, name: str, instead: str) -> list[nn.Module]:
@@ -131,7 +140,7 @@ class OtherModel(LiveHistory):
         self.model = unwrap(model).eval().requires_grad_(False)
         self.device = torch.device(device) if device is not None else self.model.get_output_embeddings().weight.device
         if offload or device is not None:
-            self.model.to("cpu" if offload else self.device)
+            self.model.to("cpu" if offload else self.device)  # type: ignore[arg-type]
         self.patched = apply_to(self.model, layer=None)  # nobody looks at its attention
         if offload:
             from accelerate import cpu_offload
@@ -141,7 +150,7 @@ class OtherModel(LiveHistory):
                     setattr(module, name, buffer.to(self.device))
             cpu_offload(self.model, execution_device=self.device, state_dict=self.model.state_dict())
 
-    def token_nll(self, layout: BatchLayout, batch: dict, impl: str = "auto") -> Tensor:
+    def token_nll(self, layout: BatchLayout, batch: dict[str, Any], impl: str = "auto") -> Tensor:
         """Negative log-likelihood of the response tokens, nats, 0 elsewhere -> [B, S]."""
         labels = layout.response_labels
         there = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -187,7 +196,7 @@ def load_reference(
             f"the head of history_model_name_or_path {str(name_or_path)!r} has {rows} rows, but the tokenizer has "
             f"{len(tokenizer)} tokens; resize its embeddings or choose another model"
         )
-    return model if device is None or eight_bit else model.to(device)
+    return model if device is None or eight_bit else model.to(device)  # type: ignore[arg-type]
 
 
 class ModelCopy(OtherModel):
@@ -216,10 +225,10 @@ class ModelCopy(OtherModel):
                 f"history_decay must be in [0, 1], the share of itself that the history keeps; got {decay}"
             )
         self.decay, self.source = decay, unwrap(model)
-        home = None if device is None and not offload else torch.device("cpu" if offload else device)
+        home = torch.device("cpu") if offload else None if device is None else torch.device(device)
         self.values: dict[str, Tensor] = {}  # the history's trained weights
         self.copied: dict[str, nn.Parameter] = {}  # the same as the copy computes with them
-        own = {}  # parameters and buffers of the copy, by the id of the model's
+        own: dict[int, Tensor] = {}  # parameters and buffers of the copy, by the id of the model's
         for name, tensor in (*self.source.named_parameters(), *self.source.named_buffers()):
             if tensor.requires_grad:
                 dtype = tensor.dtype if decay == 1 else torch.promote_types(tensor.dtype, torch.float32)
@@ -239,11 +248,11 @@ class ModelCopy(OtherModel):
         self.shares_head = home is None and not any(p.requires_grad for p in head.parameters())
 
     @torch.no_grad()
-    def hidden(self, patched: PatchedModel, batch: dict) -> Tensor:
+    def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
         return self.patched.backbone(batch)
 
-    def after_step(self, gather: Callable[[list], list] = list) -> None:
+    def after_step(self, gather: Callable[[list[Any]], list[Any]] = list) -> None:
         """Moves the average towards the model's weights of now."""
         if self.decay == 1:
             return
@@ -313,7 +322,7 @@ class LastSeen(LiveHistory):
         self._seen: dict[int, Tensor] = {}  # by document key; a loss for each token, NaN where it was no response
         self._visits: list[tuple[BatchLayout, Tensor]] = []  # (layout, losses [B, S]) since the last optimizer step
 
-    def token_nll(self, layout: BatchLayout, batch: dict, impl: str = "auto") -> Tensor:
+    def token_nll(self, layout: BatchLayout, batch: dict[str, Any], impl: str = "auto") -> Tensor:
         """What was seen of each token, [B, S] float; NaN where nothing was. Waits for the device, for the token ids."""
         documents = layout.host_documents
         lengths = documents.lengths.tolist()
@@ -329,9 +338,9 @@ class LastSeen(LiveHistory):
             self._visits.append((layout, torch.where(layout.response, nll.detach(), torch.nan)))
         return torch.where(seen.isnan(), nll, seen)
 
-    def after_step(self, gather: Callable[[list], list] = list) -> None:
+    def after_step(self, gather: Callable[[list[Any]], list[Any]] = list) -> None:
         """What was seen in this step, on every rank: in the next epoch a document may come to another one."""
-        seen = []
+        seen: list[tuple[int, Tensor]] = []
         for layout, nll in self._visits:
             documents = layout.host_documents
             parts = nll.cpu()[documents.valid].split(documents.lengths.tolist())

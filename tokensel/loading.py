@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import datasets
 from safetensors import SafetensorError
@@ -45,11 +46,12 @@ def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizer
             f"contrast_model_name_or_path {name} has another tokenizer than {settings.model_name_or_path}; a contrast "
             "is of two models with the same tokens"
         )
+    assert name is not None
     return load_model(replace(settings, model_name_or_path=name))
 
 
 def encode_dataset(
-    settings: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, **weights: float
+    settings: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, **weights: Any
 ) -> tuple[datasets.Dataset, EncodingCounts]:
     """Rows of a file or named dataset as token ids, and how many there were; prints the latter.
 
@@ -77,7 +79,7 @@ def check_fit(name: str, counts: EncodingCounts, tokenizer: PreTrainedTokenizerB
             f"cut them with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
             "max_position_embeddings in its config.json"
         )
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     needed = max(counts.largest_id, tokenizer.pad_token_id or 0)
     if needed >= embeddings:
         raise ValueError(

@@ -38,11 +38,12 @@ def selection_sums(inputs: dict, output: SelectionOutput) -> dict[str, Tensor]:
 def token_metric_sums(output: SelectionOutput) -> dict[str, Tensor]:
     if output.entropy is None:
         return {}
-    response = output.response
+    response, correct = output.response, output.correct
+    assert correct is not None  # it comes with the entropy
     return {
         "responses": response.sum(),
         "entropy": (output.entropy * response).double().sum(),
-        "correct": (output.correct & response).sum(),
+        "correct": (correct & response).sum(),
     }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,8 @@ class PatchedModel:
         It is the only place where a sharded weight is whole: calling the module is what has FSDP and ZeRO-3 gather it
         first, and scatter it afterwards.
         """
-        result = self._head(hidden, tokensel_function=function)
-        return result.to_local() if isinstance(result, _PastHooks) else result
+        result: Any = self._head(hidden, tokensel_function=function)
+        return cast(R, result.to_local() if isinstance(result, _PastHooks) else result)
 
     @torch.no_grad()
     def token_nll(self, inputs: dict, labels: Tensor, *, impl: str = "auto") -> Tensor:
@@ -150,9 +150,9 @@ class PatchedModel:
 
         # an instance attribute hides the class's method; one that was already there (accelerate's) is kept for later
         self._before = (self.model.__dict__.get("forward"), head.__dict__.get("forward"))
-        head.forward = patched_head
+        head.forward = patched_head  # type: ignore[method-assign, assignment]
         self.model.forward = patched_forward
-        self.model._tokensel_patched = self
+        self.model._tokensel_patched = self  # type: ignore[assignment]
 
     def uninstall(self) -> None:
         for module, before in zip((self.model, self._head), self._before, strict=True):
@@ -223,9 +223,8 @@ class PatchedModel:
             )
         differences = []
         for options in possible_head_options(self.model):
-            stats = self.with_whole_head(
-                lambda h, w, b, options=options: token_stats(h, w, ids, bias=b, impl="chunked", **options), hidden
-            )
+            compute = functools.partial(token_stats, labels=ids, impl="chunked", **options)
+            stats = self.with_whole_head(lambda h, w, b, compute=compute: compute(h, w, bias=b), hidden)  # type: ignore[misc]
             differences.append((stats.nll - expected)[valid.bool()].abs().max())
             if differences[-1] <= allowed:
                 self.head_options = options
@@ -241,14 +240,15 @@ class PatchedModel:
         """What the model adds to its loss for its experts; `own` is not yet weighted."""
         if ours is None and own is None:
             return
-        if ours is None or own is None or not (ours - self._router_loss.weight * own).abs() <= 0.01 * ours.abs():
+        loss = self._router_loss
+        if loss is None or ours is None or own is None or not (ours - loss.weight * own).abs() <= 0.01 * ours.abs():
             raise ValueError(
                 f"the router loss of {type(self.model).__name__} is not known here; set "
                 "config.output_router_logits=False to train without it"
             )
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
+def unwrap(model: Any) -> PreTrainedModel:
     """The causal language model inside PEFT, torch.compile and data-parallel wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -313,7 +313,7 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    base = unwrap(model)
+    base: Any = unwrap(model)
     if not hasattr(base, "_tokensel_patched"):
         raise ValueError(f"{type(base).__name__} is not patched; there is nothing to remove")
     base._tokensel_patched.uninstall()

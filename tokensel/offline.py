@@ -63,13 +63,13 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         model_of_wrong = load_contrast_model(settings, tokenizer)
         belongs_to["contrast_model_name_or_path"] = settings.contrast_model_name_or_path
         belongs_to["contrast_weights"] = weights_fingerprint(model_of_wrong)
-        negative = apply_to(model_of_wrong.to(device).eval(), layer=None)
+        negative = apply_to(model_of_wrong.to(device).eval(), layer=None)  # type: ignore[arg-type]
     first_token = None
     if settings.without_prompt:
         content = "alone_nll"
         first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     losses = response_losses(
-        apply_to(model.to(device).eval(), layer=None),
+        apply_to(model.to(device).eval(), layer=None),  # type: ignore[arg-type]
         DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
         device,
         settings.impl,

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokensel.ops import context_parallel
+from tokensel.ops.vocab_parallel import is_dtensor
 
 
 def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks with the same settings") -> None:
@@ -29,16 +30,17 @@ def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks w
                 )
 
 
-def spreading_group(module: nn.Module) -> object | None:
+def spreading_group(module: nn.Module) -> dist.ProcessGroup | None:
     """The process group that a module's weights are spread over by rows (tensor parallel), or None."""
     for parameter in module.parameters():
-        for i, placement in enumerate(getattr(parameter, "placements", ())):
-            if placement.is_shard(0):
-                return parameter.device_mesh.get_group(i)
+        if is_dtensor(parameter):
+            for i, placement in enumerate(parameter.placements):
+                if placement.is_shard(0):
+                    return parameter.device_mesh.get_group(i)
     return None
 
 
-def mean_over_ranks(x: Tensor, group: object | None) -> Tensor:
+def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The mean of everybody's `x`, of which each stands for as many attention heads; `x` itself without a group."""
     if group is None:
         return x

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -45,7 +45,7 @@ class RecordedDataset:
         ValueError: not such files, or files of different documents.
     """
 
-    def __init__(self, files: dict[str, str | os.PathLike]):
+    def __init__(self, files: Mapping[str, str | os.PathLike[str]]) -> None:
         self._files = files
         with contextlib.ExitStack() as stack:
             self._readers = {
@@ -80,9 +80,10 @@ class RecordedDataset:
         waiting = [next(stream, None) for stream in streams]
         while waiting[0] is not None:
             # files of other versions may have cut their row groups elsewhere
-            n = min(len(keys) for keys, _, _ in waiting)
+            parts = [part for part in waiting if part is not None]
+            n = min(len(keys) for keys, _, _ in parts)
             taken = []
-            for i, (keys, lengths, values) in enumerate(waiting):
+            for i, (keys, lengths, values) in enumerate(parts):
                 tokens = int(lengths[:n].sum(dtype=numpy.int64))
                 taken.append((keys[:n], lengths[:n], values[:tokens]))
                 rest = (keys[n:], lengths[n:], values[tokens:])
@@ -150,11 +151,9 @@ def top_threshold(
     Returns:
         The threshold, or None when nothing is kept.
     """
-    prefix, wanted, below = (
-        0,
-        None,
-        None,
-    )  # the threshold's leading bits; scores to take that begin so; bits not yet known
+    prefix = 0  # the threshold's leading bits
+    wanted: int | None = None  # scores to take that begin so
+    below: int | None = None  # bits not yet known
     while below != 0:
         counts = numpy.zeros(1 << 16, numpy.int64)
         for values, _ in stream():
@@ -172,6 +171,7 @@ def top_threshold(
         ties = int(counts[::-1][digit])
         wanted -= int(from_top[digit]) - ties
         prefix, below = prefix << 16 | (0xFFFF - digit), shift
+    assert wanted is not None  # the loop ran
     if wanted == ties:
         return Threshold(prefix, LAST)
     for values, places in stream():
@@ -217,7 +217,7 @@ def _signals(chunk: Chunk, method: SelectionMethod) -> TokenSignals:
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (t,)
     sample = (lengths.cumsum(0) - lengths)[document]
     response = ~torch.from_numpy(numpy.isnan(next(iter(chunk.values.values()))))
-    losses = {
+    losses: dict[str, Any] = {
         name: torch.from_numpy(numpy.nan_to_num(values))
         for name, values in chunk.values.items()
         if name in method.needs
@@ -268,14 +268,18 @@ def select_tokens(method: SelectionMethod, data: RecordedDataset, shards: Shards
             yield _competitors(chunk, _signals(chunk, method), method)[:2]
 
     def quota(n: int) -> int:
-        kept = int(method.rule.quota(torch.tensor(n)))
+        rule = method.rule
+        assert isinstance(rule, (TopShare, TopSamples))  # `check_offline` refuses others
+        kept = int(rule.quota(torch.tensor(n)))
         if not kept:
-            raise ValueError(f"rho={method.rule.rho} of {n} is less than one, so nothing would be kept; raise rho")
+            raise ValueError(f"rho={rule.rho} of {n} is less than one, so nothing would be kept; raise rho")
         return kept
 
     together = method.scope == "dataset"
     if together and "threshold" not in shards.state:
-        shards.state["threshold"] = asdict(top_threshold(ranked, quota))
+        threshold = top_threshold(ranked, quota)
+        assert threshold is not None  # a quota of nothing is refused
+        shards.state["threshold"] = asdict(threshold)
         shards.save_state()
     for chunk in chunks("select", len(shards.keys), int(shards.lengths.sum())):
         signals = _signals(chunk, method)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -108,7 +108,7 @@ def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, l
 
 def response_losses(
     patched: PatchedModel,
-    collate: Callable[[list[dict]], dict],
+    collate: Callable[[list[dict[str, Any]]], Any],
     device: str,
     impl: str,
     first_token: int | None = None,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 GONE = {"head_weights": "it went in 0.2, and every head counts the same; leave it out"}
 
 
-def parse(types: list[type], argv: Sequence[str], program: str, about: str, required: Sequence[str]) -> list[Any]:
+def parse(types: Sequence[Any], argv: Sequence[str], program: str, about: str, required: Sequence[str]) -> list[Any]:
     """Objects of dataclasses from an optional YAML file in front and flags behind it.
 
     Args:
@@ -30,7 +30,7 @@ def parse(types: list[type], argv: Sequence[str], program: str, about: str, requ
         raise ValueError(f"{message} (`{program} --help` lists all settings)")
 
     parser = HfArgumentParser(types, prog=program, description=about)
-    parser.error = refuse  # one line, as any other error, instead of a page of usage
+    parser.error = refuse  # type: ignore[method-assign]  # one line, as any other error, instead of a page of usage
     if argv and not argv[0].startswith("-"):
         _set_defaults(parser, Path(argv[0]), program)
         argv = argv[1:]

@@ -44,11 +44,12 @@ class SelectionOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    weights: Tensor | None = None
-    response: Tensor | None = None
-    sample: Tensor | None = None
-    score: Tensor | None = None
-    nll: Tensor | None = None
+    # these are always there; ModelOutput wants a default of every field but the first
+    weights: Tensor = None  # type: ignore[assignment]
+    response: Tensor = None  # type: ignore[assignment]
+    sample: Tensor = None  # type: ignore[assignment]
+    score: Tensor = None  # type: ignore[assignment]
+    nll: Tensor = None  # type: ignore[assignment]
     history_nll: Tensor | None = None
     mass: Tensor | None = None
     entropy: Tensor | None = None
@@ -120,7 +121,7 @@ class Selection:
         # 1. batch: token ids, labels, padding or packing boundaries, perhaps recorded losses and weights
         layout = BatchLayout.from_batch(batch) if layout is None else layout
         _, given, chosen = (batch.pop(name, None) for name in ("labels", "token_weights", "chosen_weights"))
-        losses = {name: batch.pop(name) for name in RECORDED if name in batch}
+        losses: dict[str, Any] = {name: batch.pop(name) for name in RECORDED if name in batch}
         response = layout.response  # (B, S)
         trained_labels = layout.response_labels
         if given is not None:  # prompt tokens that the data gives a weight are trained, too, but do not compete
@@ -145,7 +146,7 @@ class Selection:
             head = {"bias": bias, "impl": self.impl, **patched.head_options}
             # 4. token statistics of both models, without logits
             entropy = self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))
-            if history_hidden is None:
+            if self.history is None or history_hidden is None:
                 stats = token_stats(hidden, weight, next_labels, entropy=entropy, **head)
             else:
                 models = (hidden, weight), (replicated_as(hidden, history_hidden), weight)
@@ -157,7 +158,7 @@ class Selection:
                 losses[self.history.signal] = self.history.visit(layout, seen, nll, remember=training)
             # 5. scores
             fields = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
-            measured = {name: to_labels(value) for name, value in fields.items() if value is not None}
+            measured: dict[str, Any] = {name: to_labels(v) for name, v in fields.items() if v is not None}
             tokens = TokenSignals(response, layout.sample, weight=given, **measured, **losses, **signals)
             score = self.method.score(tokens)
             # 6. keep
@@ -174,8 +175,8 @@ class Selection:
                 )
                 if router_loss is not None:
                     loss = loss + self.router_share * router_loss
-            shown = {"nll": tokens.nll, "history_nll": tokens.history_nll, "mass": tokens.mass}
-            if self.token_metrics:
+            shown: dict[str, Any] = {"nll": tokens.nll, "history_nll": tokens.history_nll, "mass": tokens.mass}
+            if self.token_metrics and stats.correct is not None:
                 shown |= {"entropy": tokens.entropy, "correct": to_labels(stats.correct)}
             return SelectionOutput(loss, weights, response, layout.sample, score, **shown)
 

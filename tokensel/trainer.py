@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -38,7 +39,13 @@ from tokensel.store import HistoryStore, content_of
 STATE_FILE = "selection_state.safetensors"
 
 
-class TokenSelectionMixin:
+if TYPE_CHECKING:
+    _Base = Trainer
+else:  # it stands before whatever trainer the user has
+    _Base = object
+
+
+class TokenSelectionMixin(_Base):
     """Token selection for a subclass of transformers.Trainer: `class Mine(TokenSelectionMixin, Trainer)`.
 
     `args` carries the fields of SelectionArguments. The model is patched by `tokensel.apply_to`; evaluation that asks
@@ -53,6 +60,11 @@ class TokenSelectionMixin:
         TypeError: args without the fields of SelectionArguments. ValueError: settings that contradict each other or
         ask for another loss, a model that is patched already, at construction.
     """
+
+    args: Any  # the base trainer's types know neither our settings nor what a user's trainer brings
+    model: Any
+    train_dataset: Any
+    processing_class: Any
 
     def __init__(self, *args, method: SelectionMethod | None = None, **kwargs) -> None:
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
@@ -178,7 +190,7 @@ class TokenSelectionMixin:
         """Ranks the tokens of all micro-batches and ranks together: one more forward of each, without gradient."""
         model, scored = self.model_wrapped, []
         self._set_signature_columns_if_needed()
-        names = {*self._signature_columns, *RECORDED, "layout"}
+        names = {*(self._signature_columns or ()), *RECORDED, "layout"}
         with eval_mode(model):  # dropout must not choose
             for batch in batches:
                 inputs = {name: value for name, value in batch.items() if name in names}
@@ -186,16 +198,16 @@ class TokenSelectionMixin:
                     scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
         # in the order in which one process would see them (micro-batch, rank, row), so that ties end alike
         width = torch.tensor([max(o.score.numel() for o in scored)], device=self.args.device)
-        width = int(self.accelerator.gather(width).max())
+        widest = int(self.accelerator.gather(width).max())
         everybody = {}
         for name in ("score", "response", "sample", "weight"):
             parts = []
             for batch, output in zip(batches, scored, strict=True):
                 part = batch.get("token_weights", torch.ones_like(output.score)) if name == "weight" else output[name]
-                parts.append(nn.functional.pad(part.flatten(), (0, width - part.numel())))  # with False and 0
+                parts.append(nn.functional.pad(part.flatten(), (0, widest - part.numel())))  # with False and 0
             everybody[name] = self.accelerator.gather(torch.stack(parts)[None]).transpose(0, 1)  # (batch, rank, token)
-        shape = *everybody["score"].shape[:2], 1  # (batch, rank, 1)
-        first = width * torch.arange(math.prod(shape), device=self.args.device).view(shape)
+        shape = (*everybody["score"].shape[:2], 1)  # (batch, rank, 1)
+        first = widest * torch.arange(math.prod(shape), device=self.args.device).view(shape)
         signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
         weights = self.method.select(everybody["score"], signals)[:, self.accelerator.process_index]
         return [
@@ -250,7 +262,7 @@ class TokenSelectionMixin:
             self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
 
     def _selection_state(self) -> dict[str, Tensor]:
-        parts = {"history": self.live_history, "rule": self.method.rule}
+        parts: dict[str, Any] = {"history": self.live_history, "rule": self.method.rule}
         return {
             f"{part}.{name}": tensor
             for part, owner in parts.items()
@@ -274,7 +286,8 @@ class TokenSelectionMixin:
                 raise ValueError(
                     f"{file} was made with {name}={made[name]!r}, this run has {value!r}; resume with that"
                 )
-        for part, owner in (("history", self.live_history), ("rule", self.method.rule)):
+        owners: dict[str, Any] = {"history": self.live_history, "rule": self.method.rule}
+        for part, owner in owners.items():
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
             if own:
                 owner.load_state_dict(own)
@@ -325,7 +338,7 @@ class TokenSelectionMixin:
     def _selection_metrics(self) -> dict[str, float]:
         sums, self._selection_sums = self._over_ranks(self._selection_sums), {}
         now = time.perf_counter()
-        sums["seconds"], self._last_log = now - self._last_log, now
+        sums["seconds"], self._last_log = now - (self._last_log or now), now
         for name, value in sums.items():
             self._selection_totals[name] = self._selection_totals.get(name, 0) + value
         metrics = selection_metrics(sums)

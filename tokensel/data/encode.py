@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
@@ -111,8 +112,8 @@ def encode_rows(
 
     count = dict.fromkeys(("truncated", "without_response", "tokens", "response_tokens", "longest", "largest_id"), 0)
 
-    def encode(batch: dict, indices: list[int]) -> dict:
-        encoded = {column: [] for column in features}
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        encoded: dict[str, list[Any]] = {column: [] for column in features}
         for i, index in enumerate(indices):
             row = {column: batch[column][i] for column in rows.column_names}
             ids, labels, weights = _encode(row, index, tokenizer)
@@ -124,7 +125,7 @@ def encode_rows(
             count["truncated"] += len(ids) > max_length
             count["tokens"] += len(labels)
             count["response_tokens"] += responses
-            values = {"input_ids": ids[:max_length], "labels": labels}
+            values: dict[str, list[Any]] = {"input_ids": ids[:max_length], "labels": labels}
             if weighted:
                 factor = response_weight * _weight(row.get("weight"), index, "weight")
                 values["token_weights"] = [0.0] + [
@@ -171,34 +172,34 @@ def _has_weights(features: datasets.Features) -> bool:
     return in_messages or "weight" in features or "token_weights" in features
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     """Whether a value is a number that float32 holds."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and abs(value) <= torch.finfo(torch.float32).max
 
 
-def _weight(value: object, index: int, name: str) -> float:
+def _weight(value: Any, index: int, name: str) -> float:
     if value is not None and not _is_finite(value):
         raise RowError(index, f"{name} must be a finite number, by which losses are multiplied; got {value!r}")
     return 1.0 if value is None else value
 
 
-def _encode(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], list[float | None]]:
+def _encode(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], Sequence[float | None]]:
     """(input_ids, labels, weights) of one row, of its full length; None where no weight is given."""
     ids, labels, weights = _encode_fields(row, index, tokenizer)
     return ids, labels, [None] * len(ids) if weights is None else weights
 
 
-def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], list[float | None] | None]:
+def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], Sequence[float | None] | None]:
     # Where lines of a file mix formats, the columns of the others are None; an incomplete row falls back to
     # the columns alone, so that the field which is None can be named.
     filled = {column for column, value in row.items() if value is not None}
     for columns in (filled, set(row)):
         for fields in FORMATS:
             if columns.issuperset(fields):
-                values = [row[field] for field in fields]
+                values: list[Any] = [row[field] for field in fields]
                 if fields == ("input_ids", "labels"):
-                    return *_check_ids(index, *values, len(tokenizer)), _check_weights(index, row)
+                    return *_check_ids(index, values[0], values[1], len(tokenizer)), _check_weights(index, row)
                 if row.get("token_weights") is not None:
                     raise RowError(
                         index,
@@ -206,7 +207,7 @@ def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[in
                         "`weight`, and messages one each",
                     )
                 if fields == ("messages",):
-                    return _encode_chat(index, *values, tokenizer)
+                    return _encode_chat(index, values[0], tokenizer)
                 for field, value in zip(fields, values, strict=True):
                     if not isinstance(value, str):
                         raise RowError(index, f"{field} must be a string; got {_describe(value)}")
@@ -220,7 +221,7 @@ def _describe(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _check_ids(index: int, input_ids: object, labels: object, vocabulary: int) -> tuple[list[int], list[int]]:
+def _check_ids(index: int, input_ids: Any, labels: Any, vocabulary: int) -> tuple[list[int], list[int]]:
     for name, value in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
             raise RowError(index, f"{name} must be a list of integers; got {_describe(value)}")
@@ -267,7 +268,7 @@ def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], li
     return ids + response, [IGNORE_INDEX] * len(ids) + response
 
 
-def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], list[int], list[float | None]]:
+def _encode_chat(index: int, messages: Any, tokenizer) -> tuple[list[int], list[int], Sequence[float | None]]:
     from jinja2 import TemplateError
 
     if not isinstance(messages, list) or not messages:
@@ -313,7 +314,8 @@ def _encode_chat(index: int, messages: object, tokenizer) -> tuple[list[int], li
             spans.append((len(before), len(after), messages[i].get("weight")))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-    labels, weights = [IGNORE_INDEX] * len(ids), [None] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
+    weights: list[float | None] = [None] * len(ids)
     for begin, end, weight in spans:
         for t, start in enumerate(starts):
             if begin <= start < end:

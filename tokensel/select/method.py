@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ class SelectionMethod:
     """
 
     name: str
-    needs: Iterable[str]
+    needs: AbstractSet[str]
     scorer: Callable[[TokenSignals], Tensor]
     rule: TopShare | AsScored | AsGiven | LearnAndForget | TopSamples | AdaptiveThreshold
 

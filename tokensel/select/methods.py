@@ -33,7 +33,7 @@ __all__ = ["SelectionMethod", "TokenSignals", "builder", "describe", "get", "nam
 @register
 def full() -> SelectionMethod:
     """Every response token: ordinary supervised fine-tuning."""
-    return SelectionMethod("full", (), scores.constant, AsScored())
+    return SelectionMethod("full", frozenset(), scores.constant, AsScored())
 
 
 @register
@@ -50,7 +50,7 @@ def weighted(denominator: str = "weight") -> SelectionMethod:
     instruction tuning has it (WIT, arXiv 2507.07817, whose weights are one number for prompt tokens and one for
     response tokens). Where weights are given, they are factors of every other method's weights, too.
     """
-    return SelectionMethod("weighted", (), scores.constant, AsGiven(denominator))
+    return SelectionMethod("weighted", frozenset(), scores.constant, AsGiven(denominator))
 
 
 # ssToken and its parts

@@ -154,8 +154,8 @@ class HistoryStore:
         metadata = reader.metadata
         if len(keys) != metadata["documents"] or len(values) != metadata["tokens"] or lengths.sum() != len(values):
             raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
-        keys, lengths = torch.from_numpy(keys), torch.from_numpy(lengths.astype(numpy.int64))
-        return cls(Path(path), metadata, keys, lengths, torch.from_numpy(values))
+        tensors = (torch.from_numpy(part) for part in (keys, lengths.astype(numpy.int64), values))
+        return cls(Path(path), metadata, *tensors)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of documents and losses: equal for equal stores, wherever their files are."""

@@ -7,6 +7,7 @@ import json
 import os
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ class HistoryWriter:
         self.path = Path(path)
         self._schema = store_schema(content)
         self._if_disk_is_full = if_disk_is_full
-        self.metadata = {
+        self.metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "content": content,
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -73,7 +74,8 @@ class HistoryWriter:
             "documents": 0,
             "tokens": 0,
         }
-        self._file = self._parquet = None
+        self._file: Any = None
+        self._parquet: Any = None
         self._seen: set[int] = set()
         self._keys: list[int] = []
         self._values: list[numpy.ndarray] = []
@@ -129,12 +131,12 @@ class HistoryWriter:
                 f"nll{where} is {float(nll[tuple(where)])} at a response token; the scoring model must give "
                 "finite NLL (try float32 or bfloat16 instead of float16)"
             )
-        values = values.masked_fill(~documents.response, torch.nan).numpy()
+        stored = values.masked_fill(~documents.response, torch.nan).numpy()
         ends = documents.lengths.cumsum(0).tolist()
         for key, length, end in zip(documents.keys.tolist(), documents.lengths.tolist(), ends, strict=True):
             if key not in self._seen:
                 self._seen.add(key)
-                self.append(key, values[end - length : end].copy())  # a view would keep the whole batch alive
+                self.append(key, stored[end - length : end].copy())  # a view would keep the whole batch alive
 
     def append(self, key: int, values: numpy.ndarray) -> None:
         """Stores one document that is not in the store yet: its hash, and float32 values (length,), NaN = none."""
