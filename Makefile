@@ -12,10 +12,10 @@ MATRIX := lowest trl-1.9 newest
 lowest := transformers==4.56.2 trl==1.9.0 peft==0.15.2 accelerate==1.4.0 datasets==4.7.0
 trl-1.9 := trl==1.9.0
 newest :=
-MATRIX_TESTS := $(addprefix tests/test_,model.py step.py trainer.py trl.py frameworks.py)
+MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix lint format bench bench-gpu bench-smoke write-docs clean
+.PHONY: help quickstart test test-matrix lint format dist bench bench-gpu bench-smoke write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,21 +23,28 @@ help:  ## list the targets
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/.installed  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: .venv/.installed  ## run the tests; prints what they cover
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 test-matrix: $(MATRIX:%=test-matrix-%)  ## run the tests of model and trainers with old and new releases (`make -k`: all)
 
 test-matrix-%: .matrix/%/.installed
 	.matrix/$*/bin/python -m pytest $(MATRIX_TESTS)
 
-lint: .venv/.dev  ## check style and formatting
+lint: .venv/.dev  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/.dev  ## repair what `make lint` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dist: .venv/.dev  ## build wheel and sdist as a release does, check both, import the wheel on its own
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m tools.check_dist dist
 
 bench: .venv/.installed  ## measure everything beside its peers on a CPU; rewrites the results and the docs (15 min)
 	$(BIN)/python -m pytest benchmarks --results benchmarks/results/cpu.json --fresh --minutes 14 --benchmark-disable; \
@@ -53,7 +60,7 @@ write-docs: .venv/.installed  ## rewrite the parts of README and docs that are m
 	$(BIN)/python -m tools.write_docs
 
 clean:  ## remove the environment, caches and everything the targets wrote
-	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .ruff_cache quickstart
+	rm -rf .venv .matrix build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage quickstart
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own first: the pin alone then decides which build of it (CPU or CUDA) the rest is resolved against.
