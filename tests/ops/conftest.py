@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from kernel_inputs import DEVICE, widened_product
 
 import tokensel.ops.chunked
@@ -19,3 +20,15 @@ def gpu_chunked(monkeypatch):
             monkeypatch.setattr(module, "on_gpu", lambda like: True)
         monkeypatch.setattr(tokensel.ops.chunked, "product", widened_product)
         monkeypatch.setattr(tokensel.ops.chunked, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))
+
+
+@pytest.fixture
+def poisoned_scratch(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))

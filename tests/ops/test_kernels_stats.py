@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_inputs import DEVICE, DTYPES, make, summed_magnitude
+from oracles import FIELDS, truth, truth_of_logits
 
 import tokensel.ops.chunked
 import tokensel.ops.loss
@@ -21,39 +22,7 @@ from tokensel import (
 from tokensel_kernels import tiles
 
 pytest.importorskip("triton")
-FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_scratch(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(t):
-        return t.fill_(torch.nan) if t.is_floating_point() else t
-
-    for module in (tokensel_kernels.attention_mass, tokensel_kernels.vocab_grad, tokensel_kernels.vocab_stats):
-        monkeypatch.setattr(module.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-        monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-
-
-def head_of(hidden, weight, bias=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
-    z = hidden.to(dtype) @ weight.to(dtype).T
-    z = (z if bias is None else z + bias.to(dtype)) * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def truth(hidden, weight, labels, *head, **options):
-    return truth_of_logits(head_of(hidden, weight, *head, **options), labels)
-
-
-def truth_of_logits(z, labels):
-    log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    lse, entropy = z.logsumexp(-1), -(p * log_p).sum(-1)
-    target = z.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    variance = (p * (log_p + entropy[:, None]) ** 2).sum(-1)
-    return dict(zip(FIELDS, (lse, target, lse - target, entropy, variance, z.amax(-1)), strict=True))
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
 
 def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):

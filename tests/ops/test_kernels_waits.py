@@ -20,19 +20,7 @@ from tokensel.ops.token_stats import stats_of_sums
 from tokensel_kernels import tiles
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_scratch(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(t):
-        return t.fill_(torch.nan) if t.is_floating_point() else t
-
-    for module in (tokensel_kernels.attention_mass, tokensel_kernels.vocab_grad, tokensel_kernels.vocab_stats):
-        monkeypatch.setattr(module.torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-        monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
 
 # Labels that no logit has

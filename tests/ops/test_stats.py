@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import DTYPES, FIELDS, OPTIONS, assert_within_budget, make, truth
+from oracles import DTYPES, FIELDS, OPTIONS, assert_within_budget, make, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel.ops.stats

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import make
+from oracles import make
 
 import tokensel.ops.stats
 from tokensel import (

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from heads import DTYPES, FIELDS, OPTIONS, assert_within_budget, head_of, make, truth, truth_of_logits
+from oracles import DTYPES, FIELDS, OPTIONS, assert_within_budget, head_of, make, truth, truth_of_logits
 
 from tokensel import (
     TokenStats,

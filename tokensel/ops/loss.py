@@ -31,18 +31,8 @@ from tokensel.ops.token_stats import TokenStats
 from tokensel.ops.vocab_parallel import local_head
 
 
-def _empty_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    want: list[bool],
-    impl: str,
-) -> list[Tensor]:
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    want: list[bool] = rest[-2]
     inputs = zip((hidden, weight, bias), want, strict=True)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, wanted in inputs if wanted and t is not None]
 

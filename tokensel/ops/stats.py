@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,12 +176,14 @@ def _models_stats(
     y = labels.reshape(-1)  # (N,)
     if shard is not None:
         y, ignore_index = shard.labels(y, ignore_index), shard.IGNORED
-    options = (local_bias, softcap, float(logit_scale), entropy, ignore_index, impl, float(workspace_mib))
+    head = Head(local_bias, softcap, float(logit_scale))
+    options = (entropy, ignore_index, impl, float(workspace_mib))
     with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
         if contrast is None:
-            tensors = _compute_stats(hidden, weight, y, *options)
+            tensors = _compute_stats(hidden, weight, y, head.bias, head.softcap, head.logit_scale, *options)
         else:
-            tensors = _compute_contrast(hidden, weight, y, contrast, *options)
+            models = list(zip(hidden, weight, strict=True))
+            tensors = _compute_contrast(models, y, contrast, head, *options)
     count = 5 if entropy else 2
     stats = [TokenStats(*tensors[i : i + count]) for i in range(0, len(tensors), count)]
     if shard is not None:
@@ -195,16 +198,8 @@ def _merge_ranks(stats: TokenStats, shard: VocabShard) -> TokenStats:
     return TokenStats.merge([TokenStats(**dict(zip(fields, theirs, strict=True))) for theirs in everybody])
 
 
-def _empty_stats(
-    hidden: list[Tensor],
-    weight: list[Tensor],
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    entropy: bool,
-    *_: object,
-) -> list[Tensor]:
+def _empty_stats(hidden: list[Tensor], weight: list[Tensor], labels: Tensor, *rest: Any) -> list[Tensor]:
+    entropy: bool = rest[3]
     dtypes = [torch.promote_types(x.dtype, torch.float32) for x in hidden for _ in range(5 if entropy else 2)]
     return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for dtype in dtypes]
 
@@ -245,22 +240,11 @@ def _compute_stats(
 
 
 def _compute_contrast(
-    hidden: list[Tensor],
-    weight: list[Tensor],
-    labels: Tensor,
-    contrast: float,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    entropy: bool,
-    ignore_index: int,
-    impl: str,
-    workspace_mib: float,
+    models: Models, labels: Tensor, contrast: float, head: Head, entropy: bool, ignore_index: int, impl: str, mib: float
 ) -> list[Tensor]:
     """The fields of the contrast's TokenStats, (N,) each. It is made before training, so it needs no operator."""
-    models, head = list(zip(hidden, weight, strict=True)), Head(bias, softcap, logit_scale)
     if impl == "chunked":
-        stats = chunked.hidden_stats(models, labels, head, entropy, ignore_index, workspace_mib, contrast)
+        stats = chunked.hidden_stats(models, labels, head, entropy, ignore_index, mib, contrast)
     else:
         positive, negative = (reference.head_logits(x, w, *head) for x, w in models)
         logits = reference.contrast_logits(positive, negative, contrast)
