@@ -12,16 +12,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from tokensel.model import eval_mode
 from tokensel.report import TOKEN_FIELDS
-
-if TYPE_CHECKING:
-    from tokensel.trainer import TokenSelectionMixin
 
 SELECTION_FILE = "selection.jsonl"
 # columns of a row; the last are the documents of one that TRL packed
@@ -31,13 +28,14 @@ _BROKEN = "\ufffd"  # what a decoder makes of bytes that are no character, or no
 
 
 @torch.no_grad()
-def selected_samples(trainer: TokenSelectionMixin, rows: dict[int, dict]) -> list[dict]:
+def selected_samples(trainer: Any, rows: dict[int, dict]) -> list[dict]:
     """What the method of a TokenSelectionMixin trainer makes of rows now, dropout off.
 
     Each row is selected on its own, unless the method ranks the tokens of several rows together (scope "micro_batch"
     or "batch"): then all rows are one batch, as they would be in an optimizer step of theirs.
 
     Args:
+        trainer: a TokenSelectionMixin over a trainer of transformers.
         rows: by their number, which the title says, as the training set has them; `noise` (0 or 1 a token), if
             there, is passed on.
     Returns:
@@ -146,7 +144,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 class SampleRecorder(TrainerCallback):
     """Appends what the selection does to the first rows of the training set to a run's `selection.jsonl`."""
 
-    def __init__(self, trainer: TokenSelectionMixin, rows: int) -> None:
+    def __init__(self, trainer: Any, rows: int) -> None:
         """Args: rows: how many; a streamed training set is read from its start for them."""
         self.trainer = trainer
         first = list(itertools.islice(trainer.train_dataset, rows))
