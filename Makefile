@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix lint format dist bench bench-gpu bench-smoke write-docs clean
+.PHONY: help quickstart test test-matrix lint format docs dist bench bench-gpu bench-smoke write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ lint: .venv/.dev  ## check style, formatting and types
 format: .venv/.dev  ## repair what `make lint` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.docs  ## build the documentation site, docs/_build/index.html; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
 
 dist: .venv/.dev  ## build wheel and sdist as a release does, check both, import the wheel on its own
 	rm -rf dist
@@ -79,4 +82,8 @@ clean:  ## remove the environment, caches and everything the targets wrote
 
 .venv/.dev: .venv/.installed
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(PIP) -e '.[docs]'
 	@touch $@

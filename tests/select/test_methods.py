@@ -231,8 +231,8 @@ def test_a_method_of_ones_own_is_known_by_its_name(monkeypatch):
     assert methods.get("hardest", rho=0.25)(signals()).nonzero()[:, 0].tolist() == [3, 5, 8]
 
 
-def test_the_readme_lists_every_method():
-    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_docs_list_every_method():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     for row in methods.describe():
         rule = row["score and rule"].rstrip(".")
         assert f"| `{row['method']}` | {rule} | {row['scope']} | {row['needs']} |" in page

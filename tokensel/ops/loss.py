@@ -120,7 +120,7 @@ def selected_cross_entropy(
         keep: [...] bool, or real weights (also negative; constants for the gradient). Ignored rows never count.
         stats: TokenStats of the same hidden, weight and labels, which were checked with them. Given, the forward does
             no matrix product.
-        denominator: number or scalar tensor; None means Σ |keep|, the number kept for a boolean mask.
+        denominator: number or scalar tensor; None means `Σ |keep|`, the number kept for a boolean mask.
         ignore_index: label of rows that are not part of the loss.
         impl: "auto", "chunked", "fused" or "reference".
     Returns:

@@ -189,7 +189,7 @@ class AsGiven:
     """Every token, with the weight that the data gives it; the loss is divided by the weights or by their number.
 
     Attributes:
-        denominator: "weight", Σ |weight|, or "count", the tokens whose weight is not 0 (WIT, arXiv 2507.07817).
+        denominator: "weight", `Σ |weight|`, or "count", the tokens whose weight is not 0 (WIT, arXiv 2507.07817).
     """
 
     denominator: str = "weight"

@@ -118,8 +118,8 @@ def reasoning_weights(signals: TokenSignals, temperature: float) -> Tensor:
 def selective_ifd(signals: TokenSignals, token_share: float) -> Tensor:
     """S-IFD of T-SHIRT (arXiv 2506.01317), a score of the sample on each of its tokens.
 
-    IFD = exp(mean(nll(y | x) - nll(y))); the selective one takes the mean over the ceil(token_share · n) response
-    tokens of the sample whose |nll(y | x) - nll(y)| is largest.
+    IFD = `exp(mean(nll(y | x) - nll(y)))`; the selective one takes the mean over the ceil(token_share · n) response
+    tokens of the sample whose `|nll(y | x) - nll(y)|` is largest.
     """
     change = signals["base_nll"] - signals["alone_nll"]
     informative = top_share(change.abs(), signals.response, signals.sample, token_share)
