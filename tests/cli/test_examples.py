@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import DataCollatorForSeq2Seq
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = ["full", "random", "sstoken", "history_excess"]
@@ -203,46 +201,3 @@ def test_iterative_token_cleaning_trains_on_what_the_stage_before_chose(tmp_path
     capsys.readouterr()
     module.main(base, str(tmp_path / "rows.jsonl"), str(out), "3", *flags)
     assert capsys.readouterr().out == ""  # everything is there
-
-
-def python_blocks_of_the_readme():
-    return re.findall(
-        r"^```python\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.M | re.S
-    )
-
-
-@pytest.fixture
-def small_lora():
-    """A tiny model with LoRA adapters, its tokenizer and encoded rows."""
-    from tiny import lora
-
-    from tokensel.data import encode_rows
-    from tokensel.testing import make_model, make_rows, make_tokenizer
-
-    rows = make_rows(8, seed=3)
-    tokenizer = make_tokenizer(rows, vocab_size=300)
-    model = lora(make_model(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, seed=3))
-    return model, tokenizer, encode_rows(rows, tokenizer, 64)[0]
-
-
-def test_the_loop_in_the_readme_trains(small_lora):
-    model, tokenizer, rows = small_lora
-    loop = next(block for block in python_blocks_of_the_readme() if "for batch in loader" in block)
-    code, replaced = re.subn(r"^model = \.\.\..*\n", "", loop, flags=re.M)
-    assert replaced == 1
-    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in trained]
-    names = {"model": model, "loader": [collate(list(rows))], "optimizer": torch.optim.SGD(trained, lr=0.1)}
-    exec(code, names)
-    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
-
-
-def test_the_trainer_in_the_readme_trains(small_lora, tmp_path, monkeypatch):
-    model, tokenizer, rows = small_lora
-    code = next(block for block in python_blocks_of_the_readme() if "SelectiveTrainer(" in block)
-    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
-    monkeypatch.chdir(tmp_path)
-    names = {"peft_model": model, "rows": rows, "collator": collate, "tokenizer": tokenizer}
-    exec(code, names)
-    assert names["args"].method == "sstoken" and list((tmp_path / "run").iterdir())
