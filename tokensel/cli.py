@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown command {name!r}{hint} There are {', '.join(COMMANDS)} (tokensel --help)")
         COMMANDS[name](rest)
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:

@@ -48,7 +48,8 @@ def parse(types: Sequence[Any], argv: Sequence[str], program: str, about: str, r
 
 def _set_defaults(parser: argparse.ArgumentParser, path: Path, program: str) -> None:
     settings = _read_yaml(path)
-    actions = {action.dest: action for action in parser._actions}
+    # the first action of a name: `--no_NAME`, which turns it off, comes behind
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     for name in settings.keys() & GONE.keys():
         raise ValueError(f"{path}: {name}: {GONE[name]}")
     unknown = sorted(str(name) for name in settings if name not in actions)
@@ -57,10 +58,11 @@ def _set_defaults(parser: argparse.ArgumentParser, path: Path, program: str) -> 
         raise ValueError(f"{path}: unknown settings {', '.join(unknown)}{hint}; `{program} --help` lists all")
     for name, value in settings.items():
         several = actions[name].nargs in ("+", "*")
-        if isinstance(value, list) and not several:
-            raise ValueError(f"{path}: {name} takes one value; got {value}")
+        if isinstance(value, list) and (not several or not value):
+            raise ValueError(f"{path}: {name} takes {'at least ' if several else ''}one value; got {value}")
         if value is not None:
-            values = [_converted(actions[name], v) for v in (value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            values = [_converted(parser, actions[name], v, path) for v in values]
             parser.set_defaults(**{name: values if several else values[0]})
 
 
@@ -78,18 +80,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _converted(action: argparse.Action, value: object) -> object:
+def _converted(parser: argparse.ArgumentParser, action: argparse.Action, value: object, path: Path) -> object:
     """A YAML value as the flag of the same text would be read; argparse checks no default that is not text."""
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
-    convert: Any = action.type or str
     try:
-        converted: object = convert(text)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        kind = getattr(convert, "__name__", str(convert))
-        raise ValueError(f"argument --{action.dest}: invalid {kind} value: {text!r}") from error
-    if action.choices is not None and converted not in action.choices:
-        choices = ", ".join(map(repr, action.choices))
-        raise ValueError(f"argument --{action.dest}: invalid choice: {text!r} (choose from {choices})")
+        converted: object = parser._get_value(action, json.dumps(value) if isinstance(value, dict) else str(value))
+        parser._check_value(action, converted)
+    except argparse.ArgumentError as error:
+        parser.error(f"{path}: {error}")
     return converted
 
 

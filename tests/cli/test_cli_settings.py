@@ -131,9 +131,9 @@ def test_an_unknown_flag_is_named(capsys, no_loading):
 @pytest.mark.parametrize("command, near", [("tran", "train"), ("scor", "score"), ("kernel", "kernels"), ("xyz", None)])
 def test_an_unknown_command_is_named_with_the_nearest(capsys, command, near):
     assert main([command]) == 2
-    hint = "" if near is None else f" did you mean {near!r}?"
+    hint = "." if near is None else f"; did you mean {near!r}?"
     commands = "score, select, train, methods, report, kernels, tune"
-    assert error_of(capsys) == f"unknown command {command!r};{hint} There are {commands} (tokensel --help)"
+    assert error_of(capsys) == f"unknown command {command!r}{hint} There are {commands} (tokensel --help)"
 
 
 @pytest.mark.parametrize("command", ["score", "train"])
@@ -242,3 +242,10 @@ def test_truncated_rows_and_rows_without_a_response_are_counted(tmp_path, model_
     history = {"history": "recorded", "history_store": store}
     assert train(model_dir, data, tmp_path / "run", max_length=limit, **history) == 0
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["help: 1", "layer: []", "packing: maybe", "max_length: long"])
+def test_a_value_that_a_flag_would_refuse_is_refused_with_the_name_of_its_file(tmp_path, capsys, no_loading, text):
+    (tmp_path / "run.yaml").write_text(text + "\n")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert error_of(capsys).startswith(f"{tmp_path / 'run.yaml'}: ")
