@@ -286,9 +286,9 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Patche
     Returns:
         The patched model; `tokensel.remove(model)` undoes it.
     Raises:
-        TypeError: not a transformers model; layer is neither an int nor a sequence of ints. ValueError: patched
-        already, an adapter on the head or of virtual tokens, a layer that does not exist or is named twice, attention
-        that cannot be captured, logits that cannot be reproduced.
+        TypeError: not a transformers model; layer is neither an int nor a sequence of ints.
+        ValueError: patched already, an adapter on the head or of virtual tokens, a layer that does not exist or is
+            named twice, attention that cannot be captured, logits that cannot be reproduced.
     """
     base = refuse_patched(model)
     peft = getattr(model, "active_peft_config", None)

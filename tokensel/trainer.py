@@ -57,8 +57,9 @@ class TokenSelectionMixin(_Base):
     mean_token_accuracy, num_tokens (since training started).
 
     Raises:
-        TypeError: args without the fields of SelectionArguments. ValueError: settings that contradict each other or
-        ask for another loss, a model that is patched already, at construction.
+        TypeError: args without the fields of SelectionArguments.
+        ValueError: settings that contradict each other or ask for another loss, a model that is patched already, at
+            construction.
     """
 
     args: Any  # the base trainer's types know neither our settings nor what a user's trainer brings

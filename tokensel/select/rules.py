@@ -25,7 +25,8 @@ def exact_share(rho: float, name: str = "rho") -> Fraction:
     """`rho` as the decimal that was written, so that 0.6 · 10 is 6 and 0.7 · 10 is 7, not 8 after rounding up.
 
     Raises:
-        TypeError: rho is not a number. ValueError: rho outside (0, 1].
+        TypeError: rho is not a number.
+        ValueError: rho outside (0, 1].
     """
     check_number(name, rho)
     if not 0 < rho <= 1:
