@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
+from oracles import head_of
 
-from tokensel import (
-    selected_cross_entropy,
-)
+from tokensel import selected_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(N=37, V=150, D=40, dtype=torch.float32):
@@ -35,11 +33,8 @@ def gradients(inputs, labels, keep, impl, **options):
 def summed_magnitude(name, inputs, labels, keep, exact, softcap=None, logit_scale=1.0):
     """Largest Σ |dz| |factor|, what half a unit of rounding of each dz can at most make of the result."""
     hidden, weight, bias = (t.double() for t in inputs)
-    z = (hidden @ weight.T + bias) * logit_scale
-    slope = 1.0
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-        slope = 1 - (z / softcap) ** 2
+    z = head_of(hidden, weight, bias, softcap, logit_scale)
+    slope = 1.0 if softcap is None else 1 - (z / softcap) ** 2
     w = torch.where(labels != -100, keep.double(), 0)
     onehot = torch.zeros_like(z).scatter_(1, labels.clamp(min=0)[:, None], 1.0)
     dz = ((z.softmax(-1) - onehot) * (w / w.abs().sum() * 1.7 * logit_scale)[:, None] * slope).abs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 FIELDS = ("lse", "target_logit", "nll", "entropy", "logp_var", "top1")
@@ -44,6 +46,43 @@ def truth_of_logits(z, labels):
         "logp_var": (p * (log_p + entropy[:, None]) ** 2).sum(-1),
         "top1": z.amax(-1),
     }
+
+
+def next_token_nll(logits, ids):
+    """-log p of each token but the first, in the type of the logits. logits (..., S, V), ids (..., S); (..., S - 1).
+
+    A negative id gives the nll of token 0, as a label that nobody looks at.
+    """
+    z = logits[..., :-1, :]
+    return z.logsumexp(-1) - z.gather(-1, ids[..., 1:, None].clamp(min=0))[..., 0]
+
+
+def visible(prompt, key_mask=None, segment_ids=None, window=None):
+    """[B, S, S] by the definition: not later, same document, not padding, among the last `window`."""
+    B, S = prompt.shape
+    keys, segments = (None if mask is None else mask.tolist() for mask in (key_mask, segment_ids))
+    see = torch.zeros(B, S, S, dtype=torch.bool)
+    for b, i, j in itertools.product(range(B), range(S), range(S)):
+        see[b, i, j] = (
+            j <= i
+            and (window is None or i - j < window)
+            and (segments is None or segments[b][i] == segments[b][j])
+            and (keys is None or keys[b][j])
+        )
+    return see.to(prompt.device)
+
+
+def attention_scores(q, k, scale=None, softcap=None, dtype=torch.float64):
+    """[B, Hq, S, S], of all keys."""
+    z = q.to(dtype) @ k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    z = z * (scale or q.shape[-1] ** -0.5)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def attention_lse(q, k, prompt, *, key_mask=None, segment_ids=None, window=None, scale=None, softcap=None, **_):
+    """log Σ exp of the scores of visible keys, without a sink. [B, Hq, S] float64."""
+    see = visible(prompt, key_mask, segment_ids, window)
+    return attention_scores(q, k, scale, softcap).masked_fill(~see[:, None], -torch.inf).logsumexp(-1)
 
 
 def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):

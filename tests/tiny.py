@@ -1,4 +1,4 @@
-"""Tiny random causal language models of the families that the patched is tested on, and small batches for them."""
+"""Tiny random models of the families that the patched model is tested on, and small batches for them."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def lora(model, targets=("q_proj", "v_proj"), **changes):
 
 def samples(lengths=((5, 9), (3, 14), (8, 4), (2, 11))):
     """(ids, labels) of single-turn samples with (prompt, response) tokens each, all ids above the special ones."""
-    found = []
+    rows = []
     for prompt, response in lengths:
         ids = torch.randint(3, VOCABULARY, (prompt + response,))
         labels = ids.clone()
         labels[:prompt] = -100
-        found.append((ids, labels))
-    return found
+        rows.append((ids, labels))
+    return rows
 
 
 def padded(rows, side="right"):

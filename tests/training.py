@@ -6,18 +6,14 @@ import math
 
 import datasets
 import torch
+from oracles import next_token_nll
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithFlattening,
-)
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.store import HistoryWriter
 from tokensel.testing import make_model, make_rows, make_tokenizer, plant_noise
-from tokensel.trainer import (
-    SelectiveTrainer,
-)
+from tokensel.trainer import SelectiveTrainer
 
 TOKENIZER = make_tokenizer(make_rows(80, seed=7), vocab_size=384)
 PLAIN = {
@@ -70,8 +66,7 @@ def eager_nll(model, row):
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].double()
     model.train(training)
-    nll = torch.logsumexp(logits, -1)[:-1] - logits[:-1].gather(-1, ids[0, 1:, None])[:, 0]
-    return torch.cat([torch.full((1,), math.nan, dtype=torch.float64), nll])
+    return torch.cat([torch.full((1,), math.nan, dtype=torch.float64), next_token_nll(logits, ids[0])])
 
 
 def record(path, model, rows=None, tokenizer=TOKENIZER):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from commands import LIMIT, ROWS, TRAIN, error_of, score, train, write
+from oracles import next_token_nll
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,8 +168,7 @@ def test_the_store_holds_the_models_own_losses(tmp_path, model_dir, data, capsys
         labels[0, : len(prompt)] = -100
         for model, values in ((truth_model, truths), (eager_model, eager)):
             with torch.no_grad():
-                logits = model.eval()(ids).logits[0, :-1]
-            nll = torch.logsumexp(logits, -1) - logits.gather(-1, ids[0, 1:, None])[:, 0]
+                nll = next_token_nll(model.eval()(ids).logits[0], ids[0])
             values.append(nll[len(prompt) - 1 :].double())
         looked_up = history.lookup(ids, labels)[0]
         assert not looked_up[: len(prompt)].any()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import next_token_nll
 from recorded import LIMIT, arguments, select
 
 from tokensel import recording
@@ -26,10 +27,9 @@ def test_alone_is_the_loss_behind_bos_only(tmp_path, model_dir, data):
     for row in rows.select(range(5)):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         response = ids[labels != -100]
-        alone = torch.cat([torch.tensor([tokenizer.bos_token_id]), response])[None]
+        alone = torch.cat([torch.tensor([tokenizer.bos_token_id]), response])
         with torch.no_grad():
-            logp = model(alone).logits[0, :-1].double().log_softmax(-1)
-        expected = -logp.gather(1, response[:, None])[:, 0]
+            expected = next_token_nll(model(alone[None]).logits[0].double(), alone)
         found = store.lookup(ids, labels)[labels != -100].double()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_the_contrast_is_the_softmax_of_twice_one_minus_the_other(tmp_path, mode
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         with torch.no_grad():
             z = 2 * right(ids).logits.double() - wrong(ids).logits.double()
-        expected = -z[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        expected = next_token_nll(z[0], ids[0])
         response = labels[0, 1:] != -100
         found = store.lookup(ids, labels)[0, 1:].double()
         torch.testing.assert_close(found[response], expected[response], rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from architectures import NO_ATTENTION, REFUSED, supported, tiny_model
+from oracles import next_token_nll
 from tiny import VOCABULARY
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -46,8 +47,7 @@ def own_mass(model, inputs, prompt, monkeypatch):
 def cross_entropy(model, batch, weights):
     """Σ weight · nll / Σ weight of the model's own logits, plus what the model adds for its experts."""
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    log_p = out.logits[:, :-1].double().log_softmax(-1)
-    nll = -log_p.gather(-1, batch["labels"][:, 1:, None].clamp(min=0))[..., 0]
+    nll = next_token_nll(out.logits.double(), batch["labels"])
     loss = (nll * weights[:, 1:]).sum() / weights.sum()
     if getattr(out, "aux_loss", None) is not None:
         places = (model, model.config.get_text_config())
@@ -81,7 +81,7 @@ def test_an_architecture_is_supported(model_type, monkeypatch):
     # statistics are those of the model's own logits
     patched = tokensel.apply_to(model)
     nll = patched.token_nll(inputs, batch["labels"])
-    expected = -log_p[:, :-1].gather(-1, batch["labels"][:, 1:, None].clamp(min=0))[..., 0]
+    expected = next_token_nll(logits.double(), batch["labels"])
     assert (nll[:, 1:] - expected)[response[:, 1:]].abs().max() <= 1e-6 * log_p.abs().max()
 
     # captured attention, of every layer that can be named

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from oracles import next_token_nll
 from tiny import VOCABULARY, causal_lm
 
 from tokensel import Selection, apply_to, methods
@@ -63,8 +64,7 @@ def formula(model, batch, denominator):
     w = batch["token_weights"][:, 1:].double()
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights")}
     # with a cache, packed documents would see each other
-    logp = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
-    total = -(w * logp.gather(2, batch["input_ids"][:, 1:, None])[..., 0]).sum()
+    total = (w * next_token_nll(model(**inputs, use_cache=False).logits, batch["input_ids"])).sum()
     loss = total / (w.abs().sum() if denominator == "weight" else (w != 0).sum())
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}

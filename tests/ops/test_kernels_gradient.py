@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, DTYPES, gradients, make, summed_magnitude
+from kernel_inputs import DEVICE, gradients, make, summed_magnitude
+from oracles import DTYPES
 
 import tokensel_kernels.attention_mass
 import tokensel_kernels.vocab_grad

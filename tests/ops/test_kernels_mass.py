@@ -6,30 +6,13 @@ import itertools
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, DTYPES, NAMES, attention_inputs
+from kernel_inputs import NAMES, attention_inputs
+from oracles import DTYPES, attention_lse
 
-from tokensel import (
-    prompt_attention_mass,
-)
+from tokensel import prompt_attention_mass
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
-
-
-# Attention mass
-
-
-def lse_of(q, k, prompt, key_mask=None, segment_ids=None, window=None, scale=None, softcap=None, **_):
-    S = q.shape[2]
-    i, j = torch.arange(S, device=DEVICE)[:, None], torch.arange(S, device=DEVICE)[None]
-    sees = ((j <= i) & (i - j < (window or S)))[None]
-    sees = sees & (torch.ones_like(prompt) if key_mask is None else key_mask)[:, None]
-    if segment_ids is not None:
-        sees = sees & (segment_ids[:, :, None] == segment_ids[:, None])
-    z = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
-    z = z * (scale or q.shape[-1] ** -0.5)
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    return z.masked_fill(~sees[:, None], -torch.inf).logsumexp(-1)
 
 
 @pytest.mark.parametrize("given_lse", [False, True], ids=["no lse", "lse"])
@@ -37,7 +20,7 @@ def lse_of(q, k, prompt, key_mask=None, segment_ids=None, window=None, scale=Non
 def test_mass_under_every_pair_of_options(names, given_lse):
     q, k, prompt, options = attention_inputs(names, torch.float32)
     exact = prompt_attention_mass(q.double(), k.double(), prompt, impl="reference", **options)
-    lse = lse_of(q, k, prompt, **options).float() if given_lse else None
+    lse = attention_lse(q, k, prompt, **options).float() if given_lse else None
     mass = prompt_attention_mass(q, k, prompt, lse=lse, impl="fused", **options)
     torch.testing.assert_close(mass, exact.float(), rtol=5e-6, atol=1e-6)
 

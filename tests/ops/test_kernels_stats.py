@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, DTYPES, make, summed_magnitude
-from oracles import FIELDS, truth, truth_of_logits
+from kernel_inputs import DEVICE, make, summed_magnitude
+from oracles import DTYPES, FIELDS, truth, truth_of_logits
 
 import tokensel.ops.chunked
 import tokensel.ops.loss

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import DTYPES, head_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokensel.ops.loss
 from tokensel import TokenStats, selected_cross_entropy, token_stats, token_stats_from_logits
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(N=45, V=2300, D=24, dtype=torch.float32):
@@ -21,10 +20,7 @@ def make(N=45, V=2300, D=24, dtype=torch.float32):
 
 def definition(inputs, labels, keep, denominator=None, softcap=None, logit_scale=1.0, dtype=torch.float64):
     """Σ keep · nll / denominator from [N, V] logits."""
-    hidden, weight, bias = (None if t is None else t.to(dtype) for t in inputs)
-    z = hidden @ weight.T
-    z = (z if bias is None else z + bias) * logit_scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = head_of(*inputs, softcap, logit_scale, dtype)
     valid = labels != -100
     w = keep.to(dtype) * valid
     nll = z.logsumexp(-1) - z[torch.arange(len(z)), labels.clamp(min=0)]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from oracles import attention_lse, attention_scores, visible
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokensel import prompt_attention_mass, uniform_prompt_mass
@@ -32,28 +33,10 @@ def make(dtype=torch.float32, **changes):
     return q, k, prompt, {name: options[name] for name in changes if changes[name]}
 
 
-def visible(prompt, key_mask=None, segment_ids=None, window=None):
-    """[B, S, S] by the definition: not later, same document, not padding, among the last `window`."""
-    see = torch.zeros(B, S, S, dtype=torch.bool)
-    for b, i, j in itertools.product(range(B), range(S), range(S)):
-        see[b, i, j] = (
-            j <= i
-            and (window is None or i - j < window)
-            and (segment_ids is None or segment_ids[b, i] == segment_ids[b, j])
-            and (key_mask is None or key_mask[b, j])
-        )
-    return see
-
-
-def scores(q, k, scale=None, softcap=None, dtype=torch.float64):
-    z = q.to(dtype) @ k.to(dtype).repeat_interleave(HQ // HK, 1).transpose(-1, -2) * (scale or D**-0.5)
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
 def definition(q, k, prompt, dtype=torch.float64, **o):
     """Softmax over visible keys (and the sink), summed over prompt keys, mean over heads."""
     see = visible(prompt, o.get("key_mask"), o.get("segment_ids"), o.get("window"))
-    z = scores(q, k, o.get("scale"), o.get("softcap"), dtype).masked_fill(~see[:, None], -torch.inf)
+    z = attention_scores(q, k, o.get("scale"), o.get("softcap"), dtype).masked_fill(~see[:, None], -torch.inf)
     weight = (z - z.amax(-1, keepdim=True).nan_to_num(neginf=0)).exp()
     total = weight.sum(-1)
     if "sinks" in o:
@@ -67,11 +50,6 @@ def definition(q, k, prompt, dtype=torch.float64, **o):
     return torch.where(asked, mass, 0)
 
 
-def lse_of(q, k, prompt, **o):
-    see = visible(prompt, o.get("key_mask"), o.get("segment_ids"), o.get("window"))
-    return scores(q, k, o.get("scale"), o.get("softcap")).masked_fill(~see[:, None], -torch.inf).logsumexp(-1)
-
-
 NAMES = ("key_mask", "segment_ids", "turn_ids", "query_mask", "window", "softcap", "scale", "sinks")
 COMBINATIONS = [(), NAMES, *[(n,) for n in NAMES], *itertools.combinations(NAMES, 2)]
 
@@ -82,7 +60,7 @@ def test_mass_equals_its_definition_under_every_pair_of_options(names, given_lse
     monkeypatch.setattr("tokensel.ops.score_blocks.BLOCK_ELEMENTS", 400)  # a few rows at a time
     q, k, prompt, options = make(torch.float64, **dict.fromkeys(names, True))
     exact = definition(q, k, prompt, **options)
-    lse = lse_of(q, k, prompt, **options) if given_lse else None
+    lse = attention_lse(q, k, prompt, **options) if given_lse else None
     mass = prompt_attention_mass(q, k, prompt, lse=lse, **options)
     torch.testing.assert_close(mass, exact, rtol=1e-10, atol=1e-12)
     assert exact.count_nonzero() > 10
@@ -104,7 +82,7 @@ def test_error_is_at_most_twice_that_of_eager_float32(names, spread, dtype, give
     q = q * spread
     exact = definition(q, k, prompt, **options)
     eager = definition(q, k, prompt, dtype=torch.float32, **options)
-    lse = lse_of(q, k, prompt, **options).float()
+    lse = attention_lse(q, k, prompt, **options).float()
     mass = prompt_attention_mass(q, k, prompt, lse=lse if given_lse else None, **options)
     # a float32 lse is itself rounded, by its own size; of peaked scores that is more than the rounding of the mass
     size = lse.abs().nan_to_num(posinf=0).max() if given_lse or spread > 1 else 1
@@ -125,7 +103,7 @@ def test_the_lse_of_pytorchs_flash_attention_fits():
 
 def test_with_a_given_lse_only_prompt_columns_are_read():
     q, k, prompt, _ = make(torch.float64)
-    lse = lse_of(q, k, prompt)
+    lse = attention_lse(q, k, prompt)
     exact = definition(q, k, prompt)
     k[(~prompt)[:, None].expand(B, HK, S)] = torch.nan
     torch.testing.assert_close(prompt_attention_mass(q, k, prompt, lse=lse), exact)
@@ -135,7 +113,7 @@ def test_with_a_given_lse_only_prompt_columns_are_multiplied():
     q, k, _, _ = make(torch.float64)
     P = 11
     prompt = (torch.arange(S) < P).expand(B, S)
-    lse = lse_of(q, k, prompt)
+    lse = attention_lse(q, k, prompt)
     with FlopCounterMode(display=False) as products:
         prompt_attention_mass(q, k, prompt, lse=lse)
     assert products.get_total_flops() == B * HQ * (S - P) * P * 2 * D
@@ -144,7 +122,7 @@ def test_with_a_given_lse_only_prompt_columns_are_multiplied():
 @pytest.mark.parametrize("nothing_seen", [-torch.inf, torch.inf])
 def test_rows_whose_given_lse_says_that_they_see_nothing_have_no_mass(nothing_seen):
     q, k, prompt, _ = make(torch.float64)
-    lse = lse_of(q, k, prompt)
+    lse = attention_lse(q, k, prompt)
     lse[:, :, 10:] = nothing_seen
     expected = definition(q, k, prompt)
     expected[:, 10:] = 0
@@ -175,7 +153,7 @@ def test_attention_to_an_indicator_as_value_is_the_same_mass():
 def test_sinks_only_add_to_the_denominator():
     q, k, prompt, _ = make(torch.float64)
     plain = prompt_attention_mass(q, k, prompt)
-    lse = lse_of(q, k, prompt)
+    lse = attention_lse(q, k, prompt)
     for given in (None, lse):
         none = prompt_attention_mass(q, k, prompt, lse=given, sinks=torch.full((HQ,), -torch.inf))
         torch.testing.assert_close(none, plain)
