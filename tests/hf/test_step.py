@@ -233,9 +233,8 @@ def test_dropped_tokens_have_no_part_in_loss_or_gradient():
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    nll = next_token_nll(logits, batch["input_ids"])
     keep = out.weights[:, 1:]
-    expected = (nll * keep).sum() / keep.sum()
+    expected = (next_token_nll(logits, batch["input_ids"]) * keep).sum() / keep.sum()
     expected.backward()
     torch.testing.assert_close(out.loss, expected)
     for name, parameter in model.named_parameters():
