@@ -187,9 +187,9 @@ class PlantedNoiseTrainer(SelectiveTrainer):
 
     planted = noise_kept = dropped = 0
 
-    def compute_loss(self, model, inputs, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._noise = inputs.pop("noise").bool()
-        return super().compute_loss(model, inputs, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def record_selection(self, inputs, output) -> None:
         super().record_selection(inputs, output)

@@ -181,7 +181,9 @@ class TokenSelectionMixin(_Base):
                 prompts = 0 if given is None else torch.where(layout.response, 0, given).abs().sum()
                 total += b["chosen_weights"].abs().sum() + prompts
             else:
-                total += self.method.count(layout.response, layout.sample, given).to(device)
+                count = self.method.count(layout.response, layout.sample, given)
+                assert count is not None, "a method of another scope than 'batch' counts before it scores"
+                total += count.to(device)
         if self.args.loss_denominator == "micro_batch":
             return batches, None
         return batches, self.accelerator.gather(total).sum()
@@ -239,6 +241,7 @@ class TokenSelectionMixin(_Base):
     def _set_signature_columns_if_needed(self):
         """Data columns that the step reads are kept, although the model's forward does not name them."""
         super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
         self._signature_columns += [c for c in ("token_weights",) if c not in self._signature_columns]
 
     def after_optimizer_step(self) -> None:
