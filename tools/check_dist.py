@@ -1,4 +1,4 @@
-"""Checks built distributions: what the wheel and the sdist hold, and that the wheel imports where no checkout is.
+"""Checks built distributions: what wheel and sdist hold, and that the wheel installs and imports with no checkout.
 
 python -m tools.check_dist dist
 """
@@ -14,11 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
-import sys, tokensel, tokensel_kernels, tokensel.report.page
-unpacked = sys.argv[1]
+import sys
+sys.path.insert(0, sys.argv[1])
+import importlib.metadata, tokensel, tokensel_kernels, tokensel.report.page
 for package in (tokensel, tokensel_kernels):
-    assert list(package.__path__)[0].startswith(unpacked), package.__path__
-assert set(tokensel.__all__) <= set(dir(tokensel))
+    assert list(package.__path__)[0].startswith(sys.argv[1]), package.__path__
+for name in tokensel.__all__:
+    getattr(tokensel, name)
+assert importlib.metadata.version("tokensel") == tokensel.__version__
 print("imports:", tokensel.__version__)
 """
 
@@ -34,13 +37,14 @@ def main(folder: Path) -> int:
     """Raises SystemExit with what is missing or too much."""
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     expected = package_files("tokensel", "tokensel") | package_files("kernels", "tokensel_kernels")
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as unpacked:
+    with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        if names != expected:
-            raise SystemExit(f"{wheel.name}: missing {sorted(expected - names)}, too much {sorted(names - expected)}")
-        archive.extractall(unpacked)
-        code = f"import sys; sys.path.insert(0, {unpacked!r}); sys.argv = ['', {unpacked!r}]\n{CHECK}"
-        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=unpacked)
+    if names != expected:
+        raise SystemExit(f"{wheel.name}: missing {sorted(expected - names)}, too much {sorted(names - expected)}")
+    with tempfile.TemporaryDirectory() as site:  # beside what is installed here, which it needs
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site]
+        subprocess.run([*pip, str(wheel)], check=True)
+        subprocess.run([sys.executable, "-I", "-c", CHECK, site], check=True, cwd=site)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "kernels/tiles.json", "tokensel/report/page.html"}

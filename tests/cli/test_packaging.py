@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import yaml
 
 import tokensel
 
@@ -46,6 +49,21 @@ def test_import_needs_torch_alone(tmp_path):
     assert imported & optional == set()
 
 
+def test_a_cpu_needs_torch_alone_to_train_on_selected_tokens(tmp_path):
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # an import of these fails
+import torch, tokensel
+hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+labels = torch.tensor([1, 2, -100, 3, 4, 8])
+stats = tokensel.token_stats(hidden, weight, labels)
+tokensel.selected_cross_entropy(hidden, weight, labels, torch.tensor([1.0, 0, 0, 1, 0, 1])).backward()
+print(bool(stats.nll.isfinite().all() and hidden.grad[0].any() and not hidden.grad[1].any()))
+"""
+    absent = "transformers triton datasets pyarrow peft accelerate matplotlib trl yaml tqdm"
+    assert run_python(code, tmp_path, *absent.split()) == "True"
+
+
 def test_every_public_name_loads():
     for name in tokensel.__all__:
         assert getattr(tokensel, name) is not None
@@ -56,6 +74,13 @@ def test_metadata_has_the_version_and_a_console_script_that_loads():
     (script,) = importlib.metadata.distribution("tokensel").entry_points.select(group="console_scripts")
     assert script.name == "tokensel"
     assert callable(script.load())
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == tokensel.__version__
+    latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert latest[1] == tokensel.__version__
 
 
 def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
