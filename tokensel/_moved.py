@@ -10,7 +10,7 @@ import types
 import warnings
 from collections.abc import Sequence
 
-NAMES = {"TokenSelector": "SelectionMethod"}  # of `tokensel` itself
+NAMES = {"TokenSelector": "SelectionMethod"}  # of `tokensel` itself and of the modules below
 
 MODULES = {
     "tokensel.attention": "tokensel.ops.prompt_mass",
@@ -44,6 +44,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         # not the new module itself: importing sets __spec__ and the parent's attribute on what it is given
         new = importlib.import_module(MODULES[module.__name__])
         module.__dict__.update({name: value for name, value in vars(new).items() if not name.startswith("__")})
+        module.__dict__.update({old: vars(new)[name] for old, name in NAMES.items() if name in vars(new)})
 
 
 def install() -> None:
