@@ -21,6 +21,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power loss might leave the name of a file that was never written
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -248,7 +248,7 @@ def _competitors(chunk: Chunk, signals: TokenSignals, method: SelectionMethod) -
 
 
 def select_tokens(method: SelectionMethod, data: RecordedDataset, shards: Shards) -> None:
-    """Puts the weights of all documents that the shards lack into it: 1 = kept, 0 = dropped, NaN = not a response.
+    """Puts the weights of all documents that the shards lack into them: 1 = kept, 0 = dropped, NaN = not a response.
 
     Whole samples of a method of scope "sample" are ranked by themselves, otherwise all tokens of the dataset together.
 
@@ -291,3 +291,4 @@ def select_tokens(method: SelectionMethod, data: RecordedDataset, shards: Shards
         else:
             weights[response] = method(signals).numpy()[response]
         shards.append(chunk.keys, chunk.lengths, weights)
+    shards.flush()

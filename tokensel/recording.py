@@ -144,7 +144,7 @@ def record_losses(
     losses: Callable[[list[dict]], list[Tensor]],
     batch_size: int,
 ) -> int:
-    """Puts the losses of all documents that the shards lack into it -> tokens of the rows that this run scored.
+    """Puts the losses of all documents that the shards lack into them -> tokens of the rows that this run scored.
 
     Batches of like length waste no padding; the longest come first, so that too little memory shows at once.
 
@@ -176,4 +176,5 @@ def record_losses(
             lengths = identity.lengths[numbers].astype(numpy.int32)
             shards.append(identity.keys[numbers], lengths, numpy.concatenate(values))
             bar.update(int(lengths.sum()))
+    shards.flush()
     return left

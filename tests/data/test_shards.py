@@ -23,10 +23,10 @@ def held(shards, order=None):
     return [(key, values.tolist()) for key, values in shards.documents(order)]
 
 
-A, B, C = (5, [1.0, 2.0]), (-3, [3.0]), (1 << 62, [4.0, 5.0, 6.0])
+A, B, C, D = (5, [1.0, 2.0]), (-3, [3.0]), (1 << 62, [4.0, 5.0, 6.0]), (7, [8.0])
 
 
-def test_shards_survives_and_is_read_in_any_order(tmp_path):
+def test_shards_survive_and_are_read_in_any_order(tmp_path):
     with Shards(tmp_path / "out", SETTINGS) as shards:
         put(shards, A, B)
         assert held(shards) == [A, B]
@@ -53,28 +53,45 @@ def test_a_shard_that_was_not_finished_is_no_shard(tmp_path):
             assert held(shards) == [A, B] and not torn.exists()
 
 
-def test_a_damaged_shard_is_named_wherever_the_damage_is(tmp_path):
+def test_wherever_a_shard_is_damaged_the_ones_before_it_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1)  # a shard for each call
     with Shards(tmp_path / "out", SETTINGS) as shards:
         put(shards, A, B)
         put(shards, C)
-    (part,) = (tmp_path / "out.partial").glob("part-*.parquet")
-    whole = part.read_bytes()
-    values = whole.index(numpy.float32([1.0, 2.0, 3.0, 4.0]).tobytes())
-    damaged = [whole[:values] + bytes([whole[values] ^ 1]) + whole[values + 1 :]]  # a bad disk
-    damaged += [whole[:size] for size in (0, 4, len(whole) // 2, len(whole) - 1)]
+        put(shards, D)
+    first, second, third = sorted((tmp_path / "out.partial").glob("part-*.parquet"))
+    whole, last = second.read_bytes(), third.read_bytes()
+    values = whole.index(numpy.float32(C[1]).tobytes())
+    damaged = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(values, values + 12)]  # a bad disk
+    damaged += [whole[:size] for size in range(0, len(whole), 37)]  # a power loss
     for bytes_ in damaged:
-        part.write_bytes(bytes_)
-        with pytest.raises(ValueError, match="part-00000.parquet is damaged .* remove .*out.partial to begin anew"):
-            with Shards(tmp_path / "out", SETTINGS) as shards:
-                held(shards)
-    part.write_bytes(whole)
+        second.write_bytes(bytes_)
+        third.write_bytes(last)
+        with Shards(tmp_path / "out", SETTINGS) as shards:
+            assert shards.keys.tolist() == [A[0], B[0]] and held(shards) == [A, B]
+            assert "part-00001.parquet is damaged" in (told := capsys.readouterr().out)
+            assert "it and the 1 shards behind it are done again" in told
+            put(shards, C)
+            put(shards, D)
+            assert held(shards) == [A, B, C, D]
+        assert (second.read_bytes(), third.read_bytes()) == (whole, last)
+
+
+def test_shards_are_numbered_on_past_the_width_of_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1)
     with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, A)
+        put(shards, B)
+    first, second = sorted((tmp_path / "out.partial").glob("part-*.parquet"))
+    first.rename(first.with_name("part-99999.parquet"))
+    second.rename(second.with_name("part-100000.parquet"))
+    with Shards(tmp_path / "out", SETTINGS) as shards:
+        put(shards, C)
         assert held(shards) == [A, B, C]
 
 
-def test_shards_are_read_in_any_order_a_few_at_a_time(tmp_path, monkeypatch):
+def test_shards_are_read_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 7)
-    monkeypatch.setattr(shards_module, "READ_TOKENS", 5)
     random = numpy.random.default_rng(0)
     documents = [(int(key), [float(key)] * (1 + int(key) % 4)) for key in random.permutation(40)]
     with Shards(tmp_path / "out", SETTINGS) as shards:
@@ -103,7 +120,7 @@ def test_what_version_0_1_left_is_refused_with_the_way_out(tmp_path):
     assert (tmp_path / "out.partial" / "rows").read_bytes() == b"tsj1"
 
 
-def test_shards_of_other_settings_is_refused_with_the_difference(tmp_path):
+def test_shards_of_other_settings_are_refused_with_the_difference(tmp_path):
     with Shards(tmp_path / "out", SETTINGS) as shards:
         put(shards, A)
     with pytest.raises(ValueError, match="out.partial belongs to .* other settings: max_length was 9 and is 8. Give"):
@@ -144,3 +161,15 @@ def test_a_full_disk_keeps_the_shards_and_says_so(tmp_path, monkeypatch, room):
     assert error.value.errno == errno.ENOSPC
     with Shards(tmp_path / "out", SETTINGS) as shards:
         assert held(shards) == [A, B]
+
+
+def test_a_full_disk_before_the_first_shard_says_that_nothing_was_kept(tmp_path, monkeypatch):
+    def full(table, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards_module.pq, "write_table", full)
+    with pytest.raises(OSError, match="nothing of this run was kept. Free some space") as error:
+        with Shards(tmp_path / "out", SETTINGS) as shards:
+            put(shards, A)
+            held(shards)
+    assert error.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []

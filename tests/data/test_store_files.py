@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import torch
 from stored import LENGTHS, make_documents, make_tokenizer, padded, write
 
 import tokensel.store.writer as writer_module
+from tokensel.documents import document_keys
 from tokensel.store import HistoryStore, HistoryWriter, tokenizer_fingerprint
 
 
@@ -200,3 +202,29 @@ def test_wrong_shapes_are_named(store, tmp_path):
     with pytest.raises(ValueError, match="nll must have shape"):
         with HistoryWriter(tmp_path / "other.parquet") as writer:
             writer.add(ids, labels, nll[:, 1:])
+
+
+@pytest.mark.parametrize("content", [{"content": "nll"}, {}], ids=["0.1", "the first ones, which did not say"])
+def test_a_store_of_an_earlier_version_is_read(tmp_path, content):
+    documents = make_documents()
+    keys = [int(document_keys(ids[None])[0, 0]) for ids, _, _ in documents]
+    lengths = [len(ids) for ids, _, _ in documents]
+    losses = []
+    for ids, labels, nll in documents:
+        response = (labels != -100) & (torch.arange(len(ids)) > 0)
+        losses.append(torch.where(response, nll.float(), torch.nan).tolist())
+    schema = pa.schema(
+        [
+            pa.field("key", pa.int64(), nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            pa.field("nll", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+        ]
+    )
+    header = {"format_version": 1, "tokenizer": None, "model": "m", "max_length": 64, "dataset": "d"} | content
+    header |= {"documents": len(keys), "tokens": sum(lengths), "tokensel_version": "0.1.0"}
+    table = pa.table({"key": keys, "length": lengths, "nll": losses}, schema=schema)
+    pq.write_table(table.replace_schema_metadata({b"tokensel": json.dumps(header)}), tmp_path / "old.parquet")
+    store = HistoryStore.open(tmp_path / "old.parquet")
+    for (ids, labels, _), values in zip(documents, losses, strict=True):
+        expected = torch.tensor(values).nan_to_num(0)
+        assert torch.equal(store.lookup(ids[None], labels[None])[0], expected)

@@ -4,8 +4,9 @@
     OUTPUT.partial/part-00000.parquet   documents and their values, as in a store; a shard that is listed is done
     OUTPUT.partial/state.json           what else the run wants to remember
 
-A shard takes its name when it is whole, so there are no torn ones. A killed process loses what waits for its shard:
-at most SHARD_TOKENS tokens, and little more than SHARD_SECONDS of work.
+A shard takes its name when it is whole and on the disk, so there are no torn ones. A killed process loses what waits
+for its shard: at most SHARD_TOKENS tokens, and little more than SHARD_SECONDS of work. What a bad disk has damaged is
+done again, with all that comes behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -30,7 +32,16 @@ from tokensel.store.format import documents_table, read_documents, store_schema
 
 SHARD_TOKENS = 1 << 20  # 4 MiB of values
 SHARD_SECONDS = 10.0
-READ_TOKENS = 1 << 24  # 64 MiB of values: what `documents` holds while it brings them into another order
+
+
+def _number(shard: Path) -> int:
+    return int(shard.stem.rpartition("-")[2])
+
+
+def _documents_of(
+    keys: numpy.ndarray, lengths: numpy.ndarray, values: numpy.ndarray
+) -> Iterator[tuple[int, numpy.ndarray]]:
+    return zip(keys.tolist(), numpy.split(values, lengths.cumsum()[:-1]), strict=True)
 
 
 class Shards:
@@ -47,7 +58,7 @@ class Shards:
         state: dict that survives as well, after `save_state`.
 
     Raises:
-        ValueError: the shards belong to a run with other settings (names the differences), or are damaged.
+        ValueError: the shards belong to a run with other settings; names the differences.
         BlockingIOError: another process is writing them.
     """
 
@@ -64,6 +75,8 @@ class Shards:
     @property
     def advice(self) -> str:
         """What to do after a full disk."""
+        if not self._shards and not self.state:
+            return "nothing of this run was kept. Free some space and run the same command again"
         return f"what was done is kept in {self.directory}. Free some space and run the same command again to go on"
 
     def __enter__(self) -> Shards:
@@ -98,10 +111,20 @@ class Shards:
         self._refuse_other_settings(json.loads(settings.read_text(encoding="utf-8")))
         state = self.directory / "state.json"
         self.state = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
-        self._shards = sorted(self.directory.glob("part-*.parquet"))
-        parts = [self._read(shard, values=False) for shard in self._shards]
-        if parts:
-            self.keys, self.lengths = (numpy.concatenate([part[i] for part in parts]) for i in (0, 1))
+        shards = sorted(self.directory.glob("part-*.parquet"), key=_number)
+        keys, lengths = [self.keys], [self.lengths]
+        for i, shard in enumerate(shards):
+            try:
+                shard_keys, shard_lengths, _ = self._read(shard)  # the checksums, too
+            except ValueError as error:
+                print(f"{error}; it and the {len(shards) - i - 1} shards behind it are done again", flush=True)
+                for damaged in shards[i:]:
+                    damaged.unlink()
+                break
+            self._shards.append(shard)
+            keys.append(shard_keys)
+            lengths.append(shard_lengths)
+        self.keys, self.lengths = numpy.concatenate(keys), numpy.concatenate(lengths)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -110,7 +133,7 @@ class Shards:
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 return  # what waits would meet the full disk once more
             if self.directory.is_dir():
-                self._write_shard()
+                self.flush()
         finally:
             if self._lock is not None:
                 self._lock.close()
@@ -148,13 +171,14 @@ class Shards:
         self._waiting.append((keys.copy(), lengths.copy(), values.copy()))  # views would keep what they were cut from
         tokens = sum(len(part) for _, _, part in self._waiting)
         if tokens >= SHARD_TOKENS or time.monotonic() - self._since >= SHARD_SECONDS:
-            self._write_shard()
+            self.flush()
 
-    def _write_shard(self) -> None:
+    def flush(self) -> None:
+        """Writes what waits for its shard."""
         if not self._waiting:
             return
         keys, lengths, values = (numpy.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        number = int(self._shards[-1].stem.rpartition("-")[2]) + 1 if self._shards else 0
+        number = _number(self._shards[-1]) + 1 if self._shards else 0
         shard = self.directory / f"part-{number:05d}.parquet"
         with self._naming_a_full_disk(), replacing(shard) as temporary:
             table = documents_table(keys, lengths, values, store_schema("nll"))
@@ -162,50 +186,42 @@ class Shards:
         self._shards.append(shard)
         self._waiting = []
 
-    def _read(self, shard: Path, values: bool = True) -> tuple[numpy.ndarray, ...]:
-        """(keys, lengths, values) of a shard, the last only where it is asked for."""
+    def _read(self, shard: Path) -> tuple[numpy.ndarray, ...]:
+        """(keys, lengths, values) of a shard."""
         try:
-            columns = None if values else ["key", "length"]
-            table = pq.read_table(shard, columns=columns, page_checksum_verification=True)
+            return read_documents(pq.read_table(shard, page_checksum_verification=True))
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{shard} is damaged ({error}); remove {self.directory} to begin anew") from error
-        return read_documents(table)
+            raise ValueError(f"{shard} is damaged ({error})") from error
 
     def documents(self, order: numpy.ndarray | None = None) -> Iterator[tuple[int, numpy.ndarray]]:
-        """(key, values) of all recorded documents, holding READ_TOKENS values at a time.
+        """(key, values) of all recorded documents, holding a shard at a time.
 
         Args:
-            order: keys; None = as recorded.
+            order: keys, of all of them; None = as recorded. They are brought into it in a file without a name.
         """
-        self._write_shard()
+        self.flush()
         if order is None:
             for shard in self._shards:
-                keys, lengths, values = self._read(shard)
-                yield from zip(keys.tolist(), numpy.split(values, lengths.cumsum()[:-1]), strict=True)
+                yield from _documents_of(*self._read(shard))
             return
-        index = [self._read(shard, values=False) for shard in self._shards]
-        keys, lengths = (numpy.concatenate([part[i] for part in index]) for i in (0, 1))
-        shard_of = numpy.repeat(numpy.arange(len(index)), [len(part[0]) for part in index])
-        by_key = keys.argsort()
-        places = by_key[numpy.searchsorted(keys, order, sorter=by_key)]  # of the documents, as recorded
-        tokens = lengths[places].cumsum(dtype=numpy.int64)
-        first = 0
-        while first < len(places):
-            done = int(tokens[first - 1]) if first else 0
-            last = max(first + 1, int(numpy.searchsorted(tokens, done + READ_TOKENS, side="right")))
-            yield from self._gather(order[first:last], shard_of[places[first:last]])
-            first = last
+        by_key = order.argsort()
+        with self._naming_a_full_disk(), tempfile.TemporaryFile(dir=self.directory) as ordered:
+            lengths = self._lengths_in(order, by_key)
+            starts = 4 * (lengths.cumsum() - lengths)  # bytes
+            for shard in self._shards:
+                for key, values in _documents_of(*self._read(shard)):
+                    place = by_key[numpy.searchsorted(order, key, sorter=by_key)]
+                    os.pwrite(ordered.fileno(), values.tobytes(), int(starts[place]))
+            for key, length in zip(order.tolist(), lengths.tolist(), strict=True):
+                yield key, numpy.frombuffer(ordered.read(4 * length), numpy.float32)
 
-    def _gather(self, wanted: numpy.ndarray, shard_of: numpy.ndarray) -> Iterator[tuple[int, numpy.ndarray]]:
-        """(key, values) of some documents, in their order, from the shards that have them."""
-        values_of: dict[int, numpy.ndarray] = {}
-        for number in numpy.unique(shard_of):
-            mine = set(wanted[shard_of == number].tolist())
-            keys, lengths, values = self._read(self._shards[number])
-            parts = numpy.split(values, lengths.cumsum()[:-1])
-            values_of |= {key: part.copy() for key, part in zip(keys.tolist(), parts, strict=True) if key in mine}
-        for key in wanted.tolist():
-            yield key, values_of[key]
+    def _lengths_in(self, order: numpy.ndarray, by_key: numpy.ndarray) -> numpy.ndarray:
+        """The lengths of all documents in an order of their keys, int64."""
+        lengths = numpy.zeros(len(order), numpy.int64)
+        for shard in self._shards:
+            keys, shard_lengths = read_documents(pq.read_table(shard, columns=["key", "length"]))
+            lengths[by_key[numpy.searchsorted(order, keys, sorter=by_key)]] = shard_lengths
+        return lengths
 
     def remove(self) -> None:
         """Deletes the shards, once the output is in place."""

@@ -166,8 +166,6 @@ class HistoryWriter:
         with self._naming_a_full_disk():
             self._parquet.add_key_value_metadata({METADATA_KEY: json.dumps(self.metadata)})
             self._parquet.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
 
     def _write_row_group(self) -> None:
@@ -192,7 +190,8 @@ class HistoryWriter:
                 raise
         finally:
             self._parquet = self._file = None
-            self._stack.__exit__(None if error is None else type(error), error, None)
+            with self._naming_a_full_disk():
+                self._stack.__exit__(None if error is None else type(error), error, None)
 
     def _naming_a_full_disk(self) -> AbstractContextManager:
         return naming_a_full_disk(self.path, "the history store", self._if_disk_is_full)
