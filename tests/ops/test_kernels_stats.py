@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_inputs import DEVICE, make, summed_magnitude
-from oracles import DTYPES, FIELDS, truth, truth_of_logits
+from oracles import DTYPES, FIELDS, head_of, truth, truth_of_logits
 
 import tokensel.ops.chunked
 import tokensel.ops.loss
@@ -16,6 +16,7 @@ import tokensel_kernels.vocab_stats
 from tokensel import (
     selected_cross_entropy,
     token_stats,
+    token_stats_contrast,
     token_stats_from_logits,
     token_stats_pair,
 )
@@ -143,6 +144,26 @@ def test_library_products_of_both_models_are_read_once(workspace_mib, options, d
     for stats, inputs in zip(pair, models, strict=True):
         exact, eager = (truth(*inputs, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
         assert_within_budget(stats, exact, eager, labels)
+
+
+def assert_contrast_within_budget(stats, models, labels, beta, **options):
+    truths = []
+    for dtype in (torch.float64, torch.float32):
+        positive, negative = (head_of(*model, **options, dtype=dtype) for model in models)
+        truths.append(truth_of_logits((1 + beta) * positive - beta * negative, labels))
+    assert_within_budget(stats, *truths, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
+def test_the_contrast_by_library_products(workspace_mib, options, dtype, gpu_chunked):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    models = ((hidden, weight), make(D=24, dtype=dtype)[:2])
+    options = options | ({"bias": bias} if "bias" in options else {})
+    common = {"entropy": True, "impl": "chunked", "workspace_mib": workspace_mib}
+    stats = token_stats_contrast(*models, labels, beta=0.7, **common, **options)
+    assert_contrast_within_budget(stats, models, labels, 0.7, **options)
 
 
 @pytest.mark.parametrize("V", [63, 64, 65, 129])

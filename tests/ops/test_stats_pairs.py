@@ -160,3 +160,23 @@ def test_logits_of_rows_that_all_count_are_not_overwritten_either():
     before = logits.clone()
     token_stats_from_logits(logits, torch.arange(8), logits, entropy=True)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_contrast_with_itself_or_with_nothing_is_the_model(impl):
+    hidden, weight, labels, _ = make(dtype=torch.bfloat16)
+    expected = token_stats(hidden, weight, labels, impl=impl).nll
+    same = token_stats_contrast((hidden, weight), (hidden, weight), labels, beta=1.5, impl=impl).nll
+    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+    other = make(D=24, dtype=torch.bfloat16)[:2]
+    assert torch.equal(token_stats_contrast((hidden, weight), other, labels, beta=0.0, impl=impl).nll, expected)
+    none = torch.full_like(labels, -100)
+    assert (token_stats_contrast((hidden, weight), other, none, impl=impl).nll == 0).all()
+    empty = [(h[:0], w) for h, w in ((hidden, weight), other)]
+    assert token_stats_contrast(*empty, labels[:0], impl=impl).nll.shape == (0,)
+
+
+def test_a_fused_contrast_is_refused_with_what_there_is():
+    hidden, weight, labels, _ = make()
+    with pytest.raises(ValueError, match="impl='fused' has no contrast of two models; use impl='chunked'"):
+        token_stats_contrast((hidden, weight), (hidden, weight), labels, impl="fused")

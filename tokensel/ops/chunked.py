@@ -58,14 +58,23 @@ def vocabulary_blocks(
 
 def logits_block(x: Tensor, w: Tensor, head: Head, out: Tensor) -> Tensor:
     """z of `reference.head_logits` for a block, written into `out`. x (R, D), w (C, D), bias (C,), out (R, C)."""
-    torch.mm(x, w.T, out=out)
+    return _to_logits(torch.mm(x, w.T, out=out), head)
+
+
+def _to_logits(product: Tensor, head: Head) -> Tensor:
+    """Products (R, C) with a block of the head to its logits, in place; bias (C,)."""
     if head.bias is not None:
-        out += head.bias
+        product += head.bias
     if head.logit_scale != 1.0:
-        out *= head.logit_scale
+        product *= head.logit_scale
     if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
+        product.div_(head.softcap).tanh_().mul_(head.softcap)
+    return product
+
+
+def _contrasted(positive: Tensor, negative: Tensor, contrast: float) -> Tensor:
+    """(1 + contrast) z - contrast z' of blocks of logits, in place of the first."""
+    return positive.mul_(1 + contrast).sub_(negative, alpha=contrast)
 
 
 def _in_float32(block: Tensor, copy: Tensor) -> Tensor:
@@ -124,9 +133,7 @@ def hidden_stats(
                     w = _in_float32(weight[start : start + C], copy)  # (C, D)
                     out = space[: len(rows) * len(w)].view(len(rows), len(w))
                     block.append(logits_block(x, w, head._replace(bias=bias), out))
-                z = block[0]
-                if len(block) == 2:
-                    z.mul_(1 + contrast).sub_(block[1], alpha=contrast)
+                z = block[0] if len(block) == 1 else _contrasted(block[0], block[1], contrast)
                 part = block_stats(z, y - start, entropy)
                 joined = part if joined is None else TokenStats.merge([joined, part])
             if joined is not None:
@@ -135,9 +142,15 @@ def hidden_stats(
 
 
 def hidden_stats_on_gpu(
-    models: Models, labels: Tensor, head: Head, entropy: bool, ignore_index: int, workspace_mib: float
+    models: Models,
+    labels: Tensor,
+    head: Head,
+    entropy: bool,
+    ignore_index: int,
+    workspace_mib: float,
+    contrast: float | None = None,
 ) -> list[TokenStats]:
-    """Blocks of all models' logits in one workspace, which a kernel reads once.
+    """Blocks of all models' logits in one workspace, which a kernel reads once; with `contrast` those of two in one.
 
     Ignored rows are multiplied too: to leave them out, the host would have to wait for their number.
     """
@@ -146,8 +159,8 @@ def hidden_stats_on_gpu(
     N, V = len(labels), models[0][1].shape[0]
     R, C = vocabulary_blocks(N, V, workspace_mib, columns=GPU_COLUMNS, models=len(models))
     workspace = torch.empty(len(models), R * C, dtype=torch.float32, device=labels.device)
-    sums = torch.empty(5 if entropy else 3, len(models), -(-V // C), N, dtype=torch.float32, device=labels.device)
-    options = {"softcap": head.softcap, "logit_scale": head.logit_scale, "ignore_index": ignore_index}
+    results = len(models) if contrast is None else 1
+    sums = torch.empty(5 if entropy else 3, results, -(-V // C), N, dtype=torch.float32, device=labels.device)
     for first in range(0, N, R):
         rows = slice(first, min(first + R, N))
         for share, start in enumerate(range(0, V, C)):
@@ -155,8 +168,12 @@ def hidden_stats_on_gpu(
             for (hidden, weight), space in zip(models, workspace, strict=True):
                 x, w = hidden[rows], weight[start : start + C]
                 block.append(product(x, w.T, space[: len(x) * len(w)].view(len(x), len(w))))
-            bias = None if head.bias is None else head.bias[start : start + C]
-            write_logits_sums(block, labels[rows], sums[:, :, share, rows], bias=bias, first_column=start, **options)
+            part = head if head.bias is None else head._replace(bias=head.bias[start : start + C])
+            if contrast is not None:  # the kernel then reads logits, not products
+                positive, negative = (_to_logits(z, part) for z in block)
+                block, part = [_contrasted(positive, negative, contrast)], Head()
+            out, options = sums[:, :, share, rows], part._asdict()
+            write_logits_sums(block, labels[rows], out, first_column=start, ignore_index=ignore_index, **options)
     return stats_of_sums(sums, labels, ignore_index)
 
 

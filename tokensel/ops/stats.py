@@ -243,7 +243,9 @@ def _compute_contrast(
     models: Models, labels: Tensor, contrast: float, head: Head, entropy: bool, ignore_index: int, impl: str, mib: float
 ) -> list[Tensor]:
     """The fields of the contrast's TokenStats, (N,) each. It is made before training, so it needs no operator."""
-    if impl == "chunked":
+    if impl == "chunked" and on_gpu(models[0][0]):
+        (stats,) = chunked.hidden_stats_on_gpu(models, labels, head, entropy, ignore_index, mib, contrast)
+    elif impl == "chunked":
         stats = chunked.hidden_stats(models, labels, head, entropy, ignore_index, mib, contrast)
     else:
         positive, negative = (reference.head_logits(x, w, *head) for x, w in models)
