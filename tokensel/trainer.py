@@ -342,7 +342,8 @@ class TokenSelectionMixin(_Base):
     def _selection_metrics(self) -> dict[str, float]:
         sums, self._selection_sums = self._over_ranks(self._selection_sums), {}
         now = time.perf_counter()
-        sums["seconds"], self._last_log = now - (self._last_log or now), now
+        assert self._last_log is not None  # it was set before the first step
+        sums["seconds"], self._last_log = now - self._last_log, now
         for name, value in sums.items():
             self._selection_totals[name] = self._selection_totals.get(name, 0) + value
         metrics = selection_metrics(sums)
