@@ -45,6 +45,7 @@ FLOORS = [
     "history",
     "step",
     "data.collators data.rows",
+    "data.chat",
     "data.encode",
     "data",
     "arguments metrics settings",

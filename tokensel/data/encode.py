@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 
+from tokensel.data.chat import Encoded, checked_weight, describe, encode_chat, is_finite
 from tokensel.data.rows import RowError, as_dataset
 from tokensel.documents import IGNORE_INDEX
 
@@ -97,7 +97,7 @@ def encode_rows(
         rows = list(rows)
         for i, row in enumerate(rows):
             if not isinstance(row, dict):
-                raise TypeError(f"rows must be a datasets.Dataset or dicts; row {i} is {_describe(row)}")
+                raise TypeError(f"rows must be a datasets.Dataset or dicts; row {i} is {describe(row)}")
         rows = as_dataset(rows, [f"row {i}" for i in range(len(rows))])
     if not len(rows):
         raise ValueError("rows is empty; give at least one row")
@@ -106,7 +106,7 @@ def encode_rows(
         raise ValueError(f"keep_columns names {missing}, but the columns are {rows.column_names}")
 
     for name, value in (("prompt_weight", prompt_weight), ("response_weight", response_weight)):
-        if not _is_finite(value):
+        if not is_finite(value):
             raise ValueError(f"{name} must be a finite number; got {value!r}")
     weighted = (prompt_weight, response_weight) != (0, 1) or _has_weights(rows.features)
 
@@ -116,28 +116,28 @@ def encode_rows(
         encoded: dict[str, list[Any]] = {column: [] for column in features}
         for i, index in enumerate(indices):
             row = {column: batch[column][i] for column in rows.column_names}
-            ids, labels, weights = _encode(row, index, tokenizer)
-            labels = [IGNORE_INDEX, *labels[1:max_length]]
-            responses = sum(label != IGNORE_INDEX for label in labels)
-            if responses == 0:
-                count["without_response"] += 1
-                continue
-            count["truncated"] += len(ids) > max_length
-            count["tokens"] += len(labels)
-            count["response_tokens"] += responses
-            values: dict[str, list[Any]] = {"input_ids": ids[:max_length], "labels": labels}
-            if weighted:
-                factor = response_weight * _weight(row.get("weight"), index, "weight")
-                values["token_weights"] = [0.0] + [
-                    (prompt_weight if weight is None else weight)
-                    if label == IGNORE_INDEX
-                    else factor * (1.0 if weight is None else weight)
-                    for label, weight in zip(labels[1:], weights[1:max_length], strict=True)
-                ]
-            count["longest"] = max(count["longest"], len(labels))
-            count["largest_id"] = max(count["largest_id"], *values["input_ids"])
-            for column in features:
-                encoded[column].append(values[column] if column in values else row[column])
+            for ids, labels, weights in _encode(row, index, tokenizer):
+                labels = [IGNORE_INDEX, *labels[1:max_length]]
+                responses = sum(label != IGNORE_INDEX for label in labels)
+                if responses == 0:
+                    count["without_response"] += 1
+                    continue
+                count["truncated"] += len(ids) > max_length
+                count["tokens"] += len(labels)
+                count["response_tokens"] += responses
+                values: dict[str, list[Any]] = {"input_ids": ids[:max_length], "labels": labels}
+                if weighted:
+                    factor = response_weight * checked_weight(row.get("weight"), index, "weight")
+                    values["token_weights"] = [0.0] + [
+                        (prompt_weight if weight is None else weight)
+                        if label == IGNORE_INDEX
+                        else factor * (1.0 if weight is None else weight)
+                        for label, weight in zip(labels[1:], weights[1:max_length], strict=True)
+                    ]
+                count["longest"] = max(count["longest"], len(labels))
+                count["largest_id"] = max(count["largest_id"], *values["input_ids"])
+                for column in features:
+                    encoded[column].append(values[column] if column in values else row[column])
         return encoded
 
     tokens = datasets.Sequence(datasets.Value("int64"))
@@ -172,25 +172,8 @@ def _has_weights(features: datasets.Features) -> bool:
     return in_messages or "weight" in features or "token_weights" in features
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether a value is a number that float32 holds."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= torch.finfo(torch.float32).max
-
-
-def _weight(value: Any, index: int, name: str) -> float:
-    if value is not None and not _is_finite(value):
-        raise RowError(index, f"{name} must be a finite number, by which losses are multiplied; got {value!r}")
-    return 1.0 if value is None else value
-
-
-def _encode(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], Sequence[float | None]]:
-    """(input_ids, labels, weights) of one row, of its full length; None where no weight is given."""
-    ids, labels, weights = _encode_fields(row, index, tokenizer)
-    return ids, labels, [None] * len(ids) if weights is None else weights
-
-
-def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[int], Sequence[float | None] | None]:
+def _encode(row: dict, index: int, tokenizer) -> list[Encoded]:
+    """The documents of one row, of their full length."""
     # Where lines of a file mix formats, the columns of the others are None; an incomplete row falls back to
     # the columns alone, so that the field which is None can be named.
     filled = {column for column, value in row.items() if value is not None}
@@ -199,7 +182,8 @@ def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[in
             if columns.issuperset(fields):
                 values: list[Any] = [row[field] for field in fields]
                 if fields == ("input_ids", "labels"):
-                    return *_check_ids(index, values[0], values[1], len(tokenizer)), _check_weights(index, row)
+                    ids, labels = _check_ids(index, values[0], values[1], len(tokenizer))
+                    return [Encoded(ids, labels, _check_weights(index, row))]
                 if row.get("token_weights") is not None:
                     raise RowError(
                         index,
@@ -207,24 +191,21 @@ def _encode_fields(row: dict, index: int, tokenizer) -> tuple[list[int], list[in
                         "`weight`, and messages one each",
                     )
                 if fields == ("messages",):
-                    return _encode_chat(index, values[0], tokenizer)
+                    return encode_chat(index, values[0], tokenizer)
                 for field, value in zip(fields, values, strict=True):
                     if not isinstance(value, str):
-                        raise RowError(index, f"{field} must be a string; got {_describe(value)}")
+                        raise RowError(index, f"{field} must be a string; got {describe(value)}")
                 prompt, completion = values
-                return *_encode_text(prompt + "\n" * (fields[0] == "question"), completion, tokenizer), None
+                ids, labels = _encode_text(prompt + "\n" * (fields[0] == "question"), completion, tokenizer)
+                return [Encoded(ids, labels, [None] * len(ids))]
     accepted = "; ".join(f"{' and '.join(fields)} ({what})" for fields, what in FORMATS.items())
     raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
-
-
-def _describe(value: object) -> str:
-    return "None" if value is None else type(value).__name__
 
 
 def _check_ids(index: int, input_ids: Any, labels: Any, vocabulary: int) -> tuple[list[int], list[int]]:
     for name, value in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
-            raise RowError(index, f"{name} must be a list of integers; got {_describe(value)}")
+            raise RowError(index, f"{name} must be a list of integers; got {describe(value)}")
     if len(input_ids) != len(labels):
         raise RowError(
             index,
@@ -237,17 +218,17 @@ def _check_ids(index: int, input_ids: Any, labels: Any, vocabulary: int) -> tupl
     return input_ids, labels
 
 
-def _check_weights(index: int, row: dict) -> list[float] | None:
+def _check_weights(index: int, row: dict) -> Sequence[float | None]:
     weights = row.get("token_weights")
     if weights is None:
-        return None
+        return [None] * len(row["input_ids"])
     if not isinstance(weights, list) or len(weights) != len(row["input_ids"]):
-        length = len(weights) if isinstance(weights, list) else _describe(weights)
+        length = len(weights) if isinstance(weights, list) else describe(weights)
         raise RowError(
             index, f"token_weights must be a list as long as input_ids ({len(row['input_ids'])}); got {length}"
         )
     for i, weight in enumerate(weights):
-        if not _is_finite(weight):
+        if not is_finite(weight):
             raise RowError(index, f"token_weights[{i}] must be a finite number; got {weight!r}")
     return weights
 
@@ -266,58 +247,3 @@ def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], li
     if response and response[-1] != eos:
         response.append(eos)
     return ids + response, [IGNORE_INDEX] * len(ids) + response
-
-
-def _encode_chat(index: int, messages: Any, tokenizer) -> tuple[list[int], list[int], Sequence[float | None]]:
-    from jinja2 import TemplateError
-
-    if not isinstance(messages, list) or not messages:
-        raise RowError(index, f"messages must be a list of {{role, content}}; got {_describe(messages)}")
-    for i, message in enumerate(messages):
-        for field in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                value = message.get(field) if isinstance(message, dict) else message
-                raise RowError(index, f"messages[{i}].{field} must be a string; got {_describe(value)}")
-        weight = _weight(message.get("weight"), index, f"messages[{i}].weight")
-        if message["role"] != "assistant" and message.get("weight") is not None and weight != 0:
-            raise RowError(
-                index,
-                f"messages[{i}].weight is {weight}, but the message is the {message['role']}'s, and assistants' are "
-                "trained; leave it out (prompt_weight weighs all prompt tokens)",
-            )
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template")
-    if not tokenizer.is_fast:
-        raise ValueError("`messages` need a fast tokenizer, which tells where in the text each token is")
-    # Arrow fills in every key that any message has, and templates ask whether a key is there: only these two.
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-
-    def render(count: int, **options) -> str:
-        try:
-            return tokenizer.apply_chat_template(turns[:count], tokenize=False, **options)
-        except TemplateError as error:
-            raise RowError(index, f"the chat template refuses messages[:{count}]: {error}") from error
-
-    text = render(len(turns))
-    spans = []  # (begin, end, weight) of characters, each an assistant's part
-    for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            before = render(i, add_generation_prompt=True) if i else ""
-            after = render(i + 1)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise RowError(
-                    index,
-                    f"the chat template renders messages[:{i + 1}] differently inside the whole "
-                    "conversation, so the assistant's part cannot be told apart. Use a template that only "
-                    "appends, or split the conversation into rows that end with each answer",
-                )
-            spans.append((len(before), len(after), messages[i].get("weight")))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-    labels = [IGNORE_INDEX] * len(ids)
-    weights: list[float | None] = [None] * len(ids)
-    for begin, end, weight in spans:
-        for t, start in enumerate(starts):
-            if begin <= start < end:
-                labels[t], weights[t] = ids[t], weight
-    return ids, labels, weights
