@@ -7,6 +7,8 @@ A tiny random Llama learns random tokens here, so that the file runs anywhere; p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +33,7 @@ fully_shard([model.model.norm, model.lm_head])  # or neither, or the head alone:
 fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 method = tokensel.methods.get("attention", rho=0.6)
+selection = tokensel.Selection(method)
 
 torch.manual_seed(1 + rank)  # other rows on every rank
 for step in range(20):
@@ -42,10 +45,11 @@ for step in range(20):
     layout = BatchLayout.from_batch({"input_ids": ids, "labels": labels})
     kept = method.count(layout.response, layout.sample).double()
     dist.all_reduce(kept)
-    output = model(input_ids=ids, labels=labels, selection=tokensel.Selection(method, denominator=kept, step=step))
+    output = model(input_ids=ids, labels=labels, selection=replace(selection, denominator=kept))
     (output.loss * ranks).backward()  # FSDP averages gradients over ranks, the denominator is global already
     optimizer.step()
     optimizer.zero_grad()
+    selection.step()
 
     loss = output.loss.detach()
     dist.all_reduce(loss)  # each rank's is its own part of the sum

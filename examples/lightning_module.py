@@ -7,8 +7,6 @@ The loss is the mean of the kept tokens of each micro-batch. The model here is t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import lightning
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,13 +23,23 @@ class SelectiveModule(lightning.LightningModule):
         super().__init__()
         self.model = model
         tokensel.apply_to(model)  # here, so that a strategy wraps the patched model
-        self.select = tokensel.Selection(method, history=tokensel.AdapterOff(model))
+        self.selection = tokensel.Selection(method, history=tokensel.AdapterOff(model))
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
-        output = self.model(**batch, selection=replace(self.select, step=self.global_step))
+        output = self.model(**batch, selection=self.selection)
         self.log("loss", output.loss)
         self.log("kept_share", (output.weights > 0).sum() / output.response.sum().clamp(min=1))
         return output.loss
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.selection.step()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["selection"] = self.selection.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.selection.load_state_dict(checkpoint["selection"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tokensel
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.documents import BatchLayout
+from tokensel.step import Progress
 from tokensel.store import HistoryWriter
 from tokensel.trainer import SelectiveTrainer
 
@@ -75,7 +76,9 @@ def train(
         kept = method.count(layout.response, layout.sample).double()
         if ranks > 1:
             dist.all_reduce(kept)
-        output = model(**mine, selection=tokensel.Selection(method, history=history, denominator=kept, step=step))
+        output = model(
+            **mine, selection=tokensel.Selection(method, history=history, denominator=kept, progress=Progress(step))
+        )
         backward(output.loss * ranks)  # gradients are averaged over ranks, the denominator is global
         optimizer.step()
         optimizer.zero_grad()

@@ -21,6 +21,7 @@ from tokensel.select.signals import TokenSignals
 
 if TYPE_CHECKING:
     from tokensel.arguments import SelectionArguments, SelectiveTrainingArguments
+    from tokensel.choose_history import auto_history
     from tokensel.history import AdapterEMA, AdapterOff, LastSeen, ModelCopy, OtherModel
     from tokensel.model import apply_to, remove
     from tokensel.sft import SelectiveSFTConfig, SelectiveSFTTrainer
@@ -46,6 +47,7 @@ _LAZY = {  # name -> module
     "SelectiveTrainingArguments": "arguments",
     "TokenSelectionMixin": "trainer",
     "apply_to": "model",
+    "auto_history": "choose_history",
     "remove": "model",
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "TokenSignals",
     "TokenStats",
     "apply_to",
+    "auto_history",
     "methods",
     "prompt_attention_mass",
     "remove",

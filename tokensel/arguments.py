@@ -12,7 +12,19 @@ from tokensel import methods
 from tokensel.select.methods import SelectionMethod
 from tokensel.select.signals import RECORDED
 
-HISTORIES = ("none", "recorded", "last_seen", "adapter_off", "adapter_ema", "frozen", "ema", "reference")
+HISTORIES = {  # name -> (what it is, what it costs)
+    "none": ("no history", "nothing"),
+    "recorded": ("losses that `tokensel score` computed once", "nothing per step"),
+    "last_seen": ("each document's losses when it was last trained on", "4 bytes a token of host memory"),
+    "adapter_off": ("the same model with its adapters disabled", "one forward per step, no memory"),
+    "adapter_ema": (
+        "an average of the adapters' weights over the run",
+        "one forward per step, the adapters again",
+    ),
+    "frozen": ("the model as it was when the run began", "one forward per step, the trained weights again"),
+    "ema": ("an average of all trained weights over the run", "one forward per step, the trained weights again"),
+    "reference": ("another model with the same tokenizer", "one forward of it per step, and its weights"),
+}
 _HISTORY_SETTINGS = {  # and the histories that read them
     "history_decay": ("adapter_ema", "ema"),
     "history_device": ("frozen", "ema", "reference"),
@@ -25,19 +37,19 @@ DENOMINATORS = ("step", "micro_batch")
 class SelectionArguments:
     """What `TokenSelectionMixin` reads from the trainer's arguments."""
 
-    method: str = field(default="sstoken", metadata={"help": f"Selection method: {', '.join(methods.names())}."})
+    method: str = field(  # type: ignore[assignment]  # required: `build_method` asks for it
+        default=None, metadata={"help": f"Selection method: {', '.join(methods.names())}."}
+    )
     method_args: str | None = field(
         default=None,
         metadata={"help": "The method's parameters, as a mapping in YAML or 'gamma=0.5,rho=0.6' as a flag."},
     )
     history: str = field(
-        default="none",
+        default="auto",
         metadata={
-            "help": "Where the history's losses come from. At no cost: 'recorded' (a file made by `tokensel score`) or "
-            "'last_seen' (what a document's losses were when it was last trained on, from the second epoch on). By one "
-            "more forward a step: 'adapter_off' (the model without its adapters), 'adapter_ema' (an average of the "
-            "adapters' weights over the run), 'frozen' (the model as the run began), 'ema' (an average of all trained "
-            "weights) or 'reference' (another model with the same tokenizer). Or 'none'."
+            "help": "Where the history's losses come from. 'auto': 'recorded' where history_store is given, 'none' "
+            "where the method needs none, 'adapter_off' where the model has adapters, else 'frozen'; it says which. "
+            + " ".join(f"'{name}': {what}; costs {costs}." for name, (what, costs) in HISTORIES.items())
         },
     )
     history_store: str | None = field(
@@ -128,8 +140,11 @@ class SelectionArguments:
         """The method that `method` and `method_args` name.
 
         Raises:
-            ValueError: an unknown method or parameter, or a value that is not a number, true, false, null or a word.
+            ValueError: no method or an unknown one, an unknown parameter, or a value that is not a number, true, false,
+                null or a word.
         """
+        if self.method is None:
+            raise ValueError(f"method is missing, and has no default; set it to one of {', '.join(methods.names())}")
         parameters = parse_mapping("method_args", self.method_args, "gamma=0.5,rho=0.6")
         try:
             return methods.get(self.method, **parameters)
@@ -269,9 +284,12 @@ class RunArguments(DataArguments):
 
 
 def refuse_contradictions(settings: SelectionArguments) -> None:
-    """Refuses settings that do not exist or do not go together; a trainer's arguments may carry our fields alone."""
+    """Refuses settings that do not exist or do not go together; a trainer's arguments may carry our fields alone.
+
+    `history` is a chosen one: "auto" has become its choice.
+    """
     if settings.history not in HISTORIES:
-        raise ValueError(f"history must be one of {', '.join(HISTORIES)}; got {settings.history!r}")
+        raise ValueError(f"history must be one of auto, {', '.join(HISTORIES)}; got {settings.history!r}")
     if settings.loss_denominator not in DENOMINATORS:
         raise ValueError(
             f"loss_denominator must be one of {', '.join(DENOMINATORS)}; got {settings.loss_denominator!r}"

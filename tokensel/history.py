@@ -1,21 +1,11 @@
-"""Where the history's statistics come from (step 2): recorded in a store, or a live pass of an earlier model.
-
-| name          | the history is                                    | costs                               |
-| `recorded`    | NLL computed once by `tokensel score`             | nothing per step                    |
-| `last_seen`   | NLL when this document was last trained on        | 4 bytes a token of host memory      |
-| `adapter_off` | the same model with its adapters disabled         | one forward, no memory              |
-| `adapter_ema` | an average of the adapters' weights over the run  | one forward, the adapters again     |
-| `frozen`      | the model as it was when the run began            | one forward, trained weights again  |
-| `ema`         | an average of all trained weights over the run    | one forward, trained weights again  |
-| `reference`   | another model with the same tokenizer             | one forward of it, and its weights  |
-"""
+"""Where the history's statistics come from (step 2): recorded in a store, or a live pass of an earlier model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,11 +22,13 @@ class LiveHistory:
     """A history that runs in the step: another state of the model, another model, or what the run itself has seen.
 
     Attributes:
+        name: one of `tokensel.arguments.HISTORIES`, which a saved state is known by.
         signal: name of the TokenSignals field that it answers for.
         shares_head: whether its head is the current model's, so that one launch serves both; it then has
             `hidden(patched, batch) -> [B, S, D]`, and otherwise `token_nll(layout, batch, impl) -> [B, S]`, nats.
     """
 
+    name: str
     signal: str = "history_nll"
     shares_head: bool = False
 
@@ -69,6 +61,7 @@ class AdapterOff(LiveHistory):
     Equal to PEFT's `disable_adapter()`, by the layers' own flag, without toggling `requires_grad` in each step.
     """
 
+    name = "adapter_off"
     shares_head = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,6 +113,8 @@ class OtherModel(LiveHistory):
     Its head may have more or fewer rows than the current model's, as where one of the two vocabularies is padded: each
     model's softmax is over its own head.
     """
+
+    name = "reference"
 
     def __init__(
         self,
@@ -225,6 +220,7 @@ class ModelCopy(OtherModel):
                 f"history_decay must be in [0, 1], the share of itself that the history keeps; got {decay}"
             )
         self.decay, self.source = decay, unwrap(model)
+        self.name = "frozen" if decay == 1 else "ema"
         home = torch.device("cpu") if offload else None if device is None else torch.device(device)
         self.values: dict[str, Tensor] = {}  # the history's trained weights
         self.copied: dict[str, nn.Parameter] = {}  # the same as the copy computes with them
@@ -305,6 +301,7 @@ class AdapterEMA(ModelCopy):
         """
         _adapter_layers(model, "adapter_ema", "history 'ema'")
         super().__init__(model, decay)
+        self.name = "adapter_ema"
 
 
 class LastSeen(LiveHistory):
@@ -315,8 +312,10 @@ class LastSeen(LiveHistory):
     itself: REL 0 on every token, as during `rel_warmup`, so that `sstoken` scores by attention alone and a method that
     knows REL only keeps each sample's first tokens.
 
-    Call `after_step` after each optimizer step: what was seen in it is known from then on.
+    `Selection.step()` makes known what was seen in an optimizer step.
     """
+
+    name = "last_seen"
 
     def __init__(self) -> None:
         self._seen: dict[int, Tensor] = {}  # by document key; a loss for each token, NaN where it was no response
@@ -359,41 +358,3 @@ class LastSeen(LiveHistory):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         parts = state["nll"].split(state["length"].tolist())
         self._seen = dict(zip(state["key"].tolist(), parts, strict=True))
-
-
-def live_history(settings, model: nn.Module, tokenizer, needs: Iterable[str], sharded: bool) -> LiveHistory | None:
-    """The history that `SelectionArguments` ask for, or None where it is recorded or there is none.
-
-    Args:
-        settings: the trainer's arguments. needs: of the method. sharded: whether FSDP or DeepSpeed splits the weights.
-    Raises:
-        ValueError: a history that the run cannot have.
-    """
-    name = settings.history
-    if name in ("adapter_ema", "frozen", "ema") and sharded:
-        raise ValueError(
-            f"history={name!r} copies weights, which is not supported where FSDP or DeepSpeed shards them; use "
-            "history 'recorded', 'last_seen' or 'adapter_off'"
-        )
-    decay = 0.99 if settings.history_decay is None else settings.history_decay
-    offload = settings.history_device == "cpu"
-    device = settings.history_device if settings.history_device and not offload else None
-    if name == "adapter_off":
-        return AdapterOff(model)
-    if name == "adapter_ema":
-        return AdapterEMA(model, decay)
-    if name in ("frozen", "ema"):
-        return ModelCopy(model, 1.0 if name == "frozen" else decay, device, offload)
-    if name == "last_seen":
-        if settings.max_steps <= 0 and settings.num_train_epochs <= 1:
-            raise ValueError(
-                "history='last_seen' knows nothing of a document before its second visit; set num_train_epochs above "
-                f"1 (it is {settings.num_train_epochs}) or use another history"
-            )
-        return LastSeen()
-    if name == "reference":
-        reference = load_reference(settings.history_model_name_or_path, tokenizer, eight_bit=settings.history_8bit)
-        # a method that knows no reference compares with it as with a history
-        signal = "reference_nll" if "reference_nll" in needs else "history_nll"
-        return OtherModel(reference, signal, device or settings.device, offload)
-    return None

@@ -30,6 +30,28 @@ def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks w
                 )
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for the job: rank 0, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def gather_over_ranks(objects: list) -> list:
+    """Everybody's lists joined in rank order; the list itself without a process group. To be called by all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return objects
+    everybody: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, objects)
+    return [each for theirs in everybody for each in theirs]
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of everybody's `x`; `x` itself without a process group. To be called by all ranks."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
 def spreading_group(module: nn.Module) -> dist.ProcessGroup | None:
     """The process group that a module's weights are spread over by rows (tensor parallel), or None."""
     for parameter in module.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tokensel.ops.loss import selected_cross_entropy
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
 from tokensel.ops.stats import token_stats, token_stats_pair
 from tokensel.ops.vocab_parallel import replicated_as
-from tokensel.parallel import mean_over_ranks
+from tokensel.parallel import gather_over_ranks, mean_over_ranks, sum_over_ranks
 from tokensel.select.methods import SelectionMethod
 from tokensel.select.signals import RECORDED, TokenSignals
 
@@ -57,8 +57,30 @@ class SelectionOutput(ModelOutput):
 
 
 @dataclass
+class Progress:
+    """How far a run is: what draws at random, warms up or averages looks at it.
+
+    Attributes:
+        steps: optimizer steps done.
+        samples: samples trained on in them.
+        rows: rows of this process's batches since the last step, [B] of each added up.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    rows: int = 0
+
+
+@dataclass
 class Selection:
-    """How to select in a step; pass it to a patched model: `model(**batch, selection=Selection(...)).loss`.
+    """How to select in a step; pass it to a patched model, and let it advance with the optimizer.
+
+        selection = Selection(method, history=history)
+        model(**batch, selection=selection).loss.backward()
+        optimizer.step()
+        selection.step()
+
+    The copies that `dataclasses.replace` makes share what advances: method, history and progress.
 
     Attributes:
         method: from `tokensel.methods.get`.
@@ -69,12 +91,12 @@ class Selection:
             position before, which predicts it.
         prompt: which keys are prompt: "all", "first" or "context" (`tokensel.documents.prompt_keys`).
         sink: the first tokens of each document that do not count as prompt (attention sinks stay in the denominator).
-        step, samples_seen: optimizer steps and samples done, for seeded draws and `rel_warmup`.
         impl: of statistics, mass and loss.
         score_only: leave out the loss (None), to rank several micro-batches together: what is chosen then comes
             with each batch as `chosen_weights`.
         token_metrics: return each token's entropy, and whether it was the likeliest, for logging.
         router_share: factor of the router's loss: 1 / micro-batches of an optimizer step, if `denominator` is its.
+        progress: optimizer steps and samples done, for seeded draws, warm-ups and averages.
     """
 
     method: SelectionMethod
@@ -83,12 +105,11 @@ class Selection:
     row: str = "token"
     prompt: str = "all"
     sink: int = 0
-    step: int = 0
-    samples_seen: int = 0
     impl: str = "auto"
     score_only: bool = False
     token_metrics: bool = False
     router_share: float = 1.0
+    progress: Progress = field(default_factory=Progress, repr=False)
 
     def __post_init__(self) -> None:
         if self.method.scope == "dataset":
@@ -107,6 +128,64 @@ class Selection:
                 "row='predictor' cannot be combined with prompt='context': the row that predicts an answer's first "
                 "token stands before that answer; use row='token' or prompt='all'"
             )
+
+    def step(self, samples: int | None = None) -> None:
+        """Advances after `optimizer.step()`: the progress, the history, and a rule with a state.
+
+        With several processes each calls it: what a history or a rule has seen is joined over the default group.
+
+        Args:
+            samples: trained on in this optimizer step, in all processes. None = the rows of this process's batches
+                since the last step; packed rows count as one each.
+        """
+        self.progress.steps += 1
+        self.progress.samples += self.progress.rows if samples is None else samples
+        self.progress.rows = 0
+        if self.history is not None:
+            self.history.after_step(gather_over_ranks)
+        if hasattr(self.method.rule, "after_step"):
+            self.method.rule.after_step(sum_over_ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: names and numbers, and a flat dict of tensors that are not copied.
+
+        Save it beside the optimizer's, after `step()`; `torch.load(..., weights_only=True)` reads it.
+        """
+        tensors = {
+            f"{part}.{name}": tensor for part, owner in self._owners() for name, tensor in owner.state_dict().items()
+        }
+        return {
+            "method": self.method.name,
+            "history": "none" if self.history is None else self.history.name,
+            "steps": self.progress.steps,
+            "samples": self.progress.samples,
+            "tensors": tensors,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; nothing is changed where it is refused.
+
+        Raises:
+            ValueError: it belongs to another method, history or model.
+        """
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise ValueError(f"state lacks {missing[0]!r}; give what Selection.state_dict() returned")
+        for name in ("method", "history"):
+            if state[name] != own[name]:
+                raise ValueError(
+                    f"state belongs to {name} {state[name]!r}, but this selection has {own[name]!r}; resume with "
+                    f"{state[name]!r}, or start anew"
+                )
+        for part, owner in self._owners():
+            tensors = {n.removeprefix(f"{part}."): t for n, t in state["tensors"].items() if n.startswith(f"{part}.")}
+            owner.load_state_dict(tensors)
+        self.progress.steps, self.progress.samples, self.progress.rows = int(state["steps"]), int(state["samples"]), 0
+
+    def _owners(self) -> list[tuple[str, Any]]:
+        """(name, object) of those whose tensors advance."""
+        owners = [("history", self.history), ("rule", self.method.rule)]
+        return [(name, owner) for name, owner in owners if hasattr(owner, "state_dict")]
 
     def __call__(
         self, patched: PatchedModel, layout: BatchLayout | None = None, **batch: Tensor | None
@@ -128,6 +207,9 @@ class Selection:
             given = torch.where(layout.predictable, given, 0)
             trained_labels = torch.where(~response & (given != 0), layout.input_ids, trained_labels)
         next_labels = to_rows(trained_labels, IGNORE_INDEX)
+        training = patched.model.training and not self.score_only
+        if training:
+            self.progress.rows += len(layout.labels)
 
         # 2. history forward, only if the history is live and the method looks at it
         history_hidden = None
@@ -154,7 +236,6 @@ class Selection:
                 losses[self.history.signal] = to_labels(history_stats.nll)
             if isinstance(self.history, LastSeen) and self.history.signal in losses:
                 seen, nll = losses[self.history.signal], to_labels(stats.nll)
-                training = patched.model.training and not self.score_only
                 losses[self.history.signal] = self.history.visit(layout, seen, nll, remember=training)
             # 5. scores
             fields = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
@@ -190,7 +271,7 @@ class Selection:
 
     def _signals_beside_losses(self, layout: BatchLayout, captured: Callable[[], list[Captured]]) -> dict[str, Any]:
         """The signals that do not come from the head: attention mass, its uniform value, token keys, progress."""
-        signals: dict[str, Any] = {"step": self.step, "samples_seen": self.samples_seen}
+        signals: dict[str, Any] = {"step": self.progress.steps, "samples_seen": self.progress.samples}
         if "key" in self.method.needs:
             signals["key"] = layout.token_keys()
         if "mass" in self.method.needs:

@@ -6,6 +6,7 @@ the batch, the history and the denominator to it, and logs what came out.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -14,7 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,17 +23,17 @@ from transformers.trainer_utils import has_length
 
 from tokensel import methods
 from tokensel.arguments import SelectionArguments, parse_recorded, refuse_contradictions, refuse_other_losses
+from tokensel.choose_history import choose_history, live_history
 from tokensel.data.collators import SelectionCollator
 from tokensel.documents import IGNORE_INDEX, BatchLayout
 from tokensel.files import replacing
-from tokensel.history import live_history
 from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
 from tokensel.model import apply_to, eval_mode, refuse_patched
 from tokensel.parallel import check_ranks_agree
 from tokensel.report.watch import SampleRecorder
 from tokensel.select.method import SelectionMethod
 from tokensel.select.signals import RECORDED, TokenSignals
-from tokensel.step import Selection, SelectionOutput
+from tokensel.step import Progress, Selection, SelectionOutput
 from tokensel.store import HistoryStore, content_of
 
 STATE_FILE = "selection_state.safetensors"
@@ -85,6 +85,9 @@ class TokenSelectionMixin(_Base):
         # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
         check_ranks_agree(SelectionArguments.selection_settings(settings))
         self.method = SelectionArguments.build_method(settings) if method is None else method
+        # a copy, which trackers are shown and checkpoints keep: the caller's may serve another model next
+        self.args = settings = copy.copy(settings)
+        settings.history = choose_history(settings, self.model, self.method.needs)
         refuse_contradictions(settings)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -94,16 +97,24 @@ class TokenSelectionMixin(_Base):
         if settings.history == "recorded":
             files["history"] = settings.history_store
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.live_history = live_history(settings, self.model, self.processing_class, self.method.needs, sharded)
-        if self.live_history is not None and self.live_history.signal.removesuffix("_nll") in files:
-            raise ValueError(
-                f"recorded and history={settings.history!r} both give {self.live_history.signal}; drop one"
-            )
-        available = {f"{name}_nll" for name in files} | ({self.live_history.signal} if self.live_history else set())
+        self.live_history = history = live_history(
+            settings, self.model, self.processing_class, self.method.needs, sharded
+        )
+        if history is not None and history.signal.removesuffix("_nll") in files:
+            raise ValueError(f"recorded and history={settings.history!r} both give {history.signal}; drop one")
+        available = {f"{name}_nll" for name in files} | ({history.signal} if history else set())
         for name in sorted(self.method.needs & RECORDED.keys() - available):
-            raise ValueError(f"method {settings.method!r} needs {RECORDED[name]}")
+            raise ValueError(f"method {self.method.name!r} needs {RECORDED[name]}")
         self._refuse_data_without_prompt()
-        self.selection(None)  # refuses settings that contradict each other before anything is loaded
+        self._selection = Selection(  # refuses settings that contradict each other before anything is loaded
+            self.method,
+            history=history,
+            row=settings.row,
+            prompt=settings.prompt,
+            sink=settings.sink,
+            impl=settings.impl,
+            token_metrics=self._of_trl,
+        )
         self.recorded = {
             signal: HistoryStore.open(file, tokenizer=self.processing_class, content=content_of(signal))
             for signal, file in ((f"{name}_nll", file) for name, file in files.items())
@@ -125,7 +136,7 @@ class TokenSelectionMixin(_Base):
         self._last_log: float | None = None  # None before the first step, so that set-up is not counted
         if settings.record_samples:
             self.add_callback(SampleRecorder(self, settings.record_samples))
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_Advance(self))
 
     def _refuse_data_without_prompt(self, rows: int = 1000) -> None:
         """Attention to the prompt says nothing of language-modelling data, where every token is a response."""
@@ -220,23 +231,10 @@ class TokenSelectionMixin(_Base):
 
     def selection(self, denominator: Tensor | None) -> Selection:
         """What the next micro-batch is selected by."""
-        settings = self.args
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of this step; set when it begins
-        samples_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-        return Selection(
-            self.method,
-            history=self.live_history,
-            denominator=denominator,
-            row=settings.row,
-            prompt=settings.prompt,
-            sink=settings.sink,
-            step=self.state.global_step,
-            samples_seen=self.state.global_step * samples_per_step,
-            impl=settings.impl,
-            token_metrics=self._of_trl,
-            # a mean over each micro-batch, where the rest of the loss is a sum with one denominator
-            router_share=1.0 if denominator is None else 1 / (micro_batches * settings.world_size),
-        )
+        # a mean over each micro-batch, where the rest of the loss is a sum with one denominator
+        router_share = 1.0 if denominator is None else 1 / (micro_batches * self.args.world_size)
+        return replace(self._selection, denominator=denominator, router_share=router_share)
 
     def _set_signature_columns_if_needed(self):
         """Data columns that the step reads are kept, although the model's forward does not name them."""
@@ -244,57 +242,48 @@ class TokenSelectionMixin(_Base):
         assert self._signature_columns is not None
         self._signature_columns += [c for c in ("token_weights",) if c not in self._signature_columns]
 
-    def after_optimizer_step(self) -> None:
-        """Moves what follows the run: the history, and a rule with a state."""
-        if self.live_history is not None:
-            self.live_history.after_step(gather_object)
-        if hasattr(self.method.rule, "after_step"):
-            self.method.rule.after_step(lambda sums: self.accelerator.reduce(sums, "sum"))
+    def samples_per_step(self) -> int:
+        """Rows of the dataset in an optimizer step, over accumulation and ranks."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """The state of history and rule beside the optimizer's, before the file that makes a checkpoint whole."""
+        """The selection's state beside the optimizer's, before the file that makes a checkpoint whole."""
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self._selection_state()
-        if self.args.should_save and state:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        if self.args.should_save:
+            state = self._selection.state_dict() | {"history": self.args.history}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.pop("tensors").items()}
             with replacing(os.path.join(output_dir, STATE_FILE)) as temporary:
-                save_file(state, temporary, {"history": self.args.history, "method": self.method.name})
+                save_file(tensors, temporary, {name: str(value) for name, value in state.items()})
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._selection_state():
+        if checkpoint is not None:
             self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
 
-    def _selection_state(self) -> dict[str, Tensor]:
-        parts: dict[str, Any] = {"history": self.live_history, "rule": self.method.rule}
-        return {
-            f"{part}.{name}": tensor
-            for part, owner in parts.items()
-            if hasattr(owner, "state_dict")
-            for name, tensor in owner.state_dict().items()
-        }
-
     def _load_selection_state(self, file: str) -> None:
-        settings = {"history": self.args.history, "method": self.method.name}
-        if not os.path.isfile(file):
+        own = self._selection.state_dict()
+        done = {"steps": self.state.global_step, "samples": self.state.global_step * self.samples_per_step()}
+        if os.path.isfile(file):
+            with safe_open(file, "pt") as saved:
+                # 0.1 called a rule a selector, and left out what the trainer's own state says
+                tensors = {n.replace("selector.", "rule.", 1): saved.get_tensor(n) for n in saved.keys()}
+                state = done | saved.metadata() | {"tensors": tensors}
+        elif not own["tensors"]:  # with save_only_model, and from 0.1: nothing but the steps has advanced
+            state = done | {"method": self.method.name, "history": self.args.history, "tensors": {}}
+        else:
             raise ValueError(
-                f"{file} is missing: the checkpoint was made without history {settings['history']!r} and method "
-                f"{settings['method']!r}, or with save_only_model; start anew or resume with its settings"
+                f"{file} is missing: the checkpoint was made without history {self.args.history!r} and method "
+                f"{self.method.name!r}, or with save_only_model; start anew or resume with its settings"
             )
-        with safe_open(file, "pt") as saved:
-            made = saved.metadata()
-            # 0.1 called a rule a selector
-            state = {name.replace("selector.", "rule.", 1): saved.get_tensor(name) for name in saved.keys()}
-        for name, value in settings.items():
-            if made[name] != value:
-                raise ValueError(
-                    f"{file} was made with {name}={made[name]!r}, this run has {value!r}; resume with that"
-                )
-        owners: dict[str, Any] = {"history": self.live_history, "rule": self.method.rule}
-        for part, owner in owners.items():
-            own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
-            if own:
-                owner.load_state_dict(own)
+        if state["history"] != self.args.history:
+            raise ValueError(
+                f"{file} was made with history={state['history']!r}, this run has {self.args.history!r}; resume with "
+                "that"
+            )
+        try:
+            self._selection.load_state_dict(state | {"history": own["history"]})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def training_step(self, *args, **kwargs):
         if self._last_log is None:
@@ -369,14 +358,18 @@ class TokenSelectionMixin(_Base):
         return output.loss.detach(), None, None
 
 
-class _AfterStep(TrainerCallback):
-    """Tells the trainer that an optimizer step is done, before a checkpoint of it can be written."""
+class _Advance(TrainerCallback):
+    """Advances the selection after each optimizer step, before a checkpoint of it can be written."""
 
     def __init__(self, trainer: TokenSelectionMixin) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 0:  # not resumed: a second `train()` draws and warms up as the first did
+            self.trainer._selection.progress = Progress()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.trainer.after_optimizer_step()
+        self.trainer._selection.step(self.trainer.samples_per_step())
 
 
 class SelectiveTrainer(TokenSelectionMixin, Trainer):

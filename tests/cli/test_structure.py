@@ -49,7 +49,7 @@ FLOORS = [
     "data.encode",
     "data",
     "arguments metrics settings",
-    "report.watch",
+    "report.watch choose_history",
     "trainer",
     "sft testing",
     "loading",

@@ -242,16 +242,11 @@ def test_a_checkpoint_without_the_state_or_of_another_history_is_refused(tmp_pat
         make_trainer(tmp_path, build(), **settings, history="ema").train(**resume)
 
 
-def test_a_history_without_a_state_writes_none(tmp_path):
-    run(tmp_path, build_lora(), method="rel", history="adapter_off", save_strategy="steps", save_steps=2, max_steps=2)
-    assert not (tmp_path / "out" / "checkpoint-2" / "selection_state.safetensors").exists()
-
-
 def test_the_threshold_of_ada_eslm_moves_once_a_step(tmp_path):
     class Watching(Recording):
-        def after_optimizer_step(self):
-            super().after_optimizer_step()
+        def log(self, logs, *args, **kwargs):
             self.__dict__.setdefault("alphas", []).append(float(self.method.rule.alpha))
+            super().log(logs, *args, **kwargs)
 
     trainer = run(
         tmp_path, cls=Watching, method="ada_eslm", method_args="alpha=0.3,speed=2.0", gradient_accumulation_steps=2
@@ -259,7 +254,7 @@ def test_the_threshold_of_ada_eslm_moves_once_a_step(tmp_path):
     kept = [out.nll[out.weights > 0].double() for _, out in trainer.seen]
     risk = [torch.cat(kept[:2]).mean(), torch.cat(kept[2:]).mean()]
     expected = 0.3 * torch.exp(-2 * (risk[1] - risk[0]) / risk[0])
-    assert trainer.alphas == pytest.approx([0.3, float(expected)], rel=1e-9) and len(trainer.seen) == 4
+    assert trainer.alphas[:2] == pytest.approx([0.3, float(expected)], rel=1e-9) and len(trainer.seen) == 4
 
 
 def test_watched_rows_move_neither_a_threshold_nor_what_was_last_seen(tmp_path):
@@ -269,5 +264,5 @@ def test_watched_rows_move_neither_a_threshold_nor_what_was_last_seen(tmp_path):
     ):
         plain = run(tmp_path, **settings)
         watched = run(tmp_path, record_samples=3, **settings)
-        assert largest_difference(plain._selection_state(), watched._selection_state()) == 0
+        assert largest_difference(*(t._selection.state_dict()["tensors"] for t in (plain, watched))) == 0
         assert largest_difference(weights(plain), weights(watched)) == 0
