@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokensel.choose_history import auto_history
     from tokensel.history import AdapterEMA, AdapterOff, LastSeen, ModelCopy, OtherModel
     from tokensel.model import apply_to, remove
+    from tokensel.recording import record_losses
     from tokensel.sft import SelectiveSFTConfig, SelectiveSFTTrainer
     from tokensel.step import Selection, SelectionOutput
     from tokensel.store import HistoryStore
@@ -48,6 +49,7 @@ _LAZY = {  # name -> module
     "TokenSelectionMixin": "trainer",
     "apply_to": "model",
     "auto_history": "choose_history",
+    "record_losses": "recording",
     "remove": "model",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "auto_history",
     "methods",
     "prompt_attention_mass",
+    "record_losses",
     "remove",
     "selected_cross_entropy",
     "token_stats",

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-
-import numpy
 import torch
-from transformers import DataCollatorForSeq2Seq
 
 from tokensel.arguments import ScoreArguments, SelectArguments, SelectionArguments, parse_recorded
 from tokensel.loading import check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
-from tokensel.model import apply_to
 from tokensel.ops.checks import check_positive
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
-from tokensel.recording import identify, record_losses, response_losses, weights_fingerprint
-from tokensel.store import HistoryWriter, tokenizer_fingerprint
-from tokensel.store.shards import Shards
-
-
-def _check_new(output: str) -> None:
-    if Path(output).exists():
-        raise ValueError(f"output {output} exists; move it away or choose another name")
-
-
-def _tell_resumed(shards: Shards) -> None:
-    if len(shards.keys):
-        print(f"going on with {shards.directory}: {len(shards.keys):,} documents are done", flush=True)
+from tokensel.recording import record_losses, refuse_existing
+from tokensel.store import HistoryWriter
+from tokensel.store.shards import Shards, publish
 
 
 def score(settings: ScoreArguments) -> dict[str, float]:
     """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL."""
     check_positive("batch_size", settings.batch_size)
-    _check_new(settings.output)
+    refuse_existing(settings.output)
     if settings.without_prompt and settings.contrast_model_name_or_path:
         raise ValueError("without_prompt and contrast_model_name_or_path make stores of different kinds; choose one")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,71 +30,39 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     rows = rows.select_columns(["input_ids", "labels"])
     model = load_model(settings)
     check_fit(settings.dataset_name, counts, tokenizer, model)
-    identity = identify(rows)
-    belongs_to = {
-        "command": "score",
-        "model_name_or_path": settings.model_name_or_path,
-        "weights": weights_fingerprint(model),
-        "dtype": str(model.dtype),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "dataset": identity.digest,
-        "max_length": settings.max_length,
-        "without_prompt": settings.without_prompt,
-    }
-    content, negative = "nll", None
+    negative = None
     if settings.contrast_model_name_or_path:
-        content = "contrast_nll"
-        model_of_wrong = load_contrast_model(settings, tokenizer)
-        belongs_to["contrast_model_name_or_path"] = settings.contrast_model_name_or_path
-        belongs_to["contrast_weights"] = weights_fingerprint(model_of_wrong)
-        negative = apply_to(model_of_wrong.to(device).eval(), layer=None)  # type: ignore[arg-type]
+        negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
     first_token = None
     if settings.without_prompt:
-        content = "alone_nll"
         first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    losses = response_losses(
-        apply_to(model.to(device).eval(), layer=None),  # type: ignore[arg-type]
-        DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"),
-        device,
-        settings.impl,
-        first_token,
-        negative,
+    summary = record_losses(
+        model.to(device),  # type: ignore[arg-type]
+        rows,
+        settings.output,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        impl=settings.impl,
+        first_token=first_token,
+        negative=negative,
+        model_name=settings.model_name_or_path,
+        dataset=settings.dataset_name,
+        max_length=settings.max_length,
     )
-    with Shards(settings.output, belongs_to) as shards:
-        _tell_resumed(shards)
-        started = time.perf_counter()
-        tokens = record_losses(shards, rows, identity, losses, settings.batch_size)
-        seconds = time.perf_counter() - started
-        writer = HistoryWriter(
-            settings.output,
-            tokenizer=tokenizer,
-            model=settings.model_name_or_path,
-            max_length=settings.max_length,
-            dataset=settings.dataset_name,
-            content=content,
-            if_disk_is_full=shards.advice,
-        )
-        order = identity.keys[identity.documents()]
-        count, total = publish(shards, writer, order)
-    summary = {
-        "rows": len(rows),
-        "documents": len(order),
-        "response_tokens": count,
-        "mean_nll": total / max(count, 1),
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_mib": peak_memory_mib(device),
-    }
-    same = f" ({len(rows) - len(order)} of them repeated)" if len(order) < len(rows) else ""
+    summary["peak_memory_mib"] = peak_memory_mib(device)
+    repeated = len(rows) - summary["documents"]
+    same = f" ({repeated} of them repeated)" if repeated else ""
     print(
-        f"{settings.output}: {len(rows)} rows{same}, {count} response tokens, mean NLL {summary['mean_nll']:.4f} nats, "
-        f"{summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+        f"{settings.output}: {len(rows)} rows{same}, {summary['response_tokens']} response tokens, "
+        f"mean NLL {summary['mean_nll']:.4f} nats, {summary['tokens_per_second']:.0f} tokens/s, "
+        f"peak memory {summary['peak_memory_mib']:.0f} MiB"
     )
     return summary
 
 
 def select(settings: SelectArguments) -> dict[str, float]:
     """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
-    _check_new(settings.output)
+    refuse_existing(settings.output)
     method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
     files = {f"{name}_nll": file for name, file in parse_recorded(settings.recorded).items()}
     check_offline(method, files)
@@ -123,7 +75,7 @@ def select(settings: SelectArguments) -> dict[str, float]:
             "stores": data.digest,
         }
         with Shards(settings.output, belongs_to) as shards:
-            _tell_resumed(shards)
+            shards.tell()
             select_tokens(method, data, shards)
             made = data.metadata
             writer = HistoryWriter(
@@ -148,19 +100,3 @@ def select(settings: SelectArguments) -> dict[str, float]:
         f"({summary['kept_share']:.2%}), peak memory {summary['peak_memory_mib']:.0f} MiB"
     )
     return summary
-
-
-def publish(shards: Shards, writer: HistoryWriter, order: numpy.ndarray | None = None) -> tuple[int, float]:
-    """Turns shards into the store that `writer` makes and removes them -> (values, their sum).
-
-    Args:
-        order: keys in the order of the store; None = as recorded.
-    """
-    count, total = 0, 0.0
-    with writer:
-        for key, values in shards.documents(order):
-            writer.append(key, values)
-            responses = values[~numpy.isnan(values)]
-            count, total = count + len(responses), total + float(responses.sum(dtype=numpy.float64))
-    shards.remove()
-    return count, total

@@ -5,19 +5,64 @@ It streams: memory holds the documents in flight, and a run that was killed goes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from tokensel.documents import IGNORE_INDEX, document_keys, to_labels, to_rows
-from tokensel.model import PatchedModel
+from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
+from tokensel.ops.checks import check_positive
 from tokensel.ops.stats import token_stats_contrast
-from tokensel.store.shards import Shards
+from tokensel.store import HistoryWriter, tokenizer_fingerprint
+from tokensel.store.shards import Shards, publish
+
+_MASKS = ("completion_mask", "assistant_masks")  # which TRL makes of text; 1 = a response token
+
+
+def documents_of(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
+    """The documents of a row, as a trainer sees them: lists `input_ids` and `labels` of each.
+
+    Args:
+        row: `input_ids`, and `labels` or the masks that TRL makes of text (1 = a response token); with neither every
+            token is a response. Perhaps `attention_mask`, 0 = padding, which is no part of a document, and
+            `seq_lengths`, those of the documents that TRL has packed into the row.
+    Raises:
+        ValueError: no `input_ids`, or lists that differ in length.
+    """
+    if "input_ids" not in row:
+        raise ValueError(f"a row must have input_ids; it has {', '.join(row) or 'nothing'}. Tokenise the rows first")
+    ids, labels, valid = (_listed(row.get(name)) for name in ("input_ids", "labels", "attention_mask"))
+    lengths = _listed(row.get("seq_lengths")) or [len(ids)]
+    masks = {name: _listed(row[name]) for name in _MASKS if row.get(name) is not None} if labels is None else {}
+    for name, values in {"labels": labels, "attention_mask": valid, **masks}.items():
+        if values is not None and len(values) != len(ids):
+            raise ValueError(f"{name} has {len(values)} entries, but the row has {len(ids)} input_ids")
+    if sum(lengths) != len(ids):
+        raise ValueError(f"seq_lengths are {' + '.join(map(str, lengths))}, but the row has {len(ids)} input_ids")
+    if labels is None:
+        labels = [token if all(bits) else IGNORE_INDEX for token, *bits in zip(ids, *masks.values(), strict=True)]
+    documents = []
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        places = [i for i in range(end - length, end) if valid is None or valid[i]]
+        if places:  # nothing predicts the first token
+            answers = [IGNORE_INDEX, *(labels[i] for i in places[1:])]
+            documents.append({"input_ids": [ids[i] for i in places], "labels": answers})
+    return documents
+
+
+def _listed(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 class Identity(NamedTuple):
@@ -25,6 +70,7 @@ class Identity(NamedTuple):
 
     keys: numpy.ndarray  # (n,) int64, the hash of each row's token ids
     lengths: numpy.ndarray  # (n,) int64
+    largest_id: int  # of the tokens
     digest: str  # sha256 (hex) of all token ids and of which tokens are responses, in order
 
     def documents(self) -> numpy.ndarray:
@@ -34,16 +80,18 @@ class Identity(NamedTuple):
 
 def identify(rows: Iterable[dict]) -> Identity:
     """Hashes rows of `input_ids` and `labels`, in order, holding a thousand at a time."""
-    digest, keys, lengths = hashlib.sha256(), [], []
+    digest, keys, lengths, largest = hashlib.sha256(), [], [], 0
     waiting: list[dict] = []
 
     def take() -> None:
+        nonlocal largest
         sizes = torch.tensor([len(row["input_ids"]) for row in waiting])
         ids = torch.tensor([token for row in waiting for token in row["input_ids"]])
         segments = torch.repeat_interleave(torch.arange(len(waiting)), sizes)
         hashes = document_keys(ids[None], segments[None])[0][sizes.cumsum(0) - sizes]
         responses = bytes(label != IGNORE_INDEX for row in waiting for label in row["labels"])
         digest.update(hashes.numpy().tobytes() + sizes.numpy().tobytes() + responses)
+        largest = max(largest, int(ids.max()))
         keys.append(hashes.numpy())
         lengths.append(sizes.numpy())
         waiting.clear()
@@ -54,7 +102,9 @@ def identify(rows: Iterable[dict]) -> Identity:
             take()
     if waiting:
         take()
-    return Identity(numpy.concatenate(keys), numpy.concatenate(lengths), digest.hexdigest())
+    if not keys:
+        raise ValueError("there is no row, and so nothing to record")
+    return Identity(numpy.concatenate(keys), numpy.concatenate(lengths), largest, digest.hexdigest())
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -107,52 +157,52 @@ def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, l
 
 
 def response_losses(
-    patched: PatchedModel,
-    collate: Callable[[list[dict[str, Any]]], Any],
-    device: str,
-    impl: str,
-    first_token: int | None = None,
-    negative: PatchedModel | None = None,
+    patched: PatchedModel, impl: str = "auto", first_token: int | None = None, negative: PatchedModel | None = None
 ) -> Callable[[list[dict]], list[Tensor]]:
-    """The function from rows to losses that `record_losses` takes: those under a model that `apply_to` has patched.
+    """The function from documents to the losses of their response tokens under a model that `apply_to` has patched.
 
     Args:
-        collate: pads rows to tensors.
         first_token: given, the losses are those of the responses behind this token alone (`without_prompt`).
         negative: given, the losses are those under the contrast of `patched` with this model (`contrast_nll`).
     """
+    device: Any = patched.model.get_input_embeddings().weight.device
 
     @torch.no_grad()
     def losses(rows: list[dict]) -> list[Tensor]:
         if first_token is not None:
             rows = [without_prompt(row, first_token) for row in rows]
-        batch = collate(rows).to(device)
-        labels = batch.pop("labels")  # (B, S)
+        ids, labels = (
+            pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
+            for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX))
+        )  # (B, S)
+        sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if negative is None:
-            nll = patched.token_nll(batch, labels, impl=impl)
+            nll = patched.token_nll(batch, labels.to(device), impl=impl)
         else:
-            nll = contrast_nll(patched, negative, batch, labels, impl)
-        return [values[mine] for values, mine in zip(nll.cpu(), (labels != IGNORE_INDEX).cpu(), strict=True)]
+            nll = contrast_nll(patched, negative, batch, labels.to(device), impl)
+        return [values[mine] for values, mine in zip(nll.cpu(), labels != IGNORE_INDEX, strict=True)]
 
     return losses
 
 
-def record_losses(
+def score_documents(
     shards: Shards,
-    rows,
+    document: Callable[[int], dict],
     identity: Identity,
     losses: Callable[[list[dict]], list[Tensor]],
     batch_size: int,
 ) -> int:
-    """Puts the losses of all documents that the shards lack into them -> tokens of the rows that this run scored.
+    """Puts the losses of all documents that the shards lack into them -> tokens of those that this run scored.
 
     Batches of like length waste no padding; the longest come first, so that too little memory shows at once.
 
     Args:
-        rows: rows of `input_ids` and `labels` by number; of rows with equal token ids the first is scored.
-        losses: rows -> for each the negative log-likelihoods of its response tokens, nats, in order.
+        document: its number -> `input_ids` and `labels`; of documents with equal token ids the first is scored.
+        losses: documents -> for each the negative log-likelihoods of its response tokens, nats, in order.
     Raises:
-        ValueError: a loss that is not finite; names row and token.
+        ValueError: a loss that is not finite; names document and token.
     """
     documents = identity.documents()
     order = documents[numpy.argsort(-identity.lengths[documents], kind="stable")]
@@ -161,7 +211,7 @@ def record_losses(
     with tqdm(total=done + left, initial=done, unit="token", unit_scale=True, desc="score") as bar:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            batch = [rows[int(i)] for i in numbers]
+            batch = [document(int(i)) for i in numbers]
             values = []
             for number, row, nll in zip(numbers, batch, losses(batch), strict=True):
                 response = numpy.array(row["labels"]) != IGNORE_INDEX
@@ -178,3 +228,131 @@ def record_losses(
             bar.update(int(lengths.sum()))
     shards.flush()
     return left
+
+
+@contextlib.contextmanager
+def _scoring(model: nn.Module) -> Iterator[PatchedModel]:
+    """The model, patched and without dropout inside; afterwards it is what it was."""
+    was = getattr(unwrap(model), "_tokensel_patched", None)
+    patched = apply_to(model, layer=None) if was is None else was
+    try:
+        with eval_mode(model):
+            yield patched
+    finally:
+        if was is None:
+            remove(model)
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    if Path(path).exists():
+        raise ValueError(f"output {path} exists; move it away or choose another name")
+
+
+def record_losses(
+    model: nn.Module,
+    rows: Any,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 16,
+    impl: str = "auto",
+    first_token: int | None = None,
+    negative: nn.Module | None = None,
+    model_name: str | None = None,
+    dataset: str = "",
+    max_length: int | None = None,
+) -> dict[str, float]:
+    """Records the loss of every response token of `rows` under a model in a store, for `history="recorded"`.
+
+    A document is found again by its token ids, so the rows must be those that are trained: tokenised, with labels.
+    What a killed run has done stays in `path` + ".partial", and the same call goes on from there.
+
+    Args:
+        model: a transformers causal language model, perhaps with adapters, which are on; it runs where it is.
+        rows: a Dataset, or another sequence of mappings as `documents_of` reads them: `input_ids` and `labels`.
+        path: the Parquet file to make; must not exist yet.
+        tokenizer: a trainer with another one will refuse the store; None = it is not compared.
+        batch_size: documents in a forward pass.
+        impl: of the statistics.
+        first_token: score the responses alone, behind this token (`t_shirt`).
+        negative: score under softmax(2 z - z'), z' of this model (`critical_tokens`).
+        model_name, dataset, max_length: what a later error says the store was made from.
+    Returns:
+        rows, documents, response_tokens, mean_nll (nats), tokens_per_second.
+    Raises:
+        TypeError: rows that cannot be read by number, as a stream.
+        ValueError: a path that exists, no row, a row without token ids, a token that the model has no embedding for, a
+            loss that is not finite, an unfinished run of other settings, a model that `apply_to` refuses.
+    """
+    check_positive("batch_size", batch_size)
+    refuse_existing(path)
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise TypeError(
+            f"rows must have a length and be read by number, to score the longest first; got {type(rows).__name__}. "
+            "Make a Dataset of a stream: datasets.Dataset.from_list(list(rows))"
+        )
+    if first_token is not None and negative is not None:
+        raise ValueError("first_token and negative make stores of different kinds; give one")
+    counts: list[int] = []  # documents of each row
+
+    def all_documents() -> Iterator[dict]:
+        for number in range(len(rows)):
+            try:
+                documents = documents_of(rows[number])
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            counts.append(len(documents))
+            yield from documents
+
+    identity = identify(all_documents())
+    row_of = numpy.repeat(numpy.arange(len(counts)), counts)
+    first = numpy.cumsum(counts) - counts
+    table: Any = unwrap(model).get_input_embeddings().weight
+    if identity.largest_id >= (embeddings := table.shape[0]):
+        raise ValueError(
+            f"token {identity.largest_id} of the rows has no embedding: the model has {embeddings}. They were made "
+            "with the tokenizer of another model"
+        )
+    name = model_name or str(unwrap(model).name_or_path)
+    belongs_to = {
+        "command": "score",
+        "model_name_or_path": name,
+        "weights": weights_fingerprint(model),
+        "dtype": str(unwrap(model).dtype),
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "dataset": identity.digest,
+        "max_length": max_length,
+        "without_prompt": first_token is not None,
+    }
+    if negative is not None:
+        belongs_to["contrast_model_name_or_path"] = str(unwrap(negative).name_or_path)
+        belongs_to["contrast_weights"] = weights_fingerprint(negative)
+    content = "alone_nll" if first_token is not None else "nll" if negative is None else "contrast_nll"
+    with contextlib.ExitStack() as stack:
+        shards = stack.enter_context(Shards(path, belongs_to))
+        shards.tell()
+        patched = stack.enter_context(_scoring(model))
+        other = None if negative is None else stack.enter_context(_scoring(negative))
+        losses = response_losses(patched, impl, first_token, other)
+        started = time.perf_counter()
+        tokens = score_documents(
+            shards, lambda n: documents_of(rows[int(row_of[n])])[n - first[row_of[n]]], identity, losses, batch_size
+        )
+        seconds = time.perf_counter() - started
+        writer = HistoryWriter(
+            path,
+            tokenizer=tokenizer,
+            model=name,
+            max_length=max_length,
+            dataset=dataset,
+            content=content,
+            if_disk_is_full=shards.advice,
+        )
+        count, total = publish(shards, writer, identity.keys[identity.documents()])
+    return {
+        "rows": len(rows),
+        "documents": len(identity.documents()),
+        "response_tokens": count,
+        "mean_nll": total / max(count, 1),
+        "tokens_per_second": tokens / seconds,
+    }

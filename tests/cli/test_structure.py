@@ -42,7 +42,7 @@ FLOORS = [
     "store.shards",
     "capture families",
     "model",
-    "history",
+    "history recording",
     "step",
     "data.collators data.rows",
     "data.chat",
@@ -53,7 +53,7 @@ FLOORS = [
     "trainer",
     "sft testing",
     "loading",
-    "recording ranking",
+    "ranking",
     "offline finetune",
     "cli",
 ]

@@ -12,7 +12,7 @@ import torch
 from recorded import LIMIT, ROWS, arguments, select
 
 import tokensel.store.writer as writer_module
-from tokensel import offline, ranking, recording
+from tokensel import ranking, recording
 from tokensel.cli import main
 from tokensel.data import encode_rows, load_rows
 from tokensel.documents import document_keys
@@ -71,13 +71,13 @@ def break_after(records, monkeypatch):
 @pytest.fixture
 def scored_rows(monkeypatch):
     """Numbers of tokens of the rows that pass through the model."""
-    lengths, original = [], offline.response_losses
+    lengths, original = [], recording.response_losses
 
     def counting(*args, **kwargs):
         losses = original(*args, **kwargs)
         return lambda rows: lengths.extend(len(row["input_ids"]) for row in rows) or losses(rows)
 
-    monkeypatch.setattr(offline, "response_losses", counting)
+    monkeypatch.setattr(recording, "response_losses", counting)
     return lengths
 
 
@@ -128,7 +128,7 @@ def test_a_score_with_other_settings_is_refused(tmp_path, model_dir, data, capsy
     if what == "dataset":
         Path(data).write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
     if what == "weights":
-        monkeypatch.setattr(offline, "weights_fingerprint", lambda model: "another")
+        monkeypatch.setattr(recording, "weights_fingerprint", lambda model: "another")
     capsys.readouterr()
     assert main(arguments(model_dir, data, output, **changed)) == 2
     error = capsys.readouterr().err

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from tokensel.files import FULL_DISK, naming_a_full_disk, replacing
 from tokensel.store.format import documents_table, read_documents, store_schema
+from tokensel.store.writer import HistoryWriter
 
 SHARD_TOKENS = 1 << 20  # 4 MiB of values
 SHARD_SECONDS = 10.0
@@ -223,7 +224,28 @@ class Shards:
             lengths[by_key[numpy.searchsorted(order, keys, sorter=by_key)]] = shard_lengths
         return lengths
 
+    def tell(self) -> None:
+        """Says what is done already, where something is."""
+        if len(self.keys):
+            print(f"going on with {self.directory}: {len(self.keys):,} documents are done", flush=True)
+
     def remove(self) -> None:
         """Deletes the shards, once the output is in place."""
         shutil.rmtree(self.directory)
         self._waiting = []
+
+
+def publish(shards: Shards, writer: HistoryWriter, order: numpy.ndarray | None = None) -> tuple[int, float]:
+    """Turns shards into the store that `writer` makes and removes them -> (values, their sum).
+
+    Args:
+        order: keys in the order of the store; None = as recorded.
+    """
+    count, total = 0, 0.0
+    with writer:
+        for key, values in shards.documents(order):
+            writer.append(key, values)
+            responses = values[~numpy.isnan(values)]
+            count, total = count + len(responses), total + float(responses.sum(dtype=numpy.float64))
+    shards.remove()
+    return count, total
