@@ -38,6 +38,7 @@ def score(model_dir, data, output, **settings):
 
 
 TRAIN = {
+    "method": "sstoken",
     "use_cpu": "true",
     "report_to": "none",
     "max_length": LIMIT,

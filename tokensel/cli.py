@@ -57,8 +57,8 @@ ABOUT = {  # above the lists of settings, which are long
     "`tokensel train --weights_store`. Needs --method, --recorded and --output. Run again, it goes on where it was "
     "killed.",
     "tokensel train": "Fine-tunes on the response tokens that a method keeps. Needs --model_name_or_path, "
-    "--dataset_name and --output_dir. The settings of the selection (--method to --impl) stand last; the many before "
-    "them are transformers.TrainingArguments. `tokensel --help` shows a first run.",
+    "--dataset_name, --output_dir and --method. The settings of the selection (--method to --impl) stand last; the "
+    "many before them are transformers.TrainingArguments. `tokensel --help` shows a first run.",
 }
 
 
@@ -86,7 +86,7 @@ def train(argv: list[str]) -> None:
     from tokensel.settings import parse
 
     types = [RunArguments, SelectiveTrainingArguments]
-    required = ("model_name_or_path", "dataset_name", "output_dir")
+    required = ("model_name_or_path", "dataset_name", "output_dir", "method")
     train(*parse(types, argv, "tokensel train", ABOUT["tokensel train"], required))
 
 

@@ -11,6 +11,22 @@ from pathlib import Path
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
+def check_directory(setting: str, name_or_path: str | os.PathLike[str] | None) -> None:
+    """Refuses what can only be a directory and is none, before a hub's client complains about its name.
+
+    "name" and "owner/name" are left to the hub.
+
+    Raises:
+        FileNotFoundError: names the setting.
+    """
+    path = Path(name_or_path or "")
+    only_a_path = isinstance(name_or_path, os.PathLike) or path.is_absolute() or len(path.parts) > 2
+    only_a_path = only_a_path or str(name_or_path).startswith((".", "~"))
+    if only_a_path and not path.is_dir():
+        what = "it is a file" if path.is_file() else "no such directory"
+        raise FileNotFoundError(errno.ENOENT, f"{setting}: {what}; give a model's directory or its hub name", str(path))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which takes its place when the block ends well.

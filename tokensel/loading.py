@@ -11,11 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tokensel.arguments import DataArguments, ScoreArguments
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
+from tokensel.files import check_directory
 from tokensel.store import tokenizer_fingerprint
 
 
 def load_tokenizer(settings: DataArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with EOS."""
+    """The model's tokenizer; one without a padding token pads with EOS.
+
+    Raises:
+        FileNotFoundError: `model_name_or_path` looks like a directory, and there is none.
+    """
+    check_directory("model_name_or_path", settings.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -41,6 +47,7 @@ def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizer
         ValueError: its tokenizer is another.
     """
     name = settings.contrast_model_name_or_path
+    check_directory("contrast_model_name_or_path", name)
     if tokenizer_fingerprint(AutoTokenizer.from_pretrained(name)) != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"contrast_model_name_or_path {name} has another tokenizer than {settings.model_name_or_path}; a contrast "

@@ -253,8 +253,9 @@ def test_help_of_a_command_lists_its_settings(command, names, capsys):
     text = capsys.readouterr().out
     assert f"usage: tokensel {command}" in text and all(f"--{name} " in text for name in names)
     first = "--method, --recorded" if command == "select" else "--model_name_or_path, --dataset_name"
-    last = "--output_dir" if command == "train" else "--output"
-    assert f"Needs {first} and {last}." in " ".join(text.split())
+    last = "--output_dir and --method" if command == "train" else "--output"
+    first += "," if command == "train" else " and"
+    assert f"Needs {first} {last}." in " ".join(text.split())
 
 
 def test_the_settings_of_the_selection_stand_last_as_the_help_says(capsys):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import shutil
 import types
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from commands import error_of, make_tokenizer_with_chat, score, train, write
+from transformers import AutoTokenizer
 
 from tokensel.testing import make_model, make_rows
 
@@ -49,7 +51,7 @@ def test_a_store_of_another_dataset_is_refused(tmp_path, model_dir, data, capsys
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "sstoken"}, "method 'sstoken' needs a history"),
+        ({"history": "none"}, "method 'sstoken' needs a history"),
         ({"history": "recorded"}, "history='recorded' and history_store go together"),
         ({"history": "recorded", "history_store": "none.parquet"}, "none.parquet"),
         ({"history": "adapter_off"}, "needs a PEFT model"),
@@ -110,9 +112,16 @@ def test_a_damaged_weights_file_is_named(tmp_path, model_dir, data, capsys):
     assert f"{damaged} holds a damaged weights file" in error_of(capsys)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path, data, capsys):
-    assert score(tmp_path / "no-model", data, tmp_path / "h.parquet") == 2
-    assert str(tmp_path / "no-model") in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["{}/no-model", "./no-model", "../no/model", "~/model", "a/b/c", "{}/rows.jsonl"])
+def test_a_model_that_is_not_there_is_named_before_a_hub_is_asked(tmp_path, data, capsys, monkeypatch, name):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("a hub was asked"))
+    name = name.format(tmp_path)
+    what = "it is a file" if name.endswith(".jsonl") else "no such directory"
+    expected = f"model_name_or_path: {what}; give a model's directory or its hub name: '{str(Path(name))}'"
+    assert score(name, data, tmp_path / "h.parquet") == 2
+    assert expected in error_of(capsys)
+    assert train(name, data, tmp_path / "run") == 2
+    assert expected in error_of(capsys)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:77"])

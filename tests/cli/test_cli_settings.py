@@ -25,7 +25,7 @@ def _no_traceback(monkeypatch):
 @pytest.mark.parametrize("given", [[], [3], [-2, 1]])
 def test_one_layer_or_several_in_yaml_and_as_flags(tmp_path, monkeypatch, text, layers, given):
     path = tmp_path / "run.yaml"
-    path.write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: {tmp_path}\n{text}\n")
+    path.write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: {tmp_path}\nmethod: full\n{text}\n")
     read = []
     monkeypatch.setattr("tokensel.finetune.train", lambda settings, arguments: read.append(arguments.layer))
     assert main(["train", str(path), *(["--layer", *map(str, given)] if given else [])]) == 0
@@ -111,8 +111,8 @@ def test_an_empty_configuration_is_no_settings(tmp_path, capsys):
     [
         ("score", {}, "model_name_or_path, dataset_name, output"),
         ("score", {"model_name_or_path": "m", "output": "o"}, "dataset_name"),
-        ("train", {"output_dir": "o"}, "model_name_or_path, dataset_name"),
-        ("train", {"model_name_or_path": "m", "dataset_name": "d.jsonl"}, "output_dir"),
+        ("train", {"output_dir": "o"}, "model_name_or_path, dataset_name, method"),
+        ("train", {"model_name_or_path": "m", "dataset_name": "d.jsonl"}, "output_dir, method"),
     ],
 )
 def test_missing_settings_are_named(tmp_path, monkeypatch, capsys, no_loading, command, given, missing):
