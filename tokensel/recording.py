@@ -199,7 +199,8 @@ def score_documents(
     Batches of like length waste no padding; the longest come first, so that too little memory shows at once.
 
     Args:
-        document: its number -> `input_ids` and `labels`; of documents with equal token ids the first is scored.
+        document: its number -> `input_ids` and `labels`; of documents with equal token ids the first is scored, with
+            the response tokens of all of them.
         losses: documents -> for each the negative log-likelihoods of its response tokens, nats, in order.
     Raises:
         ValueError: a loss that is not finite; names document and token.
@@ -207,11 +208,24 @@ def score_documents(
     documents = identity.documents()
     order = documents[numpy.argsort(-identity.lengths[documents], kind="stable")]
     order = order[~numpy.isin(identity.keys[order], shards.keys)]
+    equal = identity.keys.argsort(kind="stable")  # numbers, with those of equal documents side by side
+
+    def with_all_labels(number: int) -> dict:
+        begin, end = (
+            numpy.searchsorted(identity.keys, identity.keys[number], side, sorter=equal) for side in ("left", "right")
+        )
+        whole = document(number)
+        for other in equal[begin:end]:
+            if other != number:
+                labels = zip(whole["labels"], document(int(other))["labels"], strict=True)
+                whole["labels"] = [theirs if mine == IGNORE_INDEX else mine for mine, theirs in labels]
+        return whole
+
     done, left = int(shards.lengths.sum()), int(identity.lengths[order].sum())
     with tqdm(total=done + left, initial=done, unit="token", unit_scale=True, desc="score") as bar:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            batch = [document(int(i)) for i in numbers]
+            batch = [with_all_labels(int(i)) for i in numbers]
             values = []
             for number, row, nll in zip(numbers, batch, losses(batch), strict=True):
                 response = numpy.array(row["labels"]) != IGNORE_INDEX

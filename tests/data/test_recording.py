@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import next_token_nll
 from recorded import LIMIT, ROWS, arguments, select
 
 import tokensel.store.writer as writer_module
@@ -16,7 +17,7 @@ from tokensel import ranking, recording
 from tokensel.cli import main
 from tokensel.data import encode_rows, load_rows
 from tokensel.documents import document_keys
-from tokensel.store import HistoryStore
+from tokensel.store import HistoryMissError, HistoryStore
 from tokensel.store.shards import Shards
 
 pytestmark = pytest.mark.usefixtures("small_row_groups")
@@ -134,6 +135,26 @@ def test_a_score_with_other_settings_is_refused(tmp_path, model_dir, data, capsy
     error = capsys.readouterr().err
     assert f"{output}.partial belongs to an unfinished run with other settings: " in error and f"{what} was" in error
     assert not output.exists()
+
+
+def test_equal_tokens_with_other_labels_are_recorded_with_the_labels_of_all(tmp_path, model_dir):
+    """Each of the rows is answered for; the losses are those of the model."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = [40, 41, 42, 43, 44]
+    rows = [[-100, 41, -100, -100, -100], [-100, -100, 42, 43, -100], [-100, 41, -100, -100, -100]]
+    lines = [{"input_ids": tokens, "labels": labels} for labels in rows]
+    data, output = tmp_path / "x.jsonl", tmp_path / "h.parquet"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(arguments(model_dir, data, output)) == 0
+    store, ids = HistoryStore.open(output), torch.tensor([tokens])
+    with torch.no_grad():
+        nll = next_token_nll(AutoModelForCausalLM.from_pretrained(model_dir)(ids).logits[0].double(), ids[0])
+    for labels in torch.tensor(rows):
+        found = store.lookup(ids, labels[None])[0]
+        torch.testing.assert_close(found[1:].double(), nll.where(labels[1:] != -100, 0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(HistoryMissError, match="has a label now and had none then"):
+        store.lookup(ids, ids)
 
 
 def test_a_resumed_score_may_use_another_batch_size(tmp_path, model_dir, data, scored_rows, monkeypatch):
