@@ -152,8 +152,9 @@ def test_truncated_and_dropped_rows_are_counted():
     assert encoded["input_ids"][:] == [ids("<s> a b </s>"), ids("<s> a b c d"), ids("<s> a b c </s>")]
     assert encoded["labels"][:] == [labels(". . b </s>"), labels(". . b c d"), labels(". . b c </s>")]
     largest = max(ID[word] for word in "a b c d".split())
-    counts = {"truncated": 1, "without_response": 3, "tokens": 14, "response_tokens": 8}
-    assert report == EncodingCounts(rows=6, **counts, longest=5, largest_id=largest)
+    counts = {"documents": 3, "truncated": 1, "without_response": 3, "tokens": 14, "response_tokens": 8}
+    layouts = {"prompt and completion": 6}
+    assert report == EncodingCounts(rows=6, **counts, longest=5, largest_id=largest, layouts=layouts)
     line = str(report)
     assert line.startswith("6 rows: 3 kept (1 of them cut") and "3 dropped without a response token" in line
     assert "14 tokens" in line and "8 of them response tokens" in line and "\n" not in line
@@ -177,7 +178,8 @@ def test_counts_are_the_same_when_run_twice(tmp_path):
     for _ in range(2):
         rows = datasets.Dataset.from_json(str(tmp_path / "x.jsonl"), cache_dir=str(tmp_path / "cache"))
         reports.append(encode_rows(rows, make_tokenizer(), 4)[1])
-    assert reports[0] == reports[1] == EncodingCounts(3, 3, 0, 12, 6, longest=4, largest_id=ID["c"])
+    layouts = {"prompt and completion": 3}
+    assert reports[0] == reports[1] == EncodingCounts(3, 3, 3, 0, 12, 6, 4, largest_id=ID["c"], layouts=layouts)
 
 
 def test_rows_without_a_response_in_a_whole_first_batch():

@@ -28,7 +28,7 @@ def test_a_missing_text_names_row_and_field(row, message):
         ({"question": "a", "answer": ["b"]}, "row 0: answer must be a string; got list"),
         ({"messages": "a"}, "row 0: messages must be a list of {role, content}; got str"),
         ({"messages": []}, "row 0: messages must be a list"),
-        ({"messages": ["a"]}, r"row 0: messages\[0\].role must be a string; got str"),
+        ({"messages": ["a"]}, r"row 0: messages\[0\] must be a message, {role, content}; got str"),
         ({"messages": [{"role": "user"}]}, r"row 0: messages\[0\].content must be a string; got None"),
         ({"messages": [{"role": "user", "content": 1}]}, r"row 0: messages\[0\].content must be .*; got int"),
         ({"input_ids": "ab", "labels": [1]}, "row 0: input_ids must be a list of integers; got str"),
@@ -49,15 +49,15 @@ def test_a_field_of_another_type_names_row_and_field(row, message):
 
 
 def test_unknown_columns_are_named_with_the_accepted_ones():
-    with pytest.raises(ValueError, match=r"row 0: its columns are \['input', 'text'\]; accepted are") as error:
-        encode({"text": "a", "input": "b"})
+    with pytest.raises(ValueError, match=r"row 0: its columns are \['input', 'txt'\]; accepted are") as error:
+        encode({"txt": "a", "input": "b"})
     for fields in ("messages", "prompt and completion", "question and answer", "input_ids and labels"):
         assert fields in str(error.value)
 
 
-def test_types_that_differ_between_rows_name_the_row():
-    with pytest.raises(ValueError, match="row 1: field 'prompt' is int here and str before"):
-        rows = [{"prompt": "a", "completion": "b"}, {"prompt": 2, "completion": "b"}]
+def test_a_type_that_differs_from_earlier_rows_names_row_and_field():
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": 2, "completion": "b"}]
+    with pytest.raises(RowError, match="row 1: prompt must be a string; got int"):
         encode_rows(rows, make_tokenizer(), 8)
 
 
@@ -90,18 +90,6 @@ def test_chat_without_a_template_is_refused():
         encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=None))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = CHAT.replace("{{ m.content }} </s>", "{% if loop.last %}{{ m.content }}{% endif %} </s>")
-    with pytest.raises(ValueError, match=r"row 0: the chat template renders messages\[:2\] differently"):
-        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=rewriting))
-
-
-def test_a_template_whose_generation_prompt_is_not_a_prefix_is_refused():
-    other = CHAT.replace("%}<bot> {% endif %}", "%}<go> {% endif %}")
-    with pytest.raises(ValueError, match="cannot be told apart"):
-        encode(CHAT_ROW, tokenizer=make_tokenizer(chat_template=other))
-
-
 def test_what_a_template_refuses_names_the_row():
     refusing = CHAT + "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match="row 0: the chat template refuses.*no system role"):
@@ -130,12 +118,9 @@ def test_a_file_with_any_suffix_is_read_as_jsonl(tmp_path):
         ("[1, 2]", "expected one JSON object a line, found list"),
         ("null", "expected one JSON object a line, found NoneType"),
         ("{}", "expected one JSON object a line, found an empty object"),
-        ('{"prompt": 3}', "field 'prompt' is int here and str before"),
-        ('{"prompt": "a", "id": 123456789012345678901234567890}', "field 'id' cannot be stored: Python int too large"),
-        ('{"prompt": "\\ud800"}', "field 'prompt' cannot be stored: 'utf-8' codec can't encode"),
         ('{"prompt": ' + 50_000 * "[", "recursion"),
     ],
-    ids=["open", "words", "list", "null", "no fields", "another type", "huge integer", "half a character", "deep"],
+    ids=["open", "words", "list", "null", "no fields", "deep"],
 )
 def test_a_bad_line_names_file_line_and_reason(tmp_path, line, reason):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a"}', "", line)
@@ -164,11 +149,21 @@ def test_a_line_that_is_not_utf8_names_file_and_line(tmp_path):
     assert str(error.value).startswith(f"{path}:2: ") and "utf-8" in str(error.value)
 
 
-def test_types_that_differ_below_the_field_still_name_the_file(tmp_path):
-    path = write(tmp_path / "x.jsonl", '{"labels": [1]}', '{"labels": ["a"]}')
-    with pytest.raises(ValueError) as error:
-        load_rows(path)
-    assert str(error.value).startswith(f"{path}:1 and later rows: a field has more than one type")
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"prompt": 3, "completion": "b"}', "prompt must be a string; got int"),
+        ('{"prompt": "\\ud800", "completion": "b"}', "prompt is no text: 'utf-8' codec can't encode"),
+        ('{"input_ids": [1, 2], "labels": ["a", "b"]}', "labels must be a list of integers; got list"),
+        ('{"prompt": "a", "completion": "b", "weight": "2"}', "weight must be a finite number"),
+    ],
+    ids=["another type", "half a character", "another type below", "text for a number"],
+)
+def test_a_row_that_is_of_another_type_than_those_before_names_file_and_line(tmp_path, line, reason):
+    path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": "b", "labels": [1], "weight": 1}', "", line)
+    with pytest.raises(RowError, match="row 1") as error:
+        encode_rows(load_rows(path), make_tokenizer(), 8)
+    assert reason in error.value.reason and place_of_row(path, error.value.row) == f"{path}:3"
 
 
 @pytest.mark.parametrize("text", ["", "\n  \n"])

@@ -6,68 +6,91 @@ what `encode_rows` returns, inside a `SelectionCollator` where rows have weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute
 
-from tokensel.data.chat import Encoded, checked_weight, describe, encode_chat, is_finite
+from tokensel.data.chat import TURNS, Encoded, checked_weight, describe, encode_chat, is_finite
+from tokensel.data.layouts import COLUMNS, Chat, Reading, Text, Tokens, read_row
 from tokensel.data.rows import RowError, as_dataset
 from tokensel.documents import IGNORE_INDEX
 
-FORMATS = {  # in the order of preference when a row fits more than one
-    ("input_ids", "labels"): "token ids, as they are",
-    ("messages",): "chat: [{role, content}, ...], through the tokenizer's chat template",
-    ("prompt", "completion"): "text, concatenated as it is",
-    ("question", "answer"): "text, a newline between them",
-}
 
-
-@dataclass(frozen=True)
+@dataclass
 class EncodingCounts:
     """What `encode_rows` read, cut and dropped. `truncated` and `without_response` do not overlap.
 
     Attributes:
         rows: rows read.
-        truncated: rows cut at the length limit that still have a response token.
-        without_response: rows dropped: an empty response, or a prompt that fills the limit.
-        tokens, response_tokens: of the rows kept, after cutting.
+        documents: documents kept; a row makes one, a chat or a pair perhaps more.
+        truncated: of them, those cut at the length limit.
+        without_response: documents dropped: an empty response, or a prompt that fills the limit.
+        tokens, response_tokens: of the documents kept, after cutting.
         longest: tokens of the longest of them.
         largest_id: of their token ids.
+        layouts: rows of each layout.
+        untrained_answers: answers of chats that are not trained, because the template renders earlier turns otherwise.
+        answers_as_rows: such answers that became rows of their own, beside the last of their chat.
     """
 
-    rows: int
-    truncated: int
-    without_response: int
-    tokens: int
-    response_tokens: int
-    longest: int
-    largest_id: int
+    rows: int = 0
+    documents: int = 0
+    truncated: int = 0
+    without_response: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    longest: int = 0
+    largest_id: int = 0
+    layouts: dict[str, int] = field(default_factory=dict)
+    untrained_answers: int = 0
+    answers_as_rows: int = 0
 
     def __str__(self) -> str:
-        kept = self.rows - self.without_response
-        return (
-            f"{self.rows:,} rows: {kept:,} kept ({self.truncated:,} of them cut at the length limit), "
-            f"{self.without_response:,} dropped without a response token; {self.tokens:,} tokens, "
-            f"{self.response_tokens:,} of them response tokens"
-        )
+        made = self.documents + self.without_response
+        parts = [
+            f"{self.rows:,} rows{'' if made == self.rows else f', {made:,} documents'}: {self.documents:,} kept "
+            f"({self.truncated:,} of them cut at the length limit), {self.without_response:,} dropped without a "
+            "response token",
+            f"{self.tokens:,} tokens, {self.response_tokens:,} of them response tokens",
+            f"layouts: {', '.join(f'{rows:,} {name}' for name, rows in self.layouts.items())}",
+        ]
+        rewritten = {
+            "are not trained (turns='each' makes a row of each)": self.untrained_answers,
+            "became rows of their own": self.answers_as_rows,
+        }
+        parts += [
+            f"the chat template rewrites earlier turns: {answers:,} answers before the last {what}"
+            for what, answers in rewritten.items()
+            if answers
+        ]
+        return "; ".join(parts)
 
 
 def encode_rows(
-    rows: datasets.Dataset | Iterable[dict],
+    rows: datasets.Dataset | datasets.IterableDataset | Iterable[dict],
     tokenizer,
     max_length: int,
     keep_columns: Sequence[str] = (),
     prompt_weight: float = 0.0,
     response_weight: float = 1.0,
-) -> tuple[datasets.Dataset, EncodingCounts]:
+    turns: str = "last",
+    chat_template: str | None = None,
+    rejected_weight: float = 0.0,
+    role_names: Mapping[str, str] | None = None,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, EncodingCounts]:
     """Rows of text -> token ids and labels.
 
     A text row is the prompt with the special tokens that the tokenizer puts at the start, the completion, and
-    EOS; the completion and EOS are labelled. A chat row has the token ids of
-    `tokenizer.apply_chat_template(messages)`; the tokens that start in an assistant's part are labelled. A
-    document's first token never is: nothing predicts it. Rows are cut at the right; rows without a labelled
+    EOS; the completion and EOS are labelled. Text alone is a completion without a prompt. A BOS or an EOS that the text
+    spells out is not put there again. A chat row has the token ids of
+    `tokenizer.apply_chat_template(messages)`, with the row's `tools` and `chat_template_kwargs`; labelled are what the
+    template marks with `{% generation %}`, or else each answer from its generation prompt to its end-of-turn token. A
+    document's first token never is: nothing predicts it. Documents are cut at the right; those without a labelled
     token are dropped; both are counted.
 
     Weights, negative ones too, may come with the rows: `weight` on an assistant's message, `token_weights` beside
@@ -76,23 +99,52 @@ def encode_rows(
     -100.
 
     Args:
-        rows: a `datasets.Dataset`, or dicts, with `prompt` and `completion`, `question` and `answer`,
-            `messages`, or `input_ids` and `labels`.
-        tokenizer: a transformers tokenizer; a fast one with a chat template for `messages`.
-        max_length: tokens a row, at least 2.
+        rows: a `datasets.Dataset`, or dicts; each row has one of `layouts.LAYOUTS`, whichever its columns tell. A
+            `datasets.IterableDataset` is encoded, checked and counted as it is read.
+        tokenizer: a transformers tokenizer; a fast one with a chat template for chats.
+        max_length: tokens a document, at least 2.
         keep_columns: columns to carry over beside `input_ids` and `labels`.
         prompt_weight, response_weight: of prompt and of response tokens (WIT, arXiv 2507.07817); on response tokens
             a factor of what the row gives.
+        turns: of chats whose template rewrites earlier turns (drops their reasoning, say) "last" trains the last
+            answer, "each" makes of each answer a row that ends with it.
+        chat_template: for chats, another than the tokenizer's.
+        rejected_weight: of the rejected answers of pairs, which become rows of their own; 0 leaves them out.
+        role_names: a role in the messages -> the chat template's name for it.
     Returns:
         (Dataset with `input_ids` and `labels`, lists of int64 of one length a row, and, where anything gives weights,
-        `token_weights`, float32 of that length; `EncodingCounts`).
+        `token_weights`, float32 of that length; `EncodingCounts`). A stream has weights always.
     Raises:
-        ValueError: no rows, or no row with a response token. RowError, which is one, with the row's number: unknown
-            columns, a field of the wrong type, a token id that the tokenizer does not have, weights that are not finite
-            or of another length, or a chat template whose turns cannot be told apart.
+        ValueError: no rows, or no row with a response token. RowError, which is one, with the row's number: no layout,
+            a column that is missing, empty or of the wrong type, an unknown role, a token id that the tokenizer does
+            not have, weights that are not finite or of another length, or a chat template that refuses the row.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a response token); got {max_length}")
+    given = {"prompt_weight": prompt_weight, "response_weight": response_weight, "rejected_weight": rejected_weight}
+    for name, value in given.items():
+        if not is_finite(value):
+            raise ValueError(f"{name} must be a finite number; got {value!r}")
+    if turns not in TURNS:
+        raise ValueError(f"turns must be one of {', '.join(TURNS)}; got {turns!r}")
+    encoder = _Encoder(tokenizer, max_length, prompt_weight, response_weight)
+    encoder.chat = {"turns": turns, "chat_template": chat_template}
+    has_template = bool(chat_template or tokenizer.chat_template)
+    encoder.reading = Reading(has_template, role_names or {}, rejected_weight)
+    if isinstance(rows, datasets.IterableDataset):
+        return _encoded_stream(rows, encoder, keep_columns), encoder.counts
+    rows = _checked(rows, keep_columns)
+    encoder.weighted = (prompt_weight, response_weight, rejected_weight) != (0, 1, 0) or _has_weights(rows)
+    encoded = _encoded(rows, encoder, keep_columns)
+    if not len(encoded):
+        raise ValueError(
+            f"none of the {len(rows)} rows has a response token within max_length={max_length}; raise "
+            "max_length or check the completions"
+        )
+    return encoded, encoder.counts
+
+
+def _checked(rows: datasets.Dataset | Iterable[dict], keep_columns: Sequence[str]) -> datasets.Dataset:
     if not isinstance(rows, datasets.Dataset):
         rows = list(rows)
         for i, row in enumerate(rows):
@@ -101,51 +153,33 @@ def encode_rows(
         rows = as_dataset(rows, [f"row {i}" for i in range(len(rows))])
     if not len(rows):
         raise ValueError("rows is empty; give at least one row")
-    missing = [column for column in keep_columns if column not in rows.column_names]
-    if missing:
+    if missing := [column for column in keep_columns if column not in rows.column_names]:
         raise ValueError(f"keep_columns names {missing}, but the columns are {rows.column_names}")
+    return rows
 
-    for name, value in (("prompt_weight", prompt_weight), ("response_weight", response_weight)):
-        if not is_finite(value):
-            raise ValueError(f"{name} must be a finite number; got {value!r}")
-    weighted = (prompt_weight, response_weight) != (0, 1) or _has_weights(rows.features)
 
-    count = dict.fromkeys(("truncated", "without_response", "tokens", "response_tokens", "longest", "largest_id"), 0)
+def _features(kept: Mapping[str, Any], weighted: bool) -> datasets.Features:
+    tokens = datasets.Sequence(datasets.Value("int64"))
+    weights = {"token_weights": datasets.Sequence(datasets.Value("float32"))} if weighted else {}
+    return datasets.Features({**kept, "input_ids": tokens, "labels": tokens, **weights})
+
+
+def _encoded(rows: datasets.Dataset, encoder: _Encoder, keep_columns: Sequence[str]) -> datasets.Dataset:
+    unread = dict.fromkeys(rows.column_names)
+    rows = rows.select_columns([name for name in rows.column_names if name in COLUMNS or name in keep_columns])
+    features = _features({column: rows.features[column] for column in keep_columns}, encoder.weighted)
+    # `datasets` reads JSON by a parser that is not exact in the last digit of a number.
+    texts = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Json)]
+    for name in texts:
+        rows = rows.cast_column(name, datasets.Value("string"))
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        encoded: dict[str, list[Any]] = {column: [] for column in features}
-        for i, index in enumerate(indices):
-            row = {column: batch[column][i] for column in rows.column_names}
-            for ids, labels, weights in _encode(row, index, tokenizer):
-                labels = [IGNORE_INDEX, *labels[1:max_length]]
-                responses = sum(label != IGNORE_INDEX for label in labels)
-                if responses == 0:
-                    count["without_response"] += 1
-                    continue
-                count["truncated"] += len(ids) > max_length
-                count["tokens"] += len(labels)
-                count["response_tokens"] += responses
-                values: dict[str, list[Any]] = {"input_ids": ids[:max_length], "labels": labels}
-                if weighted:
-                    factor = response_weight * checked_weight(row.get("weight"), index, "weight")
-                    values["token_weights"] = [0.0] + [
-                        (prompt_weight if weight is None else weight)
-                        if label == IGNORE_INDEX
-                        else factor * (1.0 if weight is None else weight)
-                        for label, weight in zip(labels[1:], weights[1:max_length], strict=True)
-                    ]
-                count["longest"] = max(count["longest"], len(labels))
-                count["largest_id"] = max(count["largest_id"], *values["input_ids"])
-                for column in features:
-                    encoded[column].append(values[column] if column in values else row[column])
-        return encoded
+        every = _rows_of(batch)
+        for row in every:
+            row.update({name: json.loads(row[name]) for name in texts if row[name] is not None})
+        return encoder.batch([unread | row for row in every], indices, list(features))
 
-    tokens = datasets.Sequence(datasets.Value("int64"))
-    features = datasets.Features({column: rows.features[column] for column in keep_columns})
-    features.update(input_ids=tokens, labels=tokens)
-    if weighted:
-        features["token_weights"] = datasets.Sequence(datasets.Value("float32"))
-    encoded = rows.map(
+    return rows.map(
         encode,
         batched=True,
         with_indices=True,
@@ -154,52 +188,130 @@ def encode_rows(
         load_from_cache_file=False,  # a cached result would leave the counts at 0
         desc="Tokenising",
     )
-    if not len(encoded):
-        raise ValueError(
-            f"none of the {len(rows)} rows has a response token within max_length={max_length}; raise "
-            "max_length or check the completions"
-        )
-    return encoded, EncodingCounts(rows=len(rows), **count)
 
 
-def _has_weights(features: datasets.Features) -> bool:
-    """Whether rows of these columns may give weights."""
-    messages = features.get("messages")
-    messages = getattr(messages, "feature", messages)  # what a list is made of
-    if isinstance(messages, list):
-        messages = messages[0]
-    in_messages = isinstance(messages, dict) and "weight" in messages
-    return in_messages or "weight" in features or "token_weights" in features
+def _encoded_stream(
+    rows: datasets.IterableDataset, encoder: _Encoder, keep_columns: Sequence[str]
+) -> datasets.IterableDataset:
+    columns = rows.column_names
+    if columns is None:
+        columns = list(next(iter(rows), ()))
+    else:
+        rows = rows.select_columns([name for name in columns if name in COLUMNS or name in keep_columns])
+
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        filled = [{name: value for name, value in row.items() if value is not None} for row in _rows_of(batch)]
+        return encoder.batch(filled, indices, [*keep_columns, "input_ids", "labels", "token_weights"])
+
+    features = None if keep_columns else _features({}, weighted=True)
+    return rows.map(encode, batched=True, with_indices=True, remove_columns=columns, features=features)
 
 
-def _encode(row: dict, index: int, tokenizer) -> list[Encoded]:
-    """The documents of one row, of their full length."""
-    # Where lines of a file mix formats, the columns of the others are None; an incomplete row falls back to
-    # the columns alone, so that the field which is None can be named.
-    filled = {column for column, value in row.items() if value is not None}
-    for columns in (filled, set(row)):
-        for fields in FORMATS:
-            if columns.issuperset(fields):
-                values: list[Any] = [row[field] for field in fields]
-                if fields == ("input_ids", "labels"):
-                    ids, labels = _check_ids(index, values[0], values[1], len(tokenizer))
-                    return [Encoded(ids, labels, _check_weights(index, row))]
-                if row.get("token_weights") is not None:
-                    raise RowError(
-                        index,
-                        "token_weights goes with input_ids and labels, whose tokens it counts; give text rows one "
-                        "`weight`, and messages one each",
-                    )
-                if fields == ("messages",):
-                    return encode_chat(index, values[0], tokenizer)
-                for field, value in zip(fields, values, strict=True):
-                    if not isinstance(value, str):
-                        raise RowError(index, f"{field} must be a string; got {describe(value)}")
-                prompt, completion = values
-                ids, labels = _encode_text(prompt + "\n" * (fields[0] == "question"), completion, tokenizer)
-                return [Encoded(ids, labels, [None] * len(ids))]
-    accepted = "; ".join(f"{' and '.join(fields)} ({what})" for fields, what in FORMATS.items())
-    raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
+def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _has_weights(rows: datasets.Dataset) -> bool:
+    """Whether a row may give weights."""
+    if {"weight", "token_weights"} & {*rows.column_names}:
+        return True
+    return any(_may_weigh(rows, name, feature) for name, feature in rows.features.items() if name in COLUMNS)
+
+
+def _may_weigh(rows: datasets.Dataset, name: str, feature: Any) -> bool:
+    """Whether messages of a column may have a weight."""
+    if isinstance(feature, datasets.Json):  # the key; inside a text its quotes have a backslash
+        texts = rows.data.column(name).cast(pa.string())
+        return bool(pyarrow.compute.any(pyarrow.compute.match_substring(texts, '"weight"')).as_py())
+    message = getattr(feature, "feature", feature)  # what a list is made of
+    message = message[0] if isinstance(message, list) else message
+    return isinstance(message, datasets.Json) or (isinstance(message, dict) and "weight" in message)
+
+
+@dataclass
+class _Encoder:
+    """Rows -> documents, counted. What is set once and read for every row."""
+
+    tokenizer: Any
+    max_length: int
+    prompt_weight: float
+    response_weight: float
+    weighted: bool = True
+    chat: dict[str, Any] = field(default_factory=dict)  # arguments of `encode_chat`
+    reading: Reading = Reading(False, {}, 0.0)
+    counts: EncodingCounts = field(default_factory=EncodingCounts)
+
+    def batch(self, rows: list[dict[str, Any]], indices: list[int], columns: list[str]) -> dict[str, list[Any]]:
+        """The documents of rows, a list a column; columns that are not encoded are their row's."""
+        made: dict[str, list[Any]] = {column: [] for column in columns}
+        for row, index in zip(rows, indices, strict=True):
+            for document in self.documents(row, index):
+                for column, values in made.items():
+                    values.append(document[column] if column in document else row.get(column))
+        return made
+
+    def documents(self, row: dict[str, Any], index: int) -> Iterator[dict[str, list[Any]]]:
+        """What becomes of a row: `input_ids`, `labels` and, if `weighted`, `token_weights`."""
+        layout, parts = read_row(row, index, self.reading)
+        if layout != "token ids" and row.get("token_weights") is not None:
+            raise RowError(
+                index,
+                "token_weights goes with input_ids and labels, whose tokens it counts; give text rows one "
+                "`weight`, and messages one each",
+            )
+        weight = self.response_weight * checked_weight(row.get("weight"), index, "weight")
+        self.counts.rows += 1
+        self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
+        for part in parts:
+            encoded = self._encode(part, row, index)
+            self.counts.answers_as_rows += max(len(encoded) - 1, 0)
+            for document in encoded:
+                self.counts.untrained_answers += document.untrained
+                if (cut := self._cut(document, weight * getattr(part, "weight", 1.0))) is not None:
+                    yield cut
+
+    def _encode(self, part: Tokens | Text | Chat, row: dict[str, Any], index: int) -> list[Encoded]:
+        """The documents of a part, of their full length."""
+        if isinstance(part, Chat):
+            return encode_chat(
+                index,
+                part.messages,
+                self.tokenizer,
+                tools=row.get("tools"),
+                template_kwargs=row.get("chat_template_kwargs"),
+                prompt_messages=part.prompt_messages,
+                **self.chat,
+            )
+        if isinstance(part, Tokens):
+            ids, labels = _check_ids(index, part.input_ids, part.labels, len(self.tokenizer))
+            return [Encoded(ids, labels, _check_weights(index, part))]
+        ids, labels = _encode_text(part.prompt, part.response, self.tokenizer)
+        return [Encoded(ids, labels, [None] * len(ids))]
+
+    def _cut(self, document: Encoded, factor: float) -> dict[str, list[Any]] | None:
+        """The document within the limit; None without a response token."""
+        ids, weights = document.ids[: self.max_length], document.weights[1 : self.max_length]
+        labels = [IGNORE_INDEX, *document.labels[1 : self.max_length]]
+        counts = self.counts
+        responses = sum(label != IGNORE_INDEX for label in labels)
+        if responses == 0:
+            counts.without_response += 1
+            return None
+        counts.documents += 1
+        counts.truncated += len(document.ids) > self.max_length
+        counts.tokens += len(ids)
+        counts.response_tokens += responses
+        counts.longest = max(counts.longest, len(ids))
+        counts.largest_id = max(counts.largest_id, *ids)
+        cut: dict[str, list[Any]] = {"input_ids": ids, "labels": labels}
+        if self.weighted:
+            cut["token_weights"] = [0.0] + [
+                (self.prompt_weight if weight is None else weight)
+                if label == IGNORE_INDEX
+                else factor * (1.0 if weight is None else weight)
+                for label, weight in zip(labels[1:], weights, strict=True)
+            ]
+        return cut
 
 
 def _check_ids(index: int, input_ids: Any, labels: Any, vocabulary: int) -> tuple[list[int], list[int]]:
@@ -218,15 +330,13 @@ def _check_ids(index: int, input_ids: Any, labels: Any, vocabulary: int) -> tupl
     return input_ids, labels
 
 
-def _check_weights(index: int, row: dict) -> Sequence[float | None]:
-    weights = row.get("token_weights")
+def _check_weights(index: int, row: Tokens) -> Sequence[float | None]:
+    weights = row.token_weights
     if weights is None:
-        return [None] * len(row["input_ids"])
-    if not isinstance(weights, list) or len(weights) != len(row["input_ids"]):
+        return [None] * len(row.input_ids)
+    if not isinstance(weights, list) or len(weights) != len(row.input_ids):
         length = len(weights) if isinstance(weights, list) else describe(weights)
-        raise RowError(
-            index, f"token_weights must be a list as long as input_ids ({len(row['input_ids'])}); got {length}"
-        )
+        raise RowError(index, f"token_weights must be a list as long as input_ids ({len(row.input_ids)}); got {length}")
     for i, weight in enumerate(weights):
         if not is_finite(weight):
             raise RowError(index, f"token_weights[{i}] must be a finite number; got {weight!r}")
@@ -234,7 +344,7 @@ def _check_weights(index: int, row: dict) -> Sequence[float | None]:
 
 
 def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], list[int]]:
-    eos = tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token, so a response would have no end; set tokenizer.eos_token")
     start = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
@@ -246,4 +356,7 @@ def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], li
     response = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
     if response and response[-1] != eos:
         response.append(eos)
+    # The text may spell out the BOS that the tokenizer puts at its start.
+    if ids and special[0] and ids[0] == bos and [*ids, *response][1:2] == [bos]:
+        del (ids if len(ids) > 1 else response)[0]
     return ids + response, [IGNORE_INDEX] * len(ids) + response

@@ -6,13 +6,19 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.data_files import DataFilesList, get_data_patterns
+from huggingface_hub import DatasetCard
 
-DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"}
+from tokensel.data.readers import READERS, kind_of, read_file
+
+DATA_SUFFIXES = {*READERS, ".txt", ".arrow", ".gz", ".zst"}
+Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 # What pyarrow raises for values that it has no column for: mixed types, huge integers, halves of surrogate pairs.
 _NOT_ARROW = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
@@ -27,84 +33,157 @@ class RowError(ValueError):
         self.reason = reason
 
 
-def load_rows(name_or_path: str | os.PathLike, split: str = "train") -> datasets.Dataset:
-    """Reads a JSONL file, or loads a dataset by its Hugging Face name (which may download it).
+def load_rows(
+    name_or_path: Names, split: str = "train", *, streaming: bool = False, columns: Collection[str] | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Reads files, or loads a dataset by its Hugging Face name (which may download it).
+
+    JSON (an object a line, or one array of them), CSV and TSV may be packed as .gz or .zst; Parquet is read, too. Rows
+    and files may differ in their fields and in the types of these. Whatever holds objects, or has no one type, becomes
+    a `Json` column. Blank lines are skipped.
 
     Args:
-        name_or_path: a file with one JSON object a line, UTF-8, blank lines skipped. Anything that is not a
-            file and does not look like one goes to `datasets.load_dataset`.
-        split: the split of a named dataset; a file has none.
+        name_or_path: a file, a list of files, a directory of files whose names tell their splits (or are all of
+            "train"), one that `save_to_disk` wrote, or what `datasets.load_dataset` takes.
+        split: files that are named one by one are all of "train".
+        streaming: an `IterableDataset`, which reads as it goes. Of files it has `columns`, or those of each
+            file's first row.
+        columns: those that are read from files; the others are None, and cannot stop the reading. None = all.
     Raises:
         FileNotFoundError: it looks like a path, and nothing is there.
-        ValueError: "FILE:LINE: reason" for a line that is not a JSON object or whose fields differ in type
-            from earlier lines; a file without rows.
+        ValueError: "FILE:LINE: reason" for what is no row, "FILE, row 7: reason" where rows are not lines; files
+            without rows; a split that is not there.
     """
-    path = Path(name_or_path)
-    if path.is_file():
-        return _read_jsonl(path)
-    # A dataset's name is "name" or "owner/name"; a directory that exists is also load_dataset's to read.
-    looks_like_path = (
-        isinstance(name_or_path, os.PathLike)
-        or path.suffix in DATA_SUFFIXES
-        or path.is_absolute()
-        or len(path.parts) > 2
-        or str(name_or_path).startswith((".", "~"))
-    )
-    if looks_like_path and not path.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, "no such file; give a JSONL file or the name of a Hugging Face dataset", str(path)
-        )
-    return datasets.load_dataset(str(name_or_path), split=split)
-
-
-def _read_jsonl(path: Path) -> datasets.Dataset:
-    rows, names = [], []
-    with open(path, "rb") as file:
-        for number, line in _lines_of_rows(file):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # of the JSON, of the UTF-8, or too many brackets
-                raise ValueError(f"{path}:{number}: {error}; expected one JSON object a line") from error
-            if not isinstance(row, dict) or not row:
-                found = "an empty object" if row == {} else type(row).__name__
-                raise ValueError(f"{path}:{number}: expected one JSON object a line, found {found}")
+    files = files_of(name_or_path, split)
+    if files is None:
+        return _load_named(told(name_or_path), split, streaming)
+    if streaming:
+        if columns is None:
+            columns = dict.fromkeys(name for file in files for name in next(_rows_of([file], None), ()))
+        return datasets.IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files, "columns": tuple(columns)})
+    names, rows = [], []
+    for file in files:
+        for name, row in read_file(file, columns):
+            names.append(name)
             rows.append(row)
-            names.append(f"{path}:{number}")
     if not rows:
-        raise ValueError(f"{path} has no rows; expected one JSON object a line")
+        raise ValueError(f"{told(files)} has no rows; expected one JSON object a line")
     return as_dataset(rows, names)
 
 
-def _lines_of_rows(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the lines that are rows: all but blank ones."""
-    return ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-
-
-def place_of_row(name_or_path: str | os.PathLike, row: int) -> str:
+def place_of_row(name_or_path: Names, row: int, split: str = "train") -> str:
     """Where a row of what `load_rows` read stands, for errors: "FILE:LINE", or "NAME, row 7" of a named dataset."""
-    if not Path(name_or_path).is_file():
-        return f"{name_or_path}, row {row}"
-    with open(name_or_path, "rb") as file:
-        number, _ = next(itertools.islice(_lines_of_rows(file), row, None))
-    return f"{name_or_path}:{number}"
+    files = files_of(name_or_path, split)
+    if files is None:
+        return f"{told(name_or_path)}, row {row}"
+    every = itertools.chain.from_iterable(read_file(file, ()) for file in files)
+    place, _ = next(itertools.islice(every, row, None))
+    return place
+
+
+def files_of(name_or_path: Names, split: str) -> list[Path] | None:
+    """The files that `load_rows` reads; None where it asks `datasets`.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and nothing is there.
+        ValueError: no name, or a split other than "train" of files that are named one by one.
+    """
+    names = [name_or_path] if isinstance(name_or_path, (str, os.PathLike)) else list(name_or_path)
+    if not names:
+        raise ValueError("the list of files is empty; name at least one")
+    paths = [Path(name).expanduser() for name in names]
+    if len(names) == 1 and paths[0].is_dir():
+        return _files_of_split(paths[0], split)
+    for path in paths:
+        if not path.is_file():
+            if len(names) == 1 and not _looks_like_path(names[0]):
+                return None
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "no such file; give a file, a list of files, a directory or the name of a Hugging Face dataset",
+                str(path),
+            )
+    if split != "train":
+        raise ValueError(
+            f"{paths[0]} is a file, whose rows are all of the split 'train'; got {split!r}. Name the file of that "
+            "split, or the directory of files whose names begin with their splits"
+        )
+    return paths
+
+
+def told(name_or_path: Names) -> str:
+    """As it is printed."""
+    return str(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else ", ".join(map(str, name_or_path))
+
+
+def _looks_like_path(name: str | os.PathLike) -> bool:
+    """A dataset's name is "name" or "owner/name"."""
+    path = Path(name)
+    return (
+        isinstance(name, os.PathLike)
+        or path.suffix in DATA_SUFFIXES
+        or path.is_absolute()
+        or len(path.parts) > 2
+        or str(name).startswith((".", "~"))
+    )
+
+
+def _files_of_split(directory: Path, split: str) -> list[Path] | None:
+    """None where `datasets` knows better: saved by it, configured in README.md, slices of splits, other files."""
+    card = directory / "README.md"
+    described = card.is_file() and card.read_bytes().startswith(b"---")
+    if _is_saved(directory) or (described and DatasetCard.load(card).data.get("configs")):
+        return None
+    patterns = {str(name): found for name, found in get_data_patterns(str(directory)).items()}
+    files = DataFilesList.from_patterns(patterns.get(split, []), str(directory))
+    return [Path(file) for file in files if kind_of(Path(file)) in READERS] or None
+
+
+def _is_saved(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_named(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    directory = Path(name).expanduser()
+    if not _is_saved(directory):
+        name = str(directory) if directory.is_dir() else name
+        return datasets.load_dataset(name, split=split, **({"streaming": True} if streaming else {}))
+    saved = datasets.load_from_disk(str(directory))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; there are {', '.join(splits)}")
+    return splits[split].to_iterable_dataset() if streaming else splits[split]
+
+
+def _rows_of(files: list[Path], columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for _, row in read_file(file, columns):
+            yield row if columns is None else {column: row.get(column) for column in columns}
 
 
 def as_dataset(rows: list[dict], names: Sequence[str]) -> datasets.Dataset:
     """A column for every field of any row. `names[i]` says where row i is, for errors."""
     fields = dict.fromkeys(field for row in rows for field in row)
-    try:
-        return datasets.Dataset.from_dict({field: [row.get(field) for row in rows] for field in fields})
-    except _NOT_ARROW as error:
-        for field in fields:
-            first = None
-            for row, name in zip(rows, names, strict=True):
-                kind = type(row.get(field)).__name__
-                if row.get(field) is not None and kind != (first := first or kind):
-                    raise ValueError(
-                        f"{name}: field {field!r} is {kind} here and {first} before; a field has one type"
-                    ) from error
-                try:
-                    pa.array([row.get(field)])
-                except _NOT_ARROW as reason:
-                    raise ValueError(f"{name}: field {field!r} cannot be stored: {reason}") from error
-        raise ValueError(f"{names[0]} and later rows: a field has more than one type ({error})") from error
+    columns = {field: _column(field, [row.get(field) for row in rows], names) for field in fields}
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
+
+
+def _column(field: str, values: list[Any], names: Sequence[str]) -> pa.ChunkedArray:
+    """Typed, where one type says all: Arrow would give each object the keys of all others. Else as JSON."""
+    if not any(_is_object(value) for value in values):
+        try:
+            return datasets.Dataset.from_dict({field: values}).data.column(field)
+        except _NOT_ARROW:
+            pass
+    texts: list[str | None] = []
+    for value, name in zip(values, names, strict=True):
+        try:
+            texts.append(None if value is None else json.dumps(value))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: field {field!r} cannot be stored: {error}") from error
+    chunks = [pa.array(texts[i : i + 1000], pa.json_()) for i in range(0, len(texts), 1000)]
+    return pa.chunked_array(chunks)  # one array holds 2 GiB of text at most
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))

@@ -1,0 +1,226 @@
+"""A row's layout, told by its columns: which text, chat or tokens it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokensel.data.chat import describe
+from tokensel.data.rows import RowError
+
+ROLES = {role: role for role in "system developer user assistant tool function ipython observation".split()}
+SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n"
+)
+
+
+class Tokens(NamedTuple):
+    """Token ids, labels and weights as the row has them, unchecked."""
+
+    input_ids: Any
+    labels: Any
+    token_weights: Any
+
+
+class Text(NamedTuple):
+    """A prompt, and behind it a response."""
+
+    prompt: str
+    response: str
+    weight: float = 1.0
+
+
+class Chat(NamedTuple):
+    """Messages {role, content, ...}; the first `prompt_messages` are no responses, whoever's they are."""
+
+    messages: list[dict]
+    prompt_messages: int = 0
+    weight: float = 1.0
+
+
+class Reading(NamedTuple):
+    """What all rows have in common.
+
+    Attributes:
+        has_template: the tokenizer has a chat template.
+        role_names: a role in the rows -> the template's name for it.
+        rejected_weight: of the rejected answers of pairs; 0 leaves them out.
+    """
+
+    has_template: bool
+    role_names: Mapping[str, str]
+    rejected_weight: float
+
+
+class Layout(NamedTuple):
+    """Columns that all have to be there, what they are, and how a row of them is read."""
+
+    columns: tuple[str, ...]
+    about: str
+    read: Callable[[dict, int, Reading], list[Any]]
+
+
+def read_row(row: dict[str, Any], index: int, reading: Reading) -> tuple[str, list[Tokens] | list[Text | Chat]]:
+    """(name of the layout, documents that the row makes). A column that is None is as good as none.
+
+    Raises:
+        RowError: no layout has these columns, or a column of it is missing, empty or of the wrong type.
+    """
+    names = sorted(LAYOUTS, key="pair".__ne__) if reading.rejected_weight else list(LAYOUTS)
+    filled = {column for column, value in row.items() if value is not None}
+    for name in names:
+        if filled.issuperset(LAYOUTS[name].columns):
+            return name, LAYOUTS[name].read(row, index, reading)
+    # What comes nearest says what is wrong with it.
+    near = max(names, key=lambda name: (len(filled & {*LAYOUTS[name].columns}), row.keys() >= {*LAYOUTS[name].columns}))
+    columns = LAYOUTS[near].columns
+    missing = [column for column in columns if column not in row]
+    if not missing:
+        return near, LAYOUTS[near].read(row, index, reading)
+    if filled & {*columns}:
+        raise RowError(index, f"{missing[0]} is missing ({' and '.join(columns)}); its columns are {sorted(row)}")
+    accepted = "; ".join(f"{' and '.join(columns)} ({about})" for columns, about, _ in LAYOUTS.values())
+    raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
+
+
+def _string(row: dict, index: int, column: str) -> str:
+    return _checked_string(row[column], index, column)
+
+
+def _checked_string(value: Any, index: int, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(index, f"{name} must be a string; got {describe(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a character
+        raise RowError(index, f"{name} is no text: {error}") from error
+    return value
+
+
+def _messages(row: dict, index: int, column: str, reading: Reading) -> list[dict]:
+    """Messages as the row has them, or as ShareGPT has: {from, value}. Roles get the template's names."""
+    messages = row[column]
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if messages == [] else describe(messages)
+        raise RowError(index, f"{column} must be a list of {{role, content}}; got {found}")
+    return [_message(message, index, f"{column}[{i}]", reading) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, index: int, name: str, reading: Reading) -> dict:
+    if not isinstance(message, dict):
+        raise RowError(index, f"{name} must be a message, {{role, content}}; got {describe(message)}")
+    sharegpt = message.get("role") is None and message.get("from") is not None
+    key, known = ("from", SHAREGPT_ROLES) if sharegpt else ("role", ROLES)
+    role = _checked_string(message.get(key), index, f"{name}.{key}")
+    if role not in reading.role_names and role not in known:
+        raise RowError(
+            index,
+            f"{name}.{key} is {role!r}; known roles are {', '.join(known)}. Name yours by role_names, such as "
+            f"{role}=assistant, or {role}={role} if the chat template knows it",
+        )
+    role = reading.role_names.get(role) or known[role]
+    if isinstance(message.get("content"), str):
+        _checked_string(message["content"], index, f"{name}.content")
+    if not sharegpt:
+        return message | {"role": role}
+    content = _checked_string(message.get("value"), index, f"{name}.value")
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
+    return {"role": role, "content": content, **rest}
+
+
+def _tokens(row: dict, index: int, reading: Reading) -> list[Tokens]:
+    return [Tokens(row["input_ids"], row["labels"], row.get("token_weights"))]
+
+
+def _chat(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    return [Chat(_messages(row, index, "messages", reading))]
+
+
+def _sharegpt(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    return [Chat(_messages(row, index, "conversations", reading))]
+
+
+def _completion(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    if isinstance(row["prompt"], list):
+        prompt = _messages(row, index, "prompt", reading)
+        return [Chat(prompt + _messages(row, index, "completion", reading), len(prompt))]
+    return [Text(_string(row, index, "prompt"), _string(row, index, "completion"))]
+
+
+def _question(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    return [Text(_string(row, index, "question") + "\n", _string(row, index, "answer"))]
+
+
+def _alpaca(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    instruction, output = _string(row, index, "instruction"), _string(row, index, "output")
+    given = "" if row.get("input") is None else _string(row, index, "input")
+    if reading.has_template:
+        question = f"{instruction}\n{given}" if given else instruction
+        return [Chat([{"role": "user", "content": question}, {"role": "assistant", "content": output}])]
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"\n\n### Input:\n{given}" if given else ""
+    return [Text(ALPACA.format(paired=paired, instruction=instruction, given=given), output)]
+
+
+def _pair(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    """The chosen answer and, if it has a weight, the rejected one. Without a prompt, it is what both begin with."""
+    answers = _pair_of_chats(row, index, reading) if isinstance(row["chosen"], list) else _pair_of_texts(row, index)
+    chosen, rejected = answers
+    return [chosen, rejected._replace(weight=reading.rejected_weight)] if reading.rejected_weight else [chosen]
+
+
+def _pair_of_texts(row: dict, index: int) -> list[Text]:
+    answers = [_string(row, index, "chosen"), _string(row, index, "rejected")]
+    if row.get("prompt") is not None:
+        return [Text(_string(row, index, "prompt"), answer) for answer in answers]
+    begin = _shared(*answers)
+    if begin and answers[0][begin - 1] == " ":  # as TRL's extract_prompt: a space belongs to the word behind it
+        begin -= 1
+    return [Text(answer[:begin], answer[begin:]) for answer in answers]
+
+
+def _pair_of_chats(row: dict, index: int, reading: Reading) -> list[Chat]:
+    answers = [_messages(row, index, column, reading) for column in ("chosen", "rejected")]
+    if isinstance(row.get("prompt"), list):
+        prompt = _messages(row, index, "prompt", reading)
+        return [Chat(prompt + answer, len(prompt)) for answer in answers]
+    begin = _shared(*answers)
+    if row.get("prompt") is not None and not begin:  # else it is told again by the messages
+        raise RowError(index, f"prompt must be a list of messages, as chosen is; got {describe(row['prompt'])}")
+    return [Chat(answer, begin) for answer in answers]
+
+
+def _shared(a: Sequence, b: Sequence) -> int:
+    """How many of their first elements are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _text(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
+    return [Text("", _string(row, index, "text"))]
+
+
+LAYOUTS = {  # in the order of preference when a row fits more than one
+    "token ids": Layout(("input_ids", "labels"), "token ids, as they are", _tokens),
+    "chat": Layout(("messages",), "chat: [{role, content}, ...], through the tokenizer's chat template", _chat),
+    "prompt and completion": Layout(
+        ("prompt", "completion"), "text, concatenated as it is, or lists of messages, through the template", _completion
+    ),
+    "question and answer": Layout(("question", "answer"), "text, a newline between them", _question),
+    "pair": Layout(("chosen", "rejected"), "answers, text or messages, to `prompt` or to what both begin with", _pair),
+    "Alpaca": Layout(
+        ("instruction", "output"), "with an `input` or none, through the template, or else Alpaca's own text", _alpaca
+    ),
+    "ShareGPT": Layout(("conversations",), "chat: [{from, value}, ...], through the template", _sharegpt),
+    "text": Layout(("text",), "text alone, a response from its first token on", _text),
+}
+# All that is read of a row.
+COLUMNS = {column for layout in LAYOUTS.values() for column in layout.columns} | {
+    "input",
+    "tools",
+    "chat_template_kwargs",
+    "weight",
+    "token_weights",
+}
