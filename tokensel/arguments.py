@@ -217,6 +217,20 @@ class DataArguments:
     max_length: int = field(
         default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for chats: a Jinja file, or 'trl' for TRL's training version of the model's own, "
+            "which TRL's trainer takes for assistant_only_loss. Default: the tokenizer's."
+        },
+    )
+    turns: Literal["last", "each"] = field(
+        default="last",
+        metadata={
+            "help": "Of chats whose template rewrites earlier turns (without their reasoning, say): 'last' trains the "
+            "last answer, 'each' makes of each answer a row that ends with it."
+        },
+    )
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,16 +18,48 @@ from tokensel.store import tokenizer_fingerprint
 
 
 def load_tokenizer(settings: DataArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with EOS.
+    """The model's tokenizer; one without a padding token pads with EOS. A file of a chat template becomes its own.
 
     Raises:
-        FileNotFoundError: `model_name_or_path` looks like a directory, and there is none.
+        FileNotFoundError: `model_name_or_path` looks like a directory, and there is none, or no file `chat_template`.
     """
     check_directory("model_name_or_path", settings.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if settings.chat_template not in (None, "trl"):
+        file = Path(settings.chat_template)  # type: ignore[arg-type]
+        if not file.is_file():
+            raise FileNotFoundError(
+                errno.ENOENT, "chat_template is 'trl' or a Jinja file, which is not there", str(file)
+            )
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
     return tokenizer
+
+
+def chat_template_of(settings: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The template that chats go through. TRL's version is for training alone, so it stays out of the tokenizer.
+
+    Raises:
+        ValueError: TRL is not installed, or has no version of the model's template.
+    """
+    if settings.chat_template != "trl" or not tokenizer.chat_template:
+        return tokenizer.chat_template
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError as error:
+        raise ValueError("chat_template 'trl' needs TRL: pip install 'tokensel[trl]'") from error
+    try:
+        return get_training_chat_template(tokenizer) or tokenizer.chat_template
+    except ValueError as error:
+        raise ValueError(f"chat_template 'trl', but of the model's template: {error}") from error
+
+
+def chat_of(settings: DataArguments, counts: EncodingCounts, tokenizer: PreTrainedTokenizerBase) -> dict | None:
+    """How chats became tokens, for a store to tell; None where the rows hold none."""
+    if not counts.chats:
+        return None
+    return {"template": chat_template_of(settings, tokenizer), "turns": settings.turns}
 
 
 def load_model(settings: DataArguments) -> PreTrainedModel:
@@ -65,8 +99,16 @@ def encode_dataset(
     Raises:
         ValueError: a row that cannot be encoded; says where it stands.
     """
+    template = chat_template_of(settings, tokenizer)
     try:
-        rows, counts = encode_rows(load_rows(name, settings.dataset_split), tokenizer, settings.max_length, **weights)
+        rows, counts = encode_rows(
+            load_rows(name, settings.dataset_split),
+            tokenizer,
+            settings.max_length,
+            turns=settings.turns,
+            chat_template=template if isinstance(template, str) else None,
+            **weights,
+        )
     except RowError as error:
         raise ValueError(f"{place_of_row(name, error.row)}: {error.reason}") from error
     print(f"{name}: {counts}", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokensel.arguments import ScoreArguments, SelectArguments, SelectionArguments, parse_recorded
-from tokensel.loading import check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
+from tokensel.loading import chat_of, check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
@@ -48,6 +48,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         model_name=settings.model_name_or_path,
         dataset=settings.dataset_name,
         max_length=settings.max_length,
+        chat=chat_of(settings, counts, tokenizer),
     )
     summary["peak_memory_mib"] = peak_memory_mib(device)
     repeated = len(rows) - summary["documents"]
@@ -86,7 +87,7 @@ def select(settings: SelectArguments) -> dict[str, float]:
                 if_disk_is_full=shards.advice,
             )
             writer.metadata |= {name: belongs_to[name] for name in ("method", "method_args", "recorded")}
-            writer.metadata["tokenizer"] = made["tokenizer"]
+            writer.metadata |= {name: made.get(name) for name in ("tokenizer", "chat")}
             count, kept = publish(shards, writer)
     summary = {
         "documents": made["documents"],

@@ -275,6 +275,7 @@ def record_losses(
     model_name: str | None = None,
     dataset: str = "",
     max_length: int | None = None,
+    chat: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Records the loss of every response token of `rows` under a model in a store, for `history="recorded"`.
 
@@ -290,7 +291,7 @@ def record_losses(
         impl: of the statistics.
         first_token: score the responses alone, behind this token (`t_shirt`).
         negative: score under softmax(2 z - z'), z' of this model (`critical_tokens`).
-        model_name, dataset, max_length: what a later error says the store was made from.
+        model_name, dataset, max_length, chat: what a later error says the store was made from (see `HistoryWriter`).
     Returns:
         rows, documents, response_tokens, mean_nll (nats), tokens_per_second.
     Raises:
@@ -360,6 +361,7 @@ def record_losses(
             max_length=max_length,
             dataset=dataset,
             content=content,
+            chat=chat,
             if_disk_is_full=shards.advice,
         )
         count, total = publish(shards, writer, identity.keys[identity.documents()])

@@ -101,6 +101,7 @@ def test_columns_and_metadata_of_the_file(tmp_path):
         "dataset": "d",
         "documents": len(LENGTHS),
         "tokens": sum(LENGTHS),
+        "chat": None,
         "tokensel_version": store.metadata["tokensel_version"],
     }
 

@@ -34,6 +34,7 @@ class EncodingCounts:
         longest: tokens of the longest of them.
         largest_id: of their token ids.
         layouts: rows of each layout.
+        chats: chats that went through the chat template.
         untrained_answers: answers of chats that are not trained, because the template renders earlier turns otherwise.
         answers_as_rows: such answers that became rows of their own, beside the last of their chat.
     """
@@ -47,6 +48,7 @@ class EncodingCounts:
     longest: int = 0
     largest_id: int = 0
     layouts: dict[str, int] = field(default_factory=dict)
+    chats: int = 0
     untrained_answers: int = 0
     answers_as_rows: int = 0
 
@@ -273,6 +275,7 @@ class _Encoder:
     def _encode(self, part: Tokens | Text | Chat, row: dict[str, Any], index: int) -> list[Encoded]:
         """The documents of a part, of their full length."""
         if isinstance(part, Chat):
+            self.counts.chats += 1
             return encode_chat(
                 index,
                 part.messages,

@@ -123,12 +123,15 @@ class HistoryStore:
     """A history store in memory: per-token NLL looked up by document. Made by `HistoryStore.open`.
 
     Attributes:
-        metadata: dict with format_version, content, tokenizer (fingerprint or None), model, max_length, dataset,
-            documents, tokens, tokensel_version.
+        metadata: dict with format_version, content, tokenizer (fingerprint or None), model, max_length, dataset, chat
+            (template and turns, or None), documents, tokens, tokensel_version.
+        chat_template: that of the run which looks documents up; named where a document is missing and the store was
+            made with another. None = not known.
     """
 
     def __init__(self, path: Path, metadata: dict, keys: Tensor, lengths: Tensor, nll: Tensor):
         self.path, self.metadata = path, metadata
+        self.chat_template: str | dict | None = None
         starts = lengths.cumsum(0) - lengths
         self._keys, order = keys.sort()  # (n,) int64
         self._lengths, self._starts = lengths[order], starts[order]  # (n,) int64
@@ -141,7 +144,7 @@ class HistoryStore:
         Args:
             path: the Parquet file.
             tokenizer: the tokenizer of the training run; compared with the one the store was made with, if
-                that one was recorded.
+                that one was recorded. Its chat template is compared where a document is missing.
             content: what it must hold, one of CONTENTS.
         Raises:
             FileNotFoundError: there is no such file.
@@ -155,7 +158,9 @@ class HistoryStore:
         if len(keys) != metadata["documents"] or len(values) != metadata["tokens"] or lengths.sum() != len(values):
             raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
         tensors = (torch.from_numpy(part) for part in (keys, lengths.astype(numpy.int64), values))
-        return cls(Path(path), metadata, *tensors)
+        store = cls(Path(path), metadata, *tensors)
+        store.chat_template = getattr(tokenizer, "chat_template", None)
+        return store
 
     def fingerprint(self) -> str:
         """sha256 (hex) of documents and losses: equal for equal stores, wherever their files are."""
@@ -210,10 +215,24 @@ class HistoryStore:
 
     def _origin(self) -> str:
         made = self.metadata
-        return (
+        origin = (
             f"{self.path} was made from dataset {made['dataset']!r} with model {made['model']!r}, "
             f"max_length {made['max_length']}"
         )
+        chat = made.get("chat")
+        if chat is None:
+            return origin
+        return f"{origin}, chats with turns={chat['turns']!r}{self._other_template(chat['template'])}"
+
+    def _other_template(self, theirs: str | dict) -> str:
+        """What a chat template may have to do with a missing document."""
+        if self.chat_template not in (None, theirs):
+            return (
+                " and another chat template than this run's (TRL takes a training version of the model's for "
+                "assistant_only_loss: --chat_template trl)"
+            )
+        dated = "strftime_now" in str(theirs)
+        return " and a template that writes the day's date (fix it with chat_template_kwargs)" if dated else ""
 
     def _raise_miss(self, layout: BatchLayout, document: int, place: Tensor) -> NoReturn:
         documents = layout.host_documents
@@ -226,8 +245,9 @@ class HistoryStore:
         else:
             problem = f"{name} is not in the history store"
         raise HistoryMissError(
-            f"{problem}. {self._origin()}. Run `tokensel score` with the same tokenizer, max_length and "
-            "dataset as this run, and pass key_mask if rows are padded and segment_ids if they are packed"
+            f"{problem}. {self._origin()}. Run `tokensel score` with the same tokenizer, chat template, turns, "
+            "max_length and dataset as this run, and pass key_mask if rows are padded and segment_ids if they are "
+            "packed"
         )
 
     def _raise_other_response(self, documents: HostDocuments, response: int) -> NoReturn:
@@ -236,5 +256,6 @@ class HistoryStore:
         raise HistoryMissError(
             f"the document in row {row} was scored with other response tokens: the one at column {column} "
             f"(token {int(documents.position[token])} of the document) has a label now and had none then. "
-            f"{self._origin()}. Run `tokensel score` again with the same prompt and response columns"
+            f"{self._origin()}. Run `tokensel score` again with the same prompt and response columns, or record "
+            "what the trainer trains: trainer.record_history(path)"
         )

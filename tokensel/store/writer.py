@@ -39,6 +39,8 @@ class HistoryWriter:
         tokenizer: recorded as a fingerprint, which `HistoryStore.open` compares.
         model, max_length, dataset: what the NLL was computed with; recorded, and named in errors.
         content: what is written, one of CONTENTS; a reader that expects something else refuses the store.
+        chat: how chats became tokens, {"template": text, "turns": "last"}; recorded, and named in errors. None = there
+            are none, or it is not known.
         if_disk_is_full: what the error about a full disk says of the run's results.
 
     Attributes:
@@ -59,6 +61,7 @@ class HistoryWriter:
         max_length: int | None = None,
         dataset: str = "",
         content: str = "nll",
+        chat: dict[str, Any] | None = None,
         if_disk_is_full: str = "nothing of this run was kept. Free some space or name another path",
     ):
         self.path = Path(path)
@@ -71,6 +74,7 @@ class HistoryWriter:
             "model": str(model),
             "max_length": max_length,
             "dataset": str(dataset),
+            "chat": chat,
             "documents": 0,
             "tokens": 0,
         }
