@@ -8,7 +8,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set
 
 from tokensel.arguments import RunArguments, SelectiveTrainingArguments
 from tokensel.data import SelectionCollator
-from tokensel.loading import check_fit, encode_dataset, load_model, load_tokenizer
+from tokensel.loading import chat_template_of, check_fit, encode_dataset, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
 from tokensel.trainer import SelectiveTrainer
 
@@ -74,6 +74,8 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
         processing_class=tokenizer,
         method=method,
     )
+    for store in trainer.recorded.values():
+        store.chat_template = chat_template_of(settings, tokenizer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -124,8 +124,10 @@ class TokenSelectionMixin(_Base):
             self.given_weights = HistoryStore.open(
                 settings.weights_store, tokenizer=self.processing_class, content="weight"
             )
+        stores = self.recorded | ({"weights": self.given_weights} if self.given_weights is not None else {})
+        for store in stores.values():  # of TRL, which may take another than the tokenizer's
+            store.chat_template = getattr(self, "chat_template", None) or store.chat_template
         if self.accelerator.num_processes > 1:
-            stores = self.recorded | ({"weights": self.given_weights} if self.given_weights is not None else {})
             check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in stores.items()})
         apply_to(self.model, settings.layer if "mass" in self.method.needs else None)
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
