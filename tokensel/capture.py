@@ -80,6 +80,9 @@ def _capturing_attention(
         module.config = ours
 
 
+AttentionInterface.register(_IMPLEMENTATION, _capturing_attention)  # here, for a patched model that is loaded whole
+
+
 def _base_attention(module: Any) -> Callable:
     """The attention function that a module would call if it were not captured."""
     name = module.config._attn_implementation
@@ -183,7 +186,6 @@ class AttentionCapture:
             self._states.append(_Layer(index, module.config, module.config.sliding_window if windowed else None))
 
     def install(self) -> None:
-        AttentionInterface.register(_IMPLEMENTATION, _capturing_attention)
         for module, state in zip(self._modules, self._states, strict=True):
             module._tokensel_capture = state
             module.config = copy.copy(state.config)
@@ -215,8 +217,9 @@ class AttentionCapture:
         for state in self._states:
             if state.captured is None:
                 raise ValueError(
-                    f"layer {state.index} of {self._of} made no call through transformers' "
-                    f"attention interface, so its attention cannot be captured; {_WITHOUT}"
+                    f"layer {state.index} of {self._of} made no call through transformers' attention interface, so "
+                    f"its attention cannot be captured. If it was replaced after apply_to, call that again; else "
+                    f"{_WITHOUT}"
                 )
             taken.append(state.captured)
             state.captured = None

@@ -6,6 +6,7 @@ Nothing of the model is copied; `remove` puts everything back.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,71 @@ class _PastHooks:
         return self._result
 
 
+class _Forward:
+    """A function in the place of a module's forward. It copies and pickles with its module, as a method does.
+
+    An instance attribute hides the class's forward; one that was already there (accelerate's) is kept for later.
+    """
+
+    __wrapped__: Any
+
+    def __init__(self, module: nn.Module, function: Callable) -> None:
+        """Args: function: called as `function(module, forward, ...)`, with the forward that was there before."""
+        self.function, self.__self__ = function, module
+        self.before = module.__dict__.get("forward")
+        functools.update_wrapper(self, module.forward)  # the signature; makes it `__wrapped__`
+        module.forward = self
+
+    def __call__(self, *args, **kwargs):
+        return self.function(self.__self__, self.__wrapped__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable:
+        """As a method's, of any module: accelerate wraps it and binds it again, to a copy too."""
+        function, forward = self.function, self.__wrapped__.__func__  # of a method; else there is none here either
+
+        @functools.wraps(forward)
+        def unbound(module: nn.Module, *args, **kwargs):
+            return function(module, functools.partial(forward, module), *args, **kwargs)
+
+        return unbound
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
+        if self.before is None:
+            self.__self__.__dict__.pop("forward", None)
+        else:
+            self.__self__.forward = self.before
+
+
+def _model_forward(model: Any, forward: Callable, *args, selection=None, **kwargs):
+    """The patched model's: with `selection`, the selection's own way through it."""
+    if selection is None:
+        return forward(*args, **kwargs)
+    if args:
+        raise TypeError("with selection=, pass the model's inputs by keyword (input_ids=..., labels=...)")
+    missing = [name for name in ("input_ids", "labels") if kwargs.get(name) is None]
+    if missing or kwargs.get("past_key_values") is not None:
+        needs = f"needs {' and '.join(missing)}" if missing else "takes no past_key_values"
+        raise ValueError(
+            f"with selection=, the model {needs}; adapters that hand over embeddings or keys (prompt and prefix "
+            "tuning) are not supported"
+        )
+    return selection(model._tokensel_patched, **kwargs)
+
+
+def _head_forward(head: Any, forward: Callable, hidden: Tensor, *args, tokensel_function=None, **kwargs):
+    """The patched head's: with `tokensel_function`, that function of hidden, weight and bias."""
+    if tokensel_function is None:
+        return forward(hidden, *args, **kwargs)
+    weight, device = head.weight, hidden.device.type
+    if torch.is_autocast_enabled(device):  # as the head's own product would
+        hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
+    if not hasattr(weight, "device_mesh"):
+        return tokensel_function(hidden, weight, head.bias)
+    return _PastHooks(tokensel_function(replicated_as(weight, hidden), weight, head.bias))
+
+
 class PatchedModel:
     """A causal language model that `apply_to` has patched.
 
@@ -84,8 +150,9 @@ class PatchedModel:
         The latter is scalar, and there where `config.output_router_logits` is on.
 
         Raises:
-            ValueError: packing, in a model that lets packed documents see each other.
+            ValueError: packing, in a model that lets packed documents see each other; a head that has been replaced.
         """
+        self._refuse_replaced()
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT passes Nones along
         if "position_ids" in given and "attention_mask" not in given and not self.keeps_documents_apart:
             raise ValueError(
@@ -97,6 +164,18 @@ class PatchedModel:
             return self._base(**given).last_hidden_state, None
         out = self._base(**given, output_router_logits=True)
         return out.last_hidden_state, self._router_loss(out.router_logits, given.get("attention_mask"))
+
+    def _refuse_replaced(self) -> None:
+        for name, now, patched in (
+            ("head", self.model.get_output_embeddings(), self._head),
+            ("base model", model_without_head(self.model), self._base),
+        ):
+            if now is not patched:
+                raise ValueError(
+                    f"the {name} of {type(self.model).__name__} has been replaced since apply_to, by a "
+                    f"{type(now).__name__} (a resize of embeddings, or an adapter on it). Call "
+                    "tokensel.apply_to(model) again, which takes a plain torch.nn.Linear as the head"
+                )
 
     def with_whole_head(self, function: Callable[[Tensor, Tensor, Tensor | None], R], hidden: Tensor) -> R:
         """`function(hidden, weight, bias)`, called back from inside the head's own forward.
@@ -119,49 +198,38 @@ class PatchedModel:
 
     def install(self) -> None:
         self.attention.install()
-        head, head_forward = self._head, self._head.forward
-
-        @functools.wraps(head_forward)
-        def patched_head(hidden: Tensor, *args, tokensel_function=None, **kwargs):
-            if tokensel_function is None:
-                return head_forward(hidden, *args, **kwargs)
-            weight, device = head.weight, hidden.device.type
-            if torch.is_autocast_enabled(device):  # as the head's own product would
-                hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
-            if not hasattr(weight, "device_mesh"):
-                return tokensel_function(hidden, weight, head.bias)
-            return _PastHooks(tokensel_function(replicated_as(weight, hidden), weight, head.bias))
-
-        model_forward = self.model.forward
-
-        @functools.wraps(model_forward)
-        def patched_forward(*args, selection=None, **kwargs):
-            if selection is None:
-                return model_forward(*args, **kwargs)
-            if args:
-                raise TypeError("with selection=, pass the model's inputs by keyword (input_ids=..., labels=...)")
-            missing = [name for name in ("input_ids", "labels") if kwargs.get(name) is None]
-            if missing:
-                raise ValueError(
-                    f"with selection=, the model needs {' and '.join(missing)}; adapters that hand over embeddings "
-                    "(prompt and prefix tuning) are not supported"
-                )
-            return selection(self, **kwargs)
-
-        # an instance attribute hides the class's method; one that was already there (accelerate's) is kept for later
-        self._before = (self.model.__dict__.get("forward"), head.__dict__.get("forward"))
-        head.forward = patched_head  # type: ignore[method-assign, assignment]
-        self.model.forward = patched_forward
+        self._forwards = _Forward(self.model, _model_forward), _Forward(self._head, _head_forward)
         self.model._tokensel_patched = self  # type: ignore[assignment]
 
     def uninstall(self) -> None:
-        for module, before in zip((self.model, self._head), self._before, strict=True):
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+        for module in self.model.modules():  # a copy of the head may stand in its place by now
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, _Forward) and forward not in self._forwards:
+                forward.undo()
+        for forward in self._forwards:
+            forward.undo()
         self.attention.uninstall()
         del self.model._tokensel_patched
+
+    def __deepcopy__(self, memo: dict) -> PatchedModel:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `torch.save` of the whole model.
+
+        Raises:
+            ValueError: the model's forward has been wrapped since; a method is pickled by name, so that the wrapper
+                would be lost, and the selection with it.
+        """
+        if not isinstance(self.model.__dict__.get("forward"), _Forward):
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be pickled: its forward has been wrapped since apply_to (by "
+                "accelerate for mixed precision, say). Save its weights (save_pretrained, or its state_dict), or call "
+                "tokensel.remove(model) first"
+            )
+        return self.__dict__
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -284,25 +352,34 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Patche
             mass is the mean. None = capture nothing, for methods that do not measure attention: then models that do
             not use transformers' attention interface are supported, too.
     Returns:
-        The patched model; `tokensel.remove(model)` undoes it.
+        The patched model; `tokensel.remove(model)` undoes it. A deep copy of the model is a patched model of its own.
+        If it was patched already, this takes the place of the earlier patch, or leaves that where it raises.
     Raises:
         TypeError: not a transformers model; layer is neither an int nor a sequence of ints.
-        ValueError: patched already, an adapter on the head or of virtual tokens, a layer that does not exist or is
-            named twice, attention that cannot be captured, logits that cannot be reproduced.
+        ValueError: an adapter on the head or of virtual tokens, a layer that does not exist or is named twice,
+            attention that cannot be captured, logits that cannot be reproduced.
     """
-    base = refuse_patched(model)
+    base = unwrap(model)
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning:
         raise ValueError(
             f"{type(peft).__name__} puts virtual tokens before the batch's, whose losses and prompts would be off by "
             "their number; use LoRA"
         )
-    patched = PatchedModel(base, layer)
-    patched.install()
+    earlier: PatchedModel | None = getattr(base, "_tokensel_patched", None)
+    if earlier is not None:
+        earlier.uninstall()
     try:
-        patched.self_test()
+        patched = PatchedModel(base, layer)
+        patched.install()
+        try:
+            patched.self_test()
+        except BaseException:
+            patched.uninstall()
+            raise
     except BaseException:
-        patched.uninstall()
+        if earlier is not None:
+            earlier.install()
         raise
     return patched
 
