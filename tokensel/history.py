@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokensel.adapters import adapter_layers, refuse_rewritten_base
 from tokensel.documents import BatchLayout
-from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
-from tokensel.ops.checks import check_number
+from tokensel.files import check_directory
+from tokensel.model import PatchedModel, apply_to, eval_mode, refuse_patched, remove, unwrap
+from tokensel.ops.checks import check_number, check_token_range
 from tokensel.store import tokenizer_fingerprint
 
 
@@ -68,43 +70,40 @@ class AdapterOff(LiveHistory):
         """Args: model: a PEFT model whose trained parameters are all in its adapters.
 
         Raises:
-            ValueError: no adapter, or trained parameters that disabling the adapters would not undo.
+            ValueError: no adapter, or base weights that disabling the adapters would not bring back: they are trained,
+                adapters are merged into them, or the adapters' initialisation rewrote them (PiSSA and the like).
         """
         self.model = model
-        self.switches = _adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
+        self.switches = adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
+        refuse_rewritten_base(model, self.switches)
 
     def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
+        _refuse_other(patched, self.model)
         with self():
             return patched.backbone(batch)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """The model is its history inside: adapters disabled, eval mode, no gradient."""
+        before = [switch._disable_adapters for switch in self.switches]
         for switch in self.switches:
             switch._disable_adapters = True  # type: ignore[assignment]
         try:
             with eval_mode(self.model), torch.no_grad():
                 yield
         finally:
-            for switch in self.switches:
-                switch._disable_adapters = False  # type: ignore[assignment]
+            for switch, off in zip(self.switches, before, strict=True):
+                switch._disable_adapters = off  # type: ignore[assignment]
 
 
-def _adapter_layers(model: nn.Module, name: str, instead: str) -> list[nn.Module]:
-    """The adapter layers of a PEFT model that trains nothing but them."""
-    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    if not layers:
-        raise ValueError(f"history={name!r} needs a PEFT model; this one has no adapter layers. Use {instead}")
-    inside = {id(p) for m in layers for p in m.parameters()}
-    outside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    base = [n for n, p in model.named_parameters() if p.requires_grad and ".base_layer." in n]
-    if outside or base:
+def _refuse_other(patched: PatchedModel, source: nn.Module) -> None:
+    """A history that shares the head is of that model alone: a copy of the model has other weights."""
+    if patched.model is not unwrap(source):
         raise ValueError(
-            f"history={name!r} needs the base model frozen, but {(outside + base)[0]} is trained; freeze it or use "
-            f"{instead}"
+            f"the history is of another model than this {type(patched.model).__name__}, such as the one that it is a "
+            "copy of; make one of this model"
         )
-    return layers
 
 
 class OtherModel(LiveHistory):
@@ -129,11 +128,13 @@ class OtherModel(LiveHistory):
             device: where it runs; None = where it is.
             offload: its weights stay on the CPU and are brought to `device` layer by layer in each pass.
         Raises:
-            ValueError: what `tokensel.apply_to` refuses.
+            ValueError: patched already, as the model that is trained; what `tokensel.apply_to` refuses.
         """
         self.signal, self.offload = signal, offload
-        self.model = unwrap(model).eval().requires_grad_(False)
-        self.device = torch.device(device) if device is not None else self.model.get_output_embeddings().weight.device
+        self.model = refuse_patched(model).eval().requires_grad_(False)
+        head = self.model.get_output_embeddings().weight
+        self.device = torch.device(device) if device is not None else head.device
+        self.rows = min(head.shape[0], int(self.model.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
         if offload or device is not None:
             self.model.to("cpu" if offload else self.device)  # type: ignore[arg-type]
         self.patched = apply_to(self.model, layer=None)  # nobody looks at its attention
@@ -146,9 +147,18 @@ class OtherModel(LiveHistory):
             cpu_offload(self.model, execution_device=self.device, state_dict=self.model.state_dict())
 
     def token_nll(self, layout: BatchLayout, batch: dict[str, Any], impl: str = "auto") -> Tensor:
-        """Negative log-likelihood of the response tokens, nats, 0 elsewhere -> [B, S]."""
-        labels = layout.response_labels
-        there = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        """Negative log-likelihood of the response tokens, nats, 0 elsewhere -> [B, S].
+
+        Raises:
+            ValueError: a token that the model has no row for; on an accelerator an asynchronous assertion, instead.
+        """
+        ids, labels = layout.input_ids, layout.response_labels
+        if layout.key_mask is not None:
+            ids = ids.masked_fill(~layout.key_mask, 0)  # a token that was added for padding alone is not used
+        check_token_range(ids, self.rows, f"the history's {type(self.model).__name__}")
+        there = {
+            n: value.to(self.device) for n, value in (batch | {"input_ids": ids}).items() if isinstance(value, Tensor)
+        }
         return self.patched.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
 
 
@@ -159,11 +169,11 @@ def load_reference(
 
     Args:
         name_or_path: directory or hub name of a causal language model with its tokenizer.
-        tokenizer: the training run's. Vocabulary and special tokens must be equal; the number of rows of the head need
-            not be, as long as the tokenizer's ids have one.
+        tokenizer: the training run's. Vocabulary and special tokens must be equal; the head may have fewer rows than
+            they have entries (Gemma 3), as long as each token that is used has one.
         eight_bit: linear layers but the head in 8 bits, by torchao.
     Raises:
-        ValueError: no such model, another tokenizer, a head too small for it, torchao not installed.
+        ValueError: no such model, another tokenizer, torchao not installed.
     """
     if tokenizer is None:
         raise ValueError("history='reference' compares tokenizers: give the trainer processing_class=tokenizer")
@@ -176,6 +186,7 @@ def load_reference(
 
         options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
     try:
+        check_directory("history_model_name_or_path", name_or_path)
         other = AutoTokenizer.from_pretrained(name_or_path)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto", **options)
     except OSError as error:
@@ -184,12 +195,6 @@ def load_reference(
         raise ValueError(
             f"history_model_name_or_path {str(name_or_path)!r} has another tokenizer than this run ({len(other)} and "
             f"{len(tokenizer)} tokens), so its losses would be of other tokens; choose a model of the same tokenizer"
-        )
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise ValueError(
-            f"the head of history_model_name_or_path {str(name_or_path)!r} has {rows} rows, but the tokenizer has "
-            f"{len(tokenizer)} tokens; resize its embeddings or choose another model"
         )
     return model if device is None or eight_bit else model.to(device)  # type: ignore[arg-type]
 
@@ -246,6 +251,7 @@ class ModelCopy(OtherModel):
     @torch.no_grad()
     def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
+        _refuse_other(patched, self.source)
         return self.patched.backbone(batch)
 
     def after_step(self, gather: Callable[[list[Any]], list[Any]] = list) -> None:
@@ -299,7 +305,7 @@ class AdapterEMA(ModelCopy):
         Raises:
             ValueError: no adapter, or trained parameters outside of adapters.
         """
-        _adapter_layers(model, "adapter_ema", "history 'ema'")
+        adapter_layers(model, "adapter_ema", "history 'ema'")
         super().__init__(model, decay)
         self.name = "adapter_ema"
 

@@ -322,12 +322,13 @@ def record_losses(
     identity = identify(all_documents())
     row_of = numpy.repeat(numpy.arange(len(counts)), counts)
     first = numpy.cumsum(counts) - counts
-    table: Any = unwrap(model).get_input_embeddings().weight
-    if identity.largest_id >= (embeddings := table.shape[0]):
-        raise ValueError(
-            f"token {identity.largest_id} of the rows has no embedding: the model has {embeddings}. They were made "
-            "with the tokenizer of another model"
-        )
+    for what, scored in {"the model": model, "the negative model": negative}.items():
+        table: Any = None if scored is None else unwrap(scored).get_input_embeddings().weight
+        if table is not None and identity.largest_id >= table.shape[0]:
+            raise ValueError(
+                f"token {identity.largest_id} of the rows has no embedding: {what} has {table.shape[0]}. They were "
+                "made with the tokenizer of another model"
+            )
     name = model_name or str(unwrap(model).name_or_path)
     belongs_to = {
         "command": "score",

@@ -121,6 +121,19 @@ def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> Non
         )
 
 
+def check_token_range(input_ids: Tensor, rows: int, model: str) -> None:
+    """Token ids below the number of rows that a model has for them, in embeddings and head; checked as labels are."""
+    if torch.compiler.is_compiling():
+        return
+    if not may_read_values(input_ids):
+        torch._assert_async((input_ids < rows).all(), "input_ids: a token that the model has no row for")
+    elif (largest := int(input_ids.max())) >= rows:
+        raise ValueError(
+            f"input_ids have token {largest}, but {model} has rows for {rows} tokens; resize its embeddings, or choose "
+            "a model that knows this token"
+        )
+
+
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {value!r}")
