@@ -93,6 +93,11 @@ class TokenSelectionMixin(_Base):
             raise ValueError(
                 "compute_loss_func is not supported: the loss is made inside the selection step; leave it out"
             )
+        if self.model_init is not None:
+            raise ValueError(
+                "model_init is not supported: train() would make the model anew, without its patch and its history; "
+                "give the trainer model=model_init()"
+            )
         files = parse_recorded(settings.recorded)
         if settings.history == "recorded":
             files["history"] = settings.history_store

@@ -13,9 +13,11 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from oracles import next_token_nll
 from tiny import VOCABULARY, causal_lm, lora
+from training import PLAIN, ROWS, TOKENIZER, build
 
 import tokensel
-from tokensel import AdapterOff, ModelCopy, Selection, apply_to, methods, remove
+from tokensel import AdapterOff, ModelCopy, Selection, SelectiveTrainer, apply_to, methods, remove
+from tokensel.arguments import SelectiveTrainingArguments
 
 
 def loss_of(model, batch, method="full"):
@@ -161,6 +163,12 @@ def test_a_second_patch_takes_the_place_of_the_first(batch):
     assert model._tokensel_patched is patched and loss_of(model, batch, "attention").isfinite()
     remove(model)
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+
+
+def test_a_trainer_that_would_make_its_model_anew_is_refused(tmp_path):
+    arguments = SelectiveTrainingArguments(output_dir=str(tmp_path), method="full", **PLAIN)
+    with pytest.raises(ValueError, match=r"model_init is not supported: .* give the trainer model=model_init\(\)"):
+        SelectiveTrainer(model_init=lambda: build(), args=arguments, train_dataset=ROWS, processing_class=TOKENIZER)
 
 
 # Another head
