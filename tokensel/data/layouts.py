@@ -78,10 +78,12 @@ def read_row(row: dict[str, Any], index: int, reading: Reading) -> tuple[str, li
     near = max(names, key=lambda name: (len(filled & {*LAYOUTS[name].columns}), row.keys() >= {*LAYOUTS[name].columns}))
     columns = LAYOUTS[near].columns
     missing = [column for column in columns if column not in row]
-    if not missing:
-        return near, LAYOUTS[near].read(row, index, reading)
     if filled & {*columns}:
-        raise RowError(index, f"{missing[0]} is missing ({' and '.join(columns)}); its columns are {sorted(row)}")
+        if missing:
+            raise RowError(index, f"{missing[0]} is missing ({' and '.join(columns)}); its columns are {sorted(row)}")
+        return near, LAYOUTS[near].read(row, index, reading)
+    if not missing:
+        raise RowError(index, f"{' and '.join(sorted(row.keys() & COLUMNS))} hold nothing")
     accepted = "; ".join(f"{' and '.join(columns)} ({about})" for columns, about, _ in LAYOUTS.values())
     raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
 

@@ -107,7 +107,7 @@ def _read_csv(path: Path, columns: Collection[str] | None) -> Rows:
                     )
                 yield place, row | ({"weight": _number(place, row["weight"])} if "weight" in row else {})
         except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from error
+            raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error  # behind the last whole row
 
 
 def _text(path: Path, lines: Iterable[bytes]) -> Iterator[str]:

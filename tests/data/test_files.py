@@ -1,0 +1,210 @@
+"""Every kind of file, alone, in lists and in directories, whole and as a stream; what cannot be read says where."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_tried import FILES, ROWS, write_directory, write_saved
+from encoding import ids, make_tokenizer, write
+
+from tokensel.data import RowError, encode, encode_rows, load_rows, place_of_row
+from tokensel.data.chat import Encoded
+from tokensel.data.layouts import COLUMNS
+from tokensel.data.readers import READERS, kind_of
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_file_of_a_kind_has_these_rows_and_places(file, tmp_path):
+    path = file.write(tmp_path)
+    assert load_rows(path)[:] == {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    assert list(load_rows(path, streaming=True)) == ROWS
+    assert place_of_row(path, 1) == str(tmp_path / file.place)
+
+
+def test_every_kind_of_file_is_tried(tmp_path):
+    assert {kind_of(file.write(tmp_path)) for file in FILES} == set(READERS) - {".ndjson"}
+
+
+def test_a_list_of_files_of_any_kind_is_one_dataset(tmp_path):
+    paths = [file.write(tmp_path) for file in FILES]
+    assert list(load_rows(paths)) == list(load_rows([str(p) for p in paths], streaming=True)) == ROWS * len(FILES)
+    assert place_of_row(paths, 2 * 4 + 1) == f"{tmp_path}/rows.csv:3"
+
+
+def test_a_directory_has_the_splits_that_its_files_names_tell(tmp_path):
+    directory = write_directory(tmp_path)
+    assert list(load_rows(directory)) == ROWS * (len(FILES) - 1)
+    assert list(load_rows(str(directory), "test")) == list(load_rows(directory, "test", streaming=True)) == ROWS
+    assert place_of_row(directory, 1, "test") == f"{directory}/test.tsv:3"
+
+
+def test_a_directory_that_says_how_it_is_read_is_read_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = write_directory(tmp_path)
+    files = "data_files:\n  - split: train\n    path: test.tsv\n"
+    (directory / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}---\n# Rows\n")
+    assert len(load_rows(directory)) == len(ROWS)
+    with pytest.raises(ValueError, match='Unknown split "test"'):
+        load_rows(directory, "test")
+
+
+def test_what_datasets_saved_is_read(tmp_path):
+    saved = write_saved(tmp_path)
+    assert list(load_rows(saved)) == ROWS and list(load_rows(saved / "train")) == ROWS
+    assert list(load_rows(saved, "test", streaming=True)) == ROWS[1:]
+    with pytest.raises(ValueError, match="saved has no split 'dev'; there are train, test"):
+        load_rows(saved, "dev")
+
+
+def test_a_named_dataset_is_streamed_by_datasets(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (a, k))
+    assert load_rows("owner/name", "test", streaming=True) == (("owner/name",), {"split": "test", "streaming": True})
+
+
+CHAT = {"role": "assistant", "content": "b"}
+ENCODED = Encoded([1, 2], [-100, 2], [None, None])
+
+# Columns that nobody reads, drift, null types
+
+WILD = [
+    {"prompt": "a", "completion": "b", "id": 1, "meta": {"x": 1}, "none": None},
+    {"prompt": "c", "completion": "d", "id": "one", "meta": [3, "y", {"z": None}], "score": 2**70},
+    {"prompt": "e", "completion": "f", "id": None, "meta": "\ud800", "none": [], "more": {"a": {"b": [1.5]}}},
+]
+
+
+def test_columns_that_nobody_reads_never_stop_a_run(tmp_path):
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, WILD))
+    expected = [ids("<s> a b </s>"), ids("<s> c d </s>"), ids("<s> e f </s>")]
+    for columns in (None, COLUMNS):
+        for streaming in (False, True):
+            rows = load_rows(path, columns=columns, streaming=streaming)
+            assert [row["input_ids"] for row in encode_rows(rows, make_tokenizer(), 8)[0]] == expected
+    assert [row["input_ids"] for row in encode_rows(WILD, make_tokenizer(), 8)[0]] == expected
+
+
+def test_schemas_of_files_may_drift(tmp_path):
+    tables = [{"text": ["a"], "x": [1]}, {"text": pa.array([None], pa.null()), "question": ["b"], "answer": ["c"]}]
+    tables.append({"text": ["d"], "x": [{"y": 1}]})
+    for i, table in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{i}.parquet")
+    paths = sorted(tmp_path.glob("*.parquet"))
+    encoded, counts = encode_rows(load_rows(paths), make_tokenizer(), 8)
+    assert encoded["input_ids"][:] == [ids("<s> a </s>"), ids("<s> b \n c </s>"), ids("<s> d </s>")]
+    assert counts.layouts == {"text": 2, "question and answer": 1}
+
+
+def test_a_column_that_would_have_to_be_decoded_is_not(tmp_path):
+    image = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"text": ["a"], "image": [{"bytes": b"no image", "path": None}]}, features=image)
+    rows.to_parquet(tmp_path / "x.parquet")
+    assert encode_rows(rows, make_tokenizer(), 8)[0]["input_ids"][:] == [ids("<s> a </s>")]
+    for streaming in (False, True):
+        read = load_rows(tmp_path / "x.parquet", columns=COLUMNS, streaming=streaming)
+        assert [row["input_ids"] for row in encode_rows(read, make_tokenizer(), 8)[0]] == [ids("<s> a </s>")]
+
+
+def test_objects_come_back_as_they_stood_in_the_file(tmp_path, monkeypatch):
+    chats = [[{"role": "user", "content": "a", "x": 0.123456789012345678, "y": {"z": None}}], [{"role": "user"}]]
+    path = write(tmp_path / "x.jsonl", *(json.dumps({"messages": chat}) for chat in [*chats, [CHAT]]))
+    seen = []
+    monkeypatch.setattr(encode, "encode_chat", lambda index, messages, *_, **__: seen.append(messages) or [ENCODED])
+    encode_rows(load_rows(path), make_tokenizer(), 8)
+    assert len(list(encode_rows(load_rows(path, streaming=True), make_tokenizer(), 8)[0])) == 3
+    assert seen == [*chats, [CHAT]] * 2
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.json", b'\n[{"a": 1},\n {"a": }]', ":3: Expecting value"),
+        ("x.json", b'[{"a": 1},\n {"a": "\xff"}]', ":2: 'utf-8' codec can't decode"),
+        ("x.json", b'[{"a": 1}, 3]', ", row 1: expected an array of JSON objects, found int"),
+        ("x.json", b'[{"a": 1}, {}]', ", row 1: expected an array of JSON objects, found an empty object"),
+        ("x.json", b'[1, 2]\n["a"]\n', ":2: Extra data; expected one JSON array of objects, or one a line"),
+        ("x.json", b'{\n "a": 1\n}\n', ":1: Expecting property name"),
+        ("x.json", b"[]", " has no rows"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], " cannot be read: Truncated compressed stream"),
+        ("x.jsonl.gz", b'{"a": 1}\n', " cannot be read: zlib inflate failed"),
+        ("x.jsonl.zst", b'{"a": 1}\n', " cannot be read: ZSTD decompress failed"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a"}\n'), ":2: Expecting ':'"),
+        ("x.csv", b"", " has no rows"),
+        ("x.csv", b"a,b\n", " has no rows"),
+        ("x.csv", b"a,b\n1,2\n3\n", ":3: 1 cells, but the header has 2"),
+        ("x.csv", b'a,b\n"1\n1",2\n3,4,5\n', ":4: 3 cells, but the header has 2"),
+        ("x.csv", b'a,b\n1,2\n"3\n3",4,5\n', ":3: 3 cells, but the header has 2"),
+        ("x.csv", b'a,b\n1,"2\n', ":2: unexpected end of data"),
+        ("x.csv", b"a,b\n1,\xff\n", ":2: 'utf-8' codec can't decode"),
+        ("x.csv", b"a,a\n1,2\n", ":1: the header has 'a' twice"),
+        ("x.csv", b"a,weight\n1,2\n1,two\n", ":3: weight must be a number; got 'two'"),
+        ("x.parquet", b"PAR1 it is not", " cannot be read: "),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_what_cannot_be_read_says_where_in_one_line(name, content, message, streaming, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if streaming and "no rows" in message:
+        assert list(load_rows(path, streaming=True)) == []
+        return
+    with pytest.raises(ValueError) as error:
+        list(load_rows(path, streaming=streaming))
+    assert str(error.value).startswith(f"{path}{message}") and "\n" not in str(error.value)
+
+
+def test_cells_are_text_and_a_weight_is_a_number(tmp_path):
+    path = write(tmp_path / "x.csv", "prompt,completion,weight", "007,NA,2", "null,1.50,", ",,-0.5")
+    expected = {"prompt": ["007", "null", ""], "completion": ["NA", "1.50", ""], "weight": [2, None, -0.5]}
+    assert load_rows(path)[:] == expected
+    (tmp_path / "y.csv").write_bytes("\ufeffprompt,completion\r\na,".encode() + b'"' + b"b" * 200_000 + b'"\r\n')
+    assert load_rows(tmp_path / "y.csv")[:] == {"prompt": ["a"], "completion": ["b" * 200_000]}
+
+
+def test_splits_and_names_that_are_not_there(tmp_path):
+    path = FILES[0].write(tmp_path)
+    with pytest.raises(ValueError, match=r"rows.jsonl is a file, whose rows are all of the split 'train'; got 'test'"):
+        load_rows(path, "test")
+    with pytest.raises(FileNotFoundError, match="no such file.*none.jsonl"):
+        load_rows([path, tmp_path / "none.jsonl"])
+    with pytest.raises(FileNotFoundError, match="no such file.*owner/name"):
+        load_rows([str(path), "owner/name"])
+    with pytest.raises(ValueError, match="the list of files is empty"):
+        load_rows([])
+    assert load_rows([path]).num_rows == 2
+
+
+# Streams
+
+
+def test_a_stream_gives_what_is_read_at_once_and_counts_it(tmp_path):
+    paths = [file.write(tmp_path) for file in FILES]
+    tokenizer = make_tokenizer()
+    whole, counts = encode_rows(load_rows(paths), tokenizer, 8, keep_columns=["prompt"])
+    stream, counted = encode_rows(load_rows(paths, streaming=True), tokenizer, 8, keep_columns=["prompt"])
+    read = list(stream)
+    assert [{name: row[name] for name in row if name != "token_weights"} for row in read] == list(whole)
+    assert all(set(row["token_weights"]) <= {0, 1} for row in read) and counted == counts
+    assert stream.num_shards == len(paths)
+
+
+def test_workers_share_a_stream(tmp_path):
+    from torch.utils.data import DataLoader
+
+    paths = [file.write(tmp_path) for file in FILES[:2]]
+    stream, _ = encode_rows(load_rows(paths, streaming=True), make_tokenizer(), 8)
+    assert len(list(DataLoader(stream, batch_size=None, num_workers=2))) == 4
+
+
+def test_a_row_of_a_stream_that_cannot_be_encoded_is_named(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"text": "a"}', '{"text": 3}', '{"text": null}')
+    stream, _ = encode_rows(load_rows(path, streaming=True), make_tokenizer(), 8)
+    with pytest.raises(RowError, match="row 1: text must be a string; got int"):
+        list(stream)

@@ -1,0 +1,231 @@
+"""Which text, chat or tokens a row is, by its columns; what is wrong with one that is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from data_tried import LAYOUTS, Row
+from encoding import encode, ids, labels, make_tokenizer, write
+
+from tokensel.data import RowError, encode_rows, load_rows
+from tokensel.data.layouts import COLUMNS
+from tokensel.data.layouts import LAYOUTS as KNOWN
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c d"}
+USER, ANSWER, WORSE = (
+    {"role": role, "content": c} for role, c in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
+)
+
+
+def name_of(tried: Row) -> str:
+    kinds = {type(value).__name__ for value in tried.row.values()}
+    return f"{tried.layout}, {' '.join(tried.row)} {'of ' + 'and'.join(sorted(kinds))}"
+
+
+@pytest.mark.parametrize("tried", LAYOUTS, ids=name_of)
+def test_a_row_of_a_layout_makes_these_tokens(tried, tmp_path):
+    found, counts = encode_rows([tried.row], make_tokenizer(), 64)
+    assert found[0] == {"input_ids": ids(tried.tokens), "labels": labels(tried.labels)}
+    assert counts.layouts == {tried.layout: 1}
+    from_file = load_rows(write(tmp_path / "x.jsonl", json.dumps(tried.row)), columns=COLUMNS)
+    assert encode_rows(from_file, make_tokenizer(), 64)[0][0] == found[0]
+
+
+def test_every_layout_is_tried():
+    assert {tried.layout for tried in LAYOUTS} == set(KNOWN)
+
+
+def test_each_row_has_its_own_layout_and_they_are_counted(tmp_path):
+    path = write(tmp_path / "x.jsonl", *(json.dumps(tried.row | {"id": i}) for i, tried in enumerate(LAYOUTS)))
+    encoded, counts = encode_rows(load_rows(path), make_tokenizer(), 64)
+    assert encoded["input_ids"][:] == [ids(tried.tokens) for tried in LAYOUTS]
+    assert encoded["labels"][:] == [labels(tried.labels) for tried in LAYOUTS]
+    assert counts.rows == counts.documents == len(LAYOUTS) == sum(counts.layouts.values())
+    assert "layouts: 2 prompt and completion, 1 question and answer, 1 chat, 1 ShareGPT, 2 Alpaca, 1 text, 4 pair" in (
+        str(counts)
+    )
+
+
+# Alpaca without a template
+
+
+def test_alpaca_without_a_template_is_alpacas_own_text():
+    asked = []
+
+    class Tokenizer:
+        chat_template, bos_token_id, eos_token_id = None, None, 0
+
+        def __call__(self, text, return_special_tokens_mask=False, **_):
+            asked.append(text)
+            return {"input_ids": [ord(c) for c in text], "special_tokens_mask": [0] * len(text)}
+
+    for given in ("three", "", None):
+        encode_rows([{"instruction": "Name {them}.", "input": given, "output": "c"}], Tokenizer(), 1000)
+    task = "Below is an instruction that describes a task"
+    ask = ". Write a response that appropriately completes the request.\n\n### Instruction:\nName {them}."
+    paired = ", paired with an input that provides further context"
+    alone = f"{task}{ask}\n\n### Response:\n"
+    assert asked[::2] == [f"{task}{paired}{ask}\n\n### Input:\nthree\n\n### Response:\n", alone, alone]
+    assert asked[1::2] == ["c"] * 3
+
+
+def test_a_chat_template_that_is_given_is_alpacas_too():
+    row = {"instruction": "a", "output": "b"}
+    bare = make_tokenizer(chat_template=None)
+    found, _ = encode_rows([row], bare, 64, chat_template=make_tokenizer().chat_template)
+    assert found[0]["input_ids"] == ids("<user> a <bot> b </s>")
+
+
+# Messages
+
+
+def test_answers_in_the_prompt_are_no_responses():
+    prompt = [USER, ANSWER, {"role": "user", "content": "c"}]
+    row = encode({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
+    assert row["input_ids"] == ids("<user> a <bot> b </s> <user> c <bot> d </s>")
+    assert row["labels"] == labels(". . . . . . . . d </s>")
+
+
+def test_roles_of_sharegpt_are_the_templates():
+    template = "{% for m in messages %}{{ m.role[:1] }} {{ m.content }} </s> {% endfor %}"
+    turns = [("system", "a"), ("human", "b"), ("gpt", "c"), ("function", "d"), ("tool", "e"), ("gpt", "f")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    found = encode(row, tokenizer=make_tokenizer(chat_template=template))
+    unknown = "<unk>"  # s, u and t are no words
+    assert found["input_ids"] == ids(
+        f"{unknown} a </s> {unknown} b </s> a c </s> {unknown} d </s> {unknown} e </s> a f </s>"
+    )
+
+
+def test_weights_of_sharegpt_stand_on_their_answers():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": -2}]
+    assert encode({"conversations": turns})["token_weights"] == [0, 0, 0, -2, -2]
+
+
+@pytest.mark.parametrize("key, value, column", [("role", "content", "messages"), ("from", "value", "conversations")])
+def test_an_unknown_role_is_named_with_its_row_and_mapped_by_a_setting(key, value, column):
+    row = {column: [{key: "user", value: "a"}, {key: "bot", value: "b"}]}
+    with pytest.raises(
+        RowError, match=rf"row 0: {column}\[1\].{key} is 'bot'; known roles are .*role_names.*bot=assist"
+    ):
+        encode(row)
+    found, _ = encode_rows([row], make_tokenizer(), 64, role_names={"bot": "assistant"})
+    assert found[0]["labels"] == labels(". . . b </s>")
+
+
+# Pairs
+
+
+def test_rejected_answers_are_rows_of_their_own_with_a_weight():
+    found, counts = encode_rows([PAIR, PAIR | {"weight": 2}], make_tokenizer(), 64, rejected_weight=-1)
+    chosen, rejected = ids("<s> a b </s>"), ids("<s> a c d </s>")
+    assert found["input_ids"][:] == [chosen, rejected, chosen, rejected]
+    assert found["token_weights"][:] == [[0, 0, 1, 1], [0, 0, -1, -1, -1], [0, 0, 2, 2], [0, 0, -2, -2, -2]]
+    assert str(counts).startswith("2 rows, 4 documents: 4 kept") and counts.layouts == {"pair": 2}
+    assert set(encode(PAIR)) == {"input_ids", "labels"}
+
+
+def test_a_pair_beside_messages_is_one_when_rejected_answers_are_asked_for():
+    row = {"prompt": "a", "messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}
+    (chat,), _ = encode_rows([row], make_tokenizer(), 64)
+    (chosen, rejected), counts = encode_rows([row], make_tokenizer(), 64, rejected_weight=-1)
+    assert chat["input_ids"] == chosen["input_ids"] == ids("<user> a <bot> b </s>")
+    assert rejected["input_ids"] == ids("<user> a <bot> c </s>") and rejected["token_weights"] == [0, 0, 0, -1, -1]
+    assert counts.layouts == {"pair": 1}
+
+
+def test_what_both_answers_begin_with_is_the_prompt_as_in_trl():
+    from trl.data_utils import extract_prompt
+
+    for pair in (
+        {"chosen": "a b c", "rejected": "a b d e"},
+        {"chosen": "a bc", "rejected": "a bd"},
+        {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, USER, WORSE]},
+    ):
+        assert encode(pair) == encode(extract_prompt(pair))
+
+
+def test_answers_that_do_not_differ_have_no_response():
+    rows = [{"chosen": "a b", "rejected": "a b"}, PAIR]
+    encoded, counts = encode_rows(rows, make_tokenizer(), 64)
+    assert len(encoded) == 1 and counts.without_response == 1
+
+
+# Beginnings
+
+
+@pytest.mark.parametrize(
+    "row, tokens, responses",
+    [
+        ({"prompt": "<s> a", "completion": "b"}, "<s> a b </s>", ". . b </s>"),
+        ({"question": "<s> a", "answer": "b"}, "<s> a \n b </s>", ". . . b </s>"),
+        ({"prompt": "", "completion": "<s> a"}, "<s> a </s>", ". a </s>"),
+        ({"text": "<s> a b </s>"}, "<s> a b </s>", ". a b </s>"),
+        ({"text": "a <s> b"}, "<s> a <s> b </s>", ". a <s> b </s>"),
+        ({"prompt": "<s> <s> a", "completion": "b"}, "<s> <s> a b </s>", ". . . b </s>"),
+    ],
+)
+def test_a_text_that_spells_out_bos_does_not_get_two(row, tokens, responses):
+    found = encode(row)
+    assert found == {"input_ids": ids(tokens), "labels": labels(responses)}
+
+
+def test_a_bos_of_the_text_alone_stays():
+    plain = make_tokenizer(start="")
+    assert encode({"prompt": "<s> <s> a", "completion": "b"}, tokenizer=plain)["input_ids"] == ids("<s> <s> a b </s>")
+
+
+def test_the_first_token_of_a_text_without_bos_is_not_predicted():
+    row = encode({"text": "a b"}, tokenizer=make_tokenizer(start=""))
+    assert row == {"input_ids": ids("a b </s>"), "labels": labels(". b </s>")}
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"instruction": "a"}, r"output is missing \(instruction and output\); its columns are .*'instruction'"),
+        ({"instruction": "a", "output": None}, "output must be a string; got None"),
+        ({"instruction": "a", "output": ["b"]}, "output must be a string; got list"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input must be a string; got int"),
+        ({"conversations": []}, "conversations must be a list of {role, content}; got an empty list"),
+        ({"conversations": "a"}, "conversations must be a list of {role, content}; got str"),
+        ({"conversations": [{"from": "human"}]}, r"conversations\[0\].value must be a string; got None"),
+        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value must be a string; got int"),
+        ({"conversations": [{"from": 3, "value": "a"}]}, r"conversations\[0\].from must be a string; got int"),
+        ({"conversations": [{"value": "a"}]}, r"conversations\[0\].role must be a string; got None"),
+        ({"conversations": [None]}, r"conversations\[0\] must be a message, {role, content}; got None"),
+        ({"messages": []}, "messages must be a list of {role, content}; got an empty list"),
+        ({"prompt": "a"}, r"completion is missing \(prompt and completion\)"),
+        ({"prompt": [USER], "completion": []}, "completion must be a list of {role, content}; got an empty list"),
+        ({"prompt": [USER], "completion": "b"}, "completion must be a list of {role, content}; got str"),
+        ({"prompt": [], "completion": [ANSWER]}, "prompt must be a list of {role, content}; got an empty list"),
+        ({"prompt": "a", "completion": [ANSWER]}, "completion must be a string; got list"),
+        ({"text": None}, "answer and question and text hold nothing"),
+        ({"text": ["a"]}, "text must be a string; got list"),
+        ({"chosen": "a"}, r"rejected is missing \(chosen and rejected\)"),
+        ({"chosen": "a", "rejected": 3}, "rejected must be a string; got int"),
+        ({"chosen": "a", "rejected": [ANSWER]}, "rejected must be a string; got list"),
+        ({"chosen": [ANSWER], "rejected": "a"}, "rejected must be a list of {role, content}; got str"),
+        ({"chosen": [ANSWER], "rejected": []}, "rejected must be a list of {role, content}; got an empty list"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be a string; got int"),
+        ({"prompt": "a", "chosen": [ANSWER], "rejected": [WORSE]}, "prompt must be a list of messages.*; got str"),
+    ],
+)
+def test_a_column_that_is_missing_empty_or_of_another_type_is_named_with_its_row(row, message):
+    with pytest.raises(RowError, match=f"row 1: {message}"):
+        encode_rows([{"question": "a", "answer": "b"}, row], make_tokenizer(), 64)
+
+
+def test_in_a_mixed_file_the_layout_that_comes_nearest_says_what_is_wrong():
+    rows = [*(tried.row for tried in LAYOUTS), {"instruction": "a"}]
+    with pytest.raises(RowError, match=f"row {len(LAYOUTS)}: output must be a string; got None"):
+        encode_rows(rows, make_tokenizer(), 64)
+
+
+def test_rejected_weight_is_checked():
+    with pytest.raises(ValueError, match="rejected_weight must be a finite number; got inf"):
+        encode_rows([PAIR], make_tokenizer(), 64, rejected_weight=float("inf"))
