@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -320,19 +321,41 @@ def refuse_contradictions(settings: SelectionArguments) -> None:
             raise ValueError(f"{name} is for history {' or '.join(users)}, but history is {settings.history!r}")
 
 
-def refuse_other_losses(args: Any) -> None:
-    """Refuses settings under which another loss than the selection step's would be trained; turns Liger's off.
+def with_defaults(args: Any) -> Any:
+    """A copy of a trainer's arguments, with the defaults of those fields of SelectionArguments that they lack."""
+    args = copy.copy(args)  # which trackers are shown and checkpoints keep: the caller's may serve another model next
+    for each in fields(SelectionArguments):
+        if not hasattr(args, each.name):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            setattr(args, each.name, default)
+    return args
 
-    The base trainers patch the model by these settings when they are built, so this comes before. A setting that a
-    trainer's arguments do not have is not looked at.
+
+def is_of_trl(value: object) -> bool:
+    return any(cls.__module__.startswith("trl.") for cls in type(value).__mro__)
+
+
+def refuse_arguments(args: Any, method: SelectionMethod | None, of_trl: bool) -> None:
+    """Refuses what a trainer cannot be made of, or what would train another loss than the selection step's.
+
+    The base trainers patch the model by these settings when they are built, so this comes before; it turns Liger's loss
+    off. A setting that a trainer's arguments do not have is not looked at.
+
+    Args:
+        args: the trainer's, or None.
+        method: one that is built already.
+        of_trl: whether the trainer is TRL's.
     """
-    missing = [f.name for f in fields(SelectionArguments) if not hasattr(args, f.name)]
-    if missing:
-        raise TypeError(
-            f"args must have the fields of SelectionArguments ({missing[0]!r} is missing); got {type(args).__name__}. "
-            "Use SelectiveTrainingArguments, or SelectiveSFTConfig with TRL, or a dataclass that extends both yours "
-            "and SelectionArguments"
+    if method is None and getattr(args, "method", None) is None:
+        ours = "SelectiveSFTConfig" if of_trl else "SelectiveTrainingArguments"
+        raise ValueError(
+            f"method is missing, and has no default; set it to one of {', '.join(methods.names())}: give the trainer "
+            f"args={ours}(method=...), or method=tokensel.methods.get(...) beside plain arguments"
         )
+    if args is None:
+        return
+    if of_trl and hasattr(args, "method") and not is_of_trl(args):
+        raise TypeError(f"args of a trainer of TRL must be a SelectiveSFTConfig; got {type(args).__name__}")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor is not supported with token selection; set it to 0")
     loss_type = getattr(args, "loss_type", None)  # of TRL; "chunked_nll" is how it computes the same loss

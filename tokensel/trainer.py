@@ -6,38 +6,38 @@ the batch, the history and the denominator to it, and logs what came out.
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from tokensel import methods
-from tokensel.arguments import SelectionArguments, parse_recorded, refuse_contradictions, refuse_other_losses
+from tokensel.arguments import (
+    SelectionArguments,
+    is_of_trl,
+    parse_recorded,
+    refuse_arguments,
+    refuse_contradictions,
+    with_defaults,
+)
+from tokensel.checkpoint import load_selection, save_selection
 from tokensel.choose_history import choose_history, live_history
-from tokensel.data.collators import SelectionCollator
-from tokensel.documents import IGNORE_INDEX, BatchLayout
-from tokensel.files import replacing
-from tokensel.metrics import selection_metrics, selection_sums, token_metric_sums, token_metrics
-from tokensel.model import apply_to, eval_mode, refuse_patched
+from tokensel.data.collators import CollatedRows, SelectionCollator, refuse_data_without_prompt
+from tokensel.documents import BatchLayout
+from tokensel.metrics import SelectionLog, selection_metrics, selection_sums
+from tokensel.model import apply_to, eval_mode, remove, unwrap
 from tokensel.parallel import check_ranks_agree
+from tokensel.recording import record_losses
 from tokensel.report.watch import SampleRecorder
+from tokensel.select.across import choose_across
 from tokensel.select.method import SelectionMethod
-from tokensel.select.signals import RECORDED, TokenSignals
+from tokensel.select.signals import RECORDED
 from tokensel.step import Progress, Selection, SelectionOutput
 from tokensel.store import HistoryStore, content_of
-
-STATE_FILE = "selection_state.safetensors"
-
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -48,8 +48,10 @@ else:  # it stands before whatever trainer the user has
 class TokenSelectionMixin(_Base):
     """Token selection for a subclass of transformers.Trainer: `class Mine(TokenSelectionMixin, Trainer)`.
 
-    `args` carries the fields of SelectionArguments. The model is patched by `tokensel.apply_to`; evaluation that asks
-    for the loss alone is computed without logits too, any other evaluation is the base trainer's.
+    `args` carries the fields of SelectionArguments; those that it lacks have their defaults. The model is patched by
+    `tokensel.apply_to`, which an earlier trainer's patch makes room for. Evaluation that asks for the loss alone is
+    computed without logits too, any other evaluation is the base trainer's; its loss is the mean over all response
+    tokens in either case.
 
     `method` is what the settings `method` and `method_args` name, where somebody has built it already.
 
@@ -57,22 +59,22 @@ class TokenSelectionMixin(_Base):
     mean_token_accuracy, num_tokens (since training started).
 
     Raises:
-        TypeError: args without the fields of SelectionArguments.
-        ValueError: settings that contradict each other or ask for another loss, a model that is patched already, at
-            construction.
+        TypeError: args that the base trainer does not take.
+        ValueError: no method, settings that contradict each other or ask for another loss, at construction.
     """
 
     args: Any  # the base trainer's types know neither our settings nor what a user's trainer brings
     model: Any
     train_dataset: Any
     processing_class: Any
+    _metrics: Any  # of TRL
 
     def __init__(self, *args, method: SelectionMethod | None = None, **kwargs) -> None:
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
-        refuse_other_losses(given.get("args"))
-        if isinstance(given.get("model"), nn.Module):
-            refuse_patched(given["model"])
-        self._of_trl = any(c.__module__.startswith("trl.") for c in type(self).__mro__)
+        self._of_trl = is_of_trl(self)
+        refuse_arguments(given.get("args"), method, self._of_trl)
+        if isinstance(given.get("model"), nn.Module) and hasattr(unwrap(given["model"]), "_tokensel_patched"):
+            remove(given["model"])  # an earlier trainer's, as in a notebook; that one takes it back when it trains
         columns = getattr(given.get("train_dataset"), "column_names", None) or ()
         if self._of_trl and given.get("data_collator") is None and "token_weights" in columns:
             raise ValueError(
@@ -81,12 +83,10 @@ class TokenSelectionMixin(_Base):
                 "dataset_kwargs={'skip_prepare_dataset': True}"
             )
         super().__init__(*args, **kwargs)
-        settings = self.args
+        self.args = settings = with_defaults(self.args)
         # first of all: a rank that raises alone leaves others waiting (args of others may have our fields alone)
         check_ranks_agree(SelectionArguments.selection_settings(settings))
         self.method = SelectionArguments.build_method(settings) if method is None else method
-        # a copy, which trackers are shown and checkpoints keep: the caller's may serve another model next
-        self.args = settings = copy.copy(settings)
         settings.history = choose_history(settings, self.model, self.method.needs)
         refuse_contradictions(settings)
         if self.compute_loss_func is not None:
@@ -110,7 +110,9 @@ class TokenSelectionMixin(_Base):
         available = {f"{name}_nll" for name in files} | ({history.signal} if history else set())
         for name in sorted(self.method.needs & RECORDED.keys() - available):
             raise ValueError(f"method {self.method.name!r} needs {RECORDED[name]}")
-        self._refuse_data_without_prompt()
+        if "mass" in self.method.needs and self.train_dataset is not None:
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            refuse_data_without_prompt(self.train_dataset, collate, settings.train_batch_size, self.method.name)
         self._selection = Selection(  # refuses settings that contradict each other before anything is loaded
             self.method,
             history=history,
@@ -134,33 +136,64 @@ class TokenSelectionMixin(_Base):
             store.chat_template = getattr(self, "chat_template", None) or store.chat_template
         if self.accelerator.num_processes > 1:
             check_ranks_agree({f"what {name} was recorded as": s.fingerprint() for name, s in stores.items()})
-        apply_to(self.model, settings.layer if "mass" in self.method.needs else None)
+        if self._of_trl and hasattr(base := unwrap(self.model), "router_aux_loss_coef"):
+            base.router_aux_loss_coef = base.config.get_text_config().router_aux_loss_coef  # which TRL has updated
+        self._patch()
         # The loss is divided by what get_batch_samples counts, so the base trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self._selection_sums: dict[str, Tensor] = {}  # since the last log entry
-        self._evaluation_sums: dict[str, Tensor] = {}
-        self._selection_totals: dict[str, float] = {}  # of entries already logged
-        self._last_log: float | None = None  # None before the first step, so that set-up is not counted
+        self._selection_log = SelectionLog(lambda sums: self.accelerator.reduce(sums, "sum"), self._of_trl)
         if settings.record_samples:
             self.add_callback(SampleRecorder(self, settings.record_samples))
         self.add_callback(_Advance(self))
 
-    def _refuse_data_without_prompt(self, rows: int = 1000) -> None:
-        """Attention to the prompt says nothing of language-modelling data, where every token is a response."""
-        data = self.train_dataset
-        if "mass" not in self.method.needs or not hasattr(data, "__getitem__"):
-            return
-        checked = min(rows, len(data))
-        for i in range(checked):  # one row, wherever there are prompts
-            row = data[i]
-            labels = row.get("labels") if isinstance(row, Mapping) else None
-            if labels is None or IGNORE_INDEX in labels[1:]:
+    def _patch(self) -> None:
+        """The model is patched as this trainer needs it: another one may have had it since."""
+        if hasattr(base := unwrap(self.model), "_tokensel_patched"):
+            if base._tokensel_patched is self.__dict__.get("_patched"):
                 return
-        if checked:
+            remove(self.model)
+        self._patched = apply_to(self.model, self.args.layer if "mass" in self.method.needs else None)
+
+    def train(self, *args, **kwargs):
+        self._patch()
+        return super().train(*args, **kwargs)
+
+    def record_history(self, path: str | os.PathLike[str], batch_size: int | None = None) -> dict[str, float]:
+        """Records the losses of the training rows under the model as it is now, for `history="recorded"`.
+
+        They are scored as they are trained: tokenised, masked, cut and packed by this trainer, so that one with the
+        same data settings finds every document. Adapters are on.
+
+        Args:
+            path: the Parquet file to make; must not exist yet. What a killed run has done is gone on with.
+            batch_size: documents in a forward pass; None = the batch size of evaluation.
+        Returns:
+            What `tokensel.record_losses` does.
+        Raises:
+            TypeError: a streamed training set.
+            ValueError: several processes, and what `tokensel.record_losses` refuses.
+        """
+        if self.accelerator.num_processes > 1:
             raise ValueError(
-                f"method {self.args.method!r} measures attention to the prompt, but the first {checked} rows of the "
-                f"training data have none: no label is {IGNORE_INDEX}. Mask the prompt (with TRL: prompt-completion "
-                "rows, or chats with assistant_only_loss=True), or choose a method without attention"
+                f"record_history runs in one process, not in {self.accelerator.num_processes}: record first, then "
+                "start the ranks with history='recorded'"
+            )
+        if not has_length(self.train_dataset):
+            raise TypeError(
+                f"record_history needs a training set with a length; got {type(self.train_dataset).__name__}. Make a "
+                "Dataset of the stream: datasets.Dataset.from_list(list(rows))"
+            )
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        with self.accelerator.autocast():
+            return record_losses(
+                self.model,
+                CollatedRows(self.train_dataset, collate),
+                path,
+                tokenizer=self.processing_class,
+                batch_size=batch_size or self.args.per_device_eval_batch_size,
+                impl=self.args.impl,
+                dataset=f"the training rows of {type(self).__name__}",
+                max_length=getattr(self.args, "max_length", None),
             )
 
     def recorded_collator(self) -> SelectionCollator:
@@ -204,7 +237,11 @@ class TokenSelectionMixin(_Base):
                 total += count.to(device)
         if self.args.loss_denominator == "micro_batch":
             return batches, None
-        return batches, self.accelerator.gather(total).sum()
+        return batches, self.accelerator.gather(total).sum() if self._ranks_share_denominator() else total
+
+    def _ranks_share_denominator(self) -> bool:
+        """Whether the loss is a mean over the tokens of all ranks; else over each rank's, then over ranks."""
+        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
 
     @torch.no_grad()
     def _choose_across(self, batches: list[dict]) -> list[dict]:
@@ -217,30 +254,17 @@ class TokenSelectionMixin(_Base):
                 inputs = {name: value for name, value in batch.items() if name in names}
                 with self.compute_loss_context_manager():
                     scored.append(model(**inputs, selection=replace(self.selection(None), score_only=True)))
-        # in the order in which one process would see them (micro-batch, rank, row), so that ties end alike
-        width = torch.tensor([max(o.score.numel() for o in scored)], device=self.args.device)
-        widest = int(self.accelerator.gather(width).max())
-        everybody = {}
-        for name in ("score", "response", "sample", "weight"):
-            parts = []
-            for batch, output in zip(batches, scored, strict=True):
-                part = batch.get("token_weights", torch.ones_like(output.score)) if name == "weight" else output[name]
-                parts.append(nn.functional.pad(part.flatten(), (0, widest - part.numel())))  # with False and 0
-            everybody[name] = self.accelerator.gather(torch.stack(parts)[None]).transpose(0, 1)  # (batch, rank, token)
-        shape = (*everybody["score"].shape[:2], 1)  # (batch, rank, 1)
-        first = widest * torch.arange(math.prod(shape), device=self.args.device).view(shape)
-        signals = TokenSignals(everybody["response"], everybody["sample"] + first, weight=everybody["weight"].float())
-        weights = self.method.select(everybody["score"], signals)[:, self.accelerator.process_index]
-        return [
-            batch | {"chosen_weights": row[: output.score.numel()].view_as(output.score)}
-            for batch, row, output in zip(batches, weights, scored, strict=True)
-        ]
+        given = [b.get("token_weights", torch.ones_like(o.score)) for b, o in zip(batches, scored, strict=True)]
+        rank = self.accelerator.process_index
+        chosen = choose_across(self.method, scored, given, self.accelerator.gather, rank)
+        return [batch | {"chosen_weights": weights} for batch, weights in zip(batches, chosen, strict=True)]
 
     def selection(self, denominator: Tensor | None) -> Selection:
         """What the next micro-batch is selected by."""
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)  # of this step; set when it begins
         # a mean over each micro-batch, where the rest of the loss is a sum with one denominator
-        router_share = 1.0 if denominator is None else 1 / (micro_batches * self.args.world_size)
+        parts = micro_batches * (self.accelerator.num_processes if self._ranks_share_denominator() else 1)
+        router_share = 1.0 if denominator is None else 1 / parts
         return replace(self._selection, denominator=denominator, router_share=router_share)
 
     def _set_signature_columns_if_needed(self):
@@ -257,49 +281,27 @@ class TokenSelectionMixin(_Base):
         """The selection's state beside the optimizer's, before the file that makes a checkpoint whole."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = self._selection.state_dict() | {"history": self.args.history}
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.pop("tensors").items()}
-            with replacing(os.path.join(output_dir, STATE_FILE)) as temporary:
-                save_file(tensors, temporary, {name: str(value) for name, value in state.items()})
+            save_selection(output_dir, self._selection, self.args.history)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_selection_state(os.path.join(checkpoint, STATE_FILE))
+            steps = self.state.global_step
+            load_selection(checkpoint, self._selection, self.args.history, steps, steps * self.samples_per_step())
 
-    def _load_selection_state(self, file: str) -> None:
-        own = self._selection.state_dict()
-        done = {"steps": self.state.global_step, "samples": self.state.global_step * self.samples_per_step()}
-        if os.path.isfile(file):
-            with safe_open(file, "pt") as saved:
-                # 0.1 called a rule a selector, and left out what the trainer's own state says
-                tensors = {n.replace("selector.", "rule.", 1): saved.get_tensor(n) for n in saved.keys()}
-                state = done | saved.metadata() | {"tensors": tensors}
-        elif not own["tensors"]:  # with save_only_model, and from 0.1: nothing but the steps has advanced
-            state = done | {"method": self.method.name, "history": self.args.history, "tensors": {}}
-        else:
-            raise ValueError(
-                f"{file} is missing: the checkpoint was made without history {self.args.history!r} and method "
-                f"{self.method.name!r}, or with save_only_model; start anew or resume with its settings"
-            )
-        if state["history"] != self.args.history:
-            raise ValueError(
-                f"{file} was made with history={state['history']!r}, this run has {self.args.history!r}; resume with "
-                "that"
-            )
-        try:
-            self._selection.load_state_dict(state | {"history": own["history"]})
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+    def _prepare_inputs(self, inputs):
+        """The base trainer's, of training and evaluation; labels on padding are none."""
+        inputs = super()._prepare_inputs(inputs)
+        self._selection_log.drop_labels_on_padding(inputs)
+        return inputs
 
     def training_step(self, *args, **kwargs):
-        if self._last_log is None:
-            self._last_log = time.perf_counter()
+        self._selection_log.start()
         return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            return self._evaluated_loss(model, inputs, return_outputs, num_items_in_batch)
         output = model(**inputs, selection=self.selection(num_items_in_batch))
         if not isinstance(output, SelectionOutput):
             raise TypeError(
@@ -308,51 +310,41 @@ class TokenSelectionMixin(_Base):
             )
         self.record_selection(inputs, output)
         loss = output.loss
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and self._ranks_share_denominator():
             loss = loss * self.accelerator.num_processes  # ranks' gradients are averaged, the denominator is global
         return (loss, output) if return_outputs else loss
 
     def record_selection(self, inputs: dict, output: SelectionOutput) -> None:
         """Adds a micro-batch to the metrics of the next log entry; override to look at selections as they happen."""
-        for name, value in selection_sums(inputs, output).items():
-            self._selection_sums[name] = self._selection_sums.get(name, 0) + value
+        self._selection_log.add(selection_sums(inputs, output))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Merges the selection's metrics since the last entry: kept_share, rel_mean, rel_std (nats), tokens/s, ..."""
-        if ("loss" in logs or "train_loss" in logs) and self._selection_sums:
-            metrics = self._selection_metrics()
-            if "loss" in logs:
-                logs |= {name: round(value, 6) for name, value in metrics.items()}
-        if self._evaluation_sums and not self.model.training:
-            sums, self._evaluation_sums = self._over_ranks(self._evaluation_sums), {}
-            metrics = token_metrics(sums) | {"num_tokens": self._selection_totals.get("tokens", 0)}
-            logs |= {f"eval_{name}": value for name, value in metrics.items()}
+        if "loss" in logs or "train_loss" in logs:
+            logs |= self._selection_log.entry()
         super().log(logs, *args, **kwargs)
-
-    def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        names = sorted(sums)
-        totals = torch.stack([sums[n].double() for n in names])
-        totals = self.accelerator.reduce(totals, "sum").tolist()  # the one wait for the device per log entry
-        return dict(zip(names, totals, strict=True))
-
-    def _selection_metrics(self) -> dict[str, float]:
-        sums, self._selection_sums = self._over_ranks(self._selection_sums), {}
-        now = time.perf_counter()
-        assert self._last_log is not None  # it was set before the first step
-        sums["seconds"], self._last_log = now - self._last_log, now
-        for name, value in sums.items():
-            self._selection_totals[name] = self._selection_totals.get(name, 0) + value
-        metrics = selection_metrics(sums)
-        if self._of_trl:
-            metrics |= token_metrics(sums) | {"num_tokens": self._selection_totals["tokens"]}
-        return metrics
 
     def selection_totals(self) -> dict[str, float]:
         """The logged metrics over the whole run: kept_share, responses, tokens_per_second, rel_mean, ..."""
-        return selection_metrics(self._selection_totals) | {"responses": self._selection_totals.get("responses", 0)}
+        return selection_metrics(self._selection_log.totals) | {
+            "responses": self._selection_log.totals.get("responses", 0)
+        }
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The base trainer's, with the mean loss over all response tokens as the loss, as if they had no weights."""
+        self._selection_log.begin_evaluation()
+        result = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._of_trl:
+            self._metrics["eval"].clear()  # means over batches, and tokens that TRL has not seen
+        metrics = self._selection_log.held_out()
+        assert result.metrics is not None  # the base trainer's are a dict
+        result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return result
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        """Mean loss over all response tokens, as if they had no weights; without logits where only it is asked for."""
+        """Without logits where only the loss is asked for."""
         inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
@@ -360,9 +352,23 @@ class TokenSelectionMixin(_Base):
         with torch.no_grad(), self.compute_loss_context_manager():
             everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
             output = model(**inputs, selection=everything)
-        for name, value in token_metric_sums(output).items():
-            self._evaluation_sums[name] = self._evaluation_sums.get(name, 0) + value
+        self._selection_log.add_held_out(output, self._own_rows(inputs))
         return output.loss.detach(), None, None
+
+    def _evaluated_loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch):
+        """The base trainer's; what an evaluation with logits says of tokens is added to its metrics."""
+        batch = dict(inputs)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if return_outputs and batch.get("labels") is not None:
+            self._selection_log.add_held_out_logits(result[1]["logits"], batch, self._own_rows(batch), self.args.impl)
+        return result
+
+    def _own_rows(self, batch: dict) -> Tensor:
+        """Rows that are no repetition, by which the last batch is filled where ranks have unequal numbers. [B] bool."""
+        ids, state = batch["input_ids"], self.accelerator.gradient_state
+        number = self.accelerator.process_index * len(ids) + torch.arange(len(ids), device=ids.device)
+        filled = state.end_of_dataloader and state.remainder > 0 and len(ids) == self.args.per_device_eval_batch_size
+        return number < state.remainder if filled and self.accelerator.num_processes > 1 else number >= 0
 
 
 class _Advance(TrainerCallback):

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import types
 
 import datasets
 import pytest
 import torch
 from training import (
-    PLAIN,
     ROWS,
     TIGHT,
-    TOKENIZER,
     build,
     largest_difference,
     losses,
-    make_rows_of_ids,
-    make_trainer,
     run,
     weights,
 )
-from transformers import (
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
 
-import tokensel.trainer as trainer_module
+import tokensel.metrics as metrics_module
 
 # Metrics
 
 
 def test_logged_metrics_are_those_of_the_selections(tmp_path, history, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(perf_counter=lambda: 2.0 * next(clock)))
+    monkeypatch.setattr(metrics_module, "time", types.SimpleNamespace(perf_counter=lambda: 2.0 * next(clock)))
     trainer = run(
         tmp_path,
         method="sstoken",
@@ -85,81 +75,9 @@ def test_metrics_leave_out_what_was_not_measured(tmp_path, history):
 
 def test_tokens_are_counted_with_packing_too(tmp_path):
     trainer = run(tmp_path, method="full", packing=True, max_steps=1)
-    seconds = trainer._selection_totals["seconds"]
+    seconds = trainer._selection_log.totals["seconds"]
     tokens = trainer.seen[0][0]["input_ids"].numel()
     assert trainer.selection_totals()["tokens_per_second"] == pytest.approx(tokens / seconds)
-
-
-# Evaluation
-
-
-def plain_evaluation(tmp_path, model, rows, **extra):
-    arguments = TrainingArguments(output_dir=str(tmp_path / "plain"), per_device_eval_batch_size=4, **PLAIN)
-    return Trainer(
-        model,
-        arguments,
-        data_collator=DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt"),
-        eval_dataset=rows,
-        processing_class=TOKENIZER,
-        **extra,
-    ).evaluate()
-
-
-def test_evaluation_is_the_models_loss_without_logits(tmp_path, history, monkeypatch):
-    model = build(dtype=torch.float32)
-    expected = plain_evaluation(tmp_path, copy.deepcopy(model), ROWS)["eval_loss"]
-    trainer = make_trainer(
-        tmp_path,
-        model,
-        eval_dataset=ROWS,
-        per_device_eval_batch_size=4,
-        method="sstoken",
-        history="recorded",
-        history_store=history,
-    )
-    head, calls = model.lm_head.forward, []
-
-    def no_logits(hidden, *args, tokensel_function=None, **kwargs):
-        calls.append(tokensel_function is not None)
-        return head(hidden, *args, tokensel_function=tokensel_function, **kwargs)
-
-    monkeypatch.setattr(model.lm_head, "forward", no_logits)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
-    assert calls == [True] * 4
-
-
-def test_evaluation_needs_no_recorded_history_of_the_held_out_rows(tmp_path, history):
-    rows = make_rows_of_ids(4, seed=99)
-    trainer = make_trainer(
-        tmp_path, eval_dataset=rows, method="sstoken", history="recorded", history_store=history, eval_strategy="steps"
-    )
-    trainer.args.eval_steps = 2
-    trainer.train()
-    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2  # of four steps
-
-
-def test_compute_metrics_sees_what_the_base_trainer_gives(tmp_path):
-    def measure(prediction):
-        logits, labels = prediction
-        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) & (labels[:, 1:] != -100)
-        return {"right": int(right.sum()), "width": logits.shape[-1], "spread": float(abs(logits).mean())}
-
-    model = build(dtype=torch.float32)
-    expected = plain_evaluation(tmp_path, copy.deepcopy(model), ROWS, compute_metrics=measure)
-    trainer = make_trainer(
-        tmp_path, model, eval_dataset=ROWS, compute_metrics=measure, per_device_eval_batch_size=4, method="random"
-    )
-    found = trainer.evaluate()
-    names = [name for name in expected if name in ("eval_right", "eval_width", "eval_spread", "eval_loss")]
-    assert len(names) == 4 and found["eval_width"] == len(TOKENIZER)
-    assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-6)
-
-
-def test_training_goes_on_after_evaluation(tmp_path):
-    with_eval = make_trainer(tmp_path, method="random", eval_dataset=ROWS, eval_strategy="steps")
-    with_eval.args.eval_steps = 1
-    with_eval.train()
-    assert largest_difference(weights(with_eval), weights(run(tmp_path, method="random"))) == 0
 
 
 # Rows without a response

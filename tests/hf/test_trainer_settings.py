@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from training import (
+    PLAIN,
     ROWS,
+    TOKENIZER,
     build,
     build_lora,
     make_trainer,
     record,
     run,
 )
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
+import tokensel
 from tokensel.arguments import SelectiveTrainingArguments, parse_mapping
 from tokensel.store import HistoryMissError
 from tokensel.testing import make_rows, make_tokenizer
+from tokensel.trainer import SelectiveTrainer
 
 # Settings that cannot be
 
@@ -24,12 +31,18 @@ from tokensel.testing import make_rows, make_tokenizer
     [
         (
             {"method": "random", "history": "emma"},
-            "history must be one of none, recorded, last_seen, .*reference; got 'emma'",
+            "history must be one of auto, none, recorded, last_seen, .*reference; got 'emma'",
         ),
-        ({"method": "sstoken"}, "method 'sstoken' needs a history: history 'recorded' with history_store"),
-        ({"method": "history_excess"}, "method 'history_excess' needs a history"),
+        (
+            {"method": "sstoken", "history": "none"},
+            "method 'sstoken' needs a history: history 'recorded' with history_store",
+        ),
+        ({"method": "history_excess", "history": "none"}, "method 'history_excess' needs a history"),
         ({"method": "rel", "history": "recorded"}, "history='recorded' and history_store go together"),
-        ({"method": "random", "history_store": "h.parquet"}, "history='recorded' and history_store go together"),
+        (
+            {"method": "random", "history": "none", "history_store": "h.parquet"},
+            "history='recorded' and history_store go together",
+        ),
         ({"method": "random", "label_smoothing_factor": 0.1}, "label_smoothing_factor is not supported"),
         (
             {"method": "random", "loss_denominator": "batch"},
@@ -46,6 +59,45 @@ from tokensel.testing import make_rows, make_tokenizer
 def test_settings_that_contradict_each_other_are_refused_at_construction(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("plain", [None, TrainingArguments(output_dir="unused", use_cpu=True)])
+def test_plain_arguments_do_where_the_method_is_given(plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    collator = DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt")
+    method = tokensel.methods.get("random", rho=0.25)
+    trainer = SelectiveTrainer(build(), plain, collator, ROWS, processing_class=TOKENIZER, method=method)
+    assert (trainer.args.history, trainer.args.layer, trainer.args.loss_denominator) == ("none", [-1], "step")
+    assert plain is None or not hasattr(plain, "history")  # the caller's stay as they were
+    ours = r"set it to one of .*args=SelectiveTrainingArguments\(method=.*method=tokensel.methods.get"
+    with pytest.raises(ValueError, match=f"method is missing, and has no default; {ours}"):
+        SelectiveTrainer(build(), plain, collator, ROWS, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match="method 'rho1' needs .*recorded"):
+        SelectiveTrainer(build(), plain, collator, ROWS, method=tokensel.methods.get("rho1"))
+
+
+def test_arguments_of_the_users_own_may_have_some_of_the_fields(tmp_path):
+    @dataclasses.dataclass
+    class Few(TrainingArguments):
+        method: str = "random"
+        method_args: str = "rho=0.5"
+
+    few = Few(output_dir=str(tmp_path), **PLAIN)
+    collator = DataCollatorForSeq2Seq(TOKENIZER, return_tensors="pt")
+    trainer = SelectiveTrainer(build(), few, collator, ROWS, processing_class=TOKENIZER)
+    assert trainer.method.rule.rho == 0.5 and trainer.args.history == "none"
+
+
+def test_a_second_trainer_of_a_model_takes_the_patch_and_the_first_takes_it_back(tmp_path):
+    model = build()
+    first = make_trainer(tmp_path, model, method="attention", max_steps=1)
+    second = make_trainer(tmp_path, model, method="random", max_steps=1, layer=[0])
+    assert list(first._patched.layers) == [1] and model._tokensel_patched is second._patched
+    second.train()
+    first.train()  # measures attention again
+    assert list(model._tokensel_patched.layers) == [1] and first.seen[0][1].mass is not None
+    tokensel.remove(model)
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
 
 def test_a_loss_function_of_the_users_own_is_refused_rather_than_ignored(tmp_path):

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 from trl_training import COMPLETIONS, TEXTS, make, run, trl
 
 import tokensel
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.sft import SelectiveSFTTrainer
 from tokensel.store import HistoryMissError
 
@@ -49,7 +50,7 @@ def test_liger_keeps_its_layers_and_loses_its_loss(tmp_path):
     # Liger's kernels need a GPU; what it would patch is decided by this configuration
     trainer = make(tmp_path, use_liger_kernel=False)
     args = dataclasses.replace(trainer.args, use_liger_kernel=True, liger_kernel_config={"rope": False})
-    tokensel.arguments.refuse_other_losses(args)
+    tokensel.arguments.refuse_arguments(args, None, of_trl=True)
     assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 
@@ -68,17 +69,15 @@ def test_a_forward_replaced_after_the_trainer_was_made_is_noticed(tmp_path):
         trainer.train()
 
 
-def test_a_model_in_two_trainers_is_refused_until_it_is_removed_from_the_first(tmp_path):
-    first = make(tmp_path)
-    with pytest.raises(ValueError, match="patched already.*tokensel.remove"):
-        make(tmp_path, model=first.model)
-    tokensel.remove(first.model)
-    make(tmp_path, model=first.model)
-
-
 @pytest.mark.parametrize("args", [None, trl.SFTConfig(output_dir="unused", use_cpu=True, bf16=False)])
-def test_arguments_without_selection_are_refused(args):
-    with pytest.raises(TypeError, match="args must have the fields of SelectionArguments.*SelectiveSFTConfig"):
+def test_arguments_without_a_method_say_so(args):
+    with pytest.raises(ValueError, match=r"method is missing, and has no default; .*args=SelectiveSFTConfig\(method="):
+        SelectiveSFTTrainer(build(), args, train_dataset=COMPLETIONS, processing_class=TOKENIZER)
+
+
+def test_arguments_of_another_trainer_are_named(tmp_path):
+    args = SelectiveTrainingArguments(output_dir=str(tmp_path), use_cpu=True, method="full")
+    with pytest.raises(TypeError, match="must be a SelectiveSFTConfig; got SelectiveTrainingArguments"):
         SelectiveSFTTrainer(build(), args, train_dataset=COMPLETIONS, processing_class=TOKENIZER)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from tokensel.documents import IGNORE_INDEX, BatchLayout
 
@@ -68,3 +71,59 @@ def _selected(weights: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         return weights
     # a weight on a prompt token trains it, whatever was selected of the response
     return torch.where(batch["labels"] == IGNORE_INDEX, given, given * weights)
+
+
+class CollatedRows:
+    """Rows by number, as a collator makes a batch of each: `tokensel.record_losses` reads them.
+
+    Each has `input_ids` and `labels` without padding, and `seq_lengths`, those of its documents.
+    """
+
+    def __init__(self, rows: Any, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self._rows, self._collate = rows, collate
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        batch = self._collate([self._rows[number]])
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "token_weights":
+                raise ValueError(f"only text can be recorded, but the batches have {name}")
+        layout = BatchLayout.from_batch(batch)
+        documents = layout.host_documents
+        ids, labels = layout.input_ids[documents.valid], layout.response_labels[documents.valid]
+        return {"input_ids": ids, "labels": labels, "seq_lengths": documents.lengths}
+
+
+def refuse_data_without_prompt(
+    rows: Any, collate: Callable[[list[dict[str, Any]]], Any], batch_size: int, method: str, most: int = 1000
+) -> None:
+    """Attention to the prompt says nothing of language-modelling data, where every token is a response.
+
+    Judged by the batches that a collator makes of the first `most` rows; one prompt token in them is enough. A stream
+    is read from its start, and what can be read only once is left alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    streamed = isinstance(rows, IterableDataset) or not has_length(rows)
+    first = iter(rows) if streamed else (rows[i] for i in range(len(rows)))
+    if first is rows:
+        return
+    first, seen = itertools.islice(first, most), 0
+    with torch.random.fork_rng(devices=[]):  # a collator that draws leaves the run's seed alone
+        while some := list(itertools.islice(first, batch_size)):
+            batch = collate(some)
+            if "labels" not in batch:
+                return
+            layout = BatchLayout.from_batch(batch)
+            if bool((layout.predictable & ~layout.response).any()):
+                return
+            seen += len(some)
+    if seen:
+        raise ValueError(
+            f"method {method!r} measures attention to the prompt, but the first {seen} rows of the training data, "
+            f"as the data collator makes batches of them, have none: no label is {IGNORE_INDEX}. Mask the prompt (with "
+            "TRL: prompt-completion rows, or chats with assistant_only_loss=True), or choose a method without attention"
+        )
