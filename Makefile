@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix lint format docs dist bench bench-gpu bench-smoke write-docs clean
+.PHONY: help quickstart test test-all test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,8 +23,18 @@ help:  ## list the targets
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/.installed  ## run the tests; prints what they cover
+test: .venv/.installed  ## run the tests (CPU, six minutes on two cores)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: test  ## and those that are slow and rarely break
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+coverage: .venv/.installed  ## run all tests and print what they cover
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+
+test-portable: .venv/.installed  ## run the numeric tests as an old machine and another user would, on one thread and two
+	tools/test_portable.sh 1
+	tools/test_portable.sh 2
 
 test-matrix: $(MATRIX:%=test-matrix-%)  ## run the tests of model and trainers with old and new releases (`make -k`: all)
 

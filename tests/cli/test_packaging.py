@@ -26,7 +26,7 @@ def run_python(code: str, cwd: Path, *args: object) -> str:
 
 def test_tokensel_kernels_is_the_kernels_folder(tmp_path):
     code = "import tokensel_kernels; print(*tokensel_kernels.__path__, sep='\\n')"
-    assert str(ROOT / "kernels") in run_python(code, tmp_path).splitlines()
+    assert ROOT / "kernels" in [Path(path).resolve() for path in run_python(code, tmp_path).splitlines()]
 
 
 def test_kernels_folder_has_no_init():
@@ -90,6 +90,8 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         shutil.copy(ROOT / name, source)
     for name in ("tokensel", "kernels", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for copied in source.rglob("*"):  # of a checkout that may be read-only
+        copied.chmod(0o755 if copied.is_dir() else 0o644)
     (source / "kernels" / "probe.py").write_text("FOUND = True\n")  # so that there is a module to be found
 
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]

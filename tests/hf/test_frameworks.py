@@ -47,11 +47,18 @@ def test_the_lightning_example_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(lightning.LightningModule, "log", lambda self, name, value: seen.append((name, float(value))))
-    trainer = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["trainer"]
+    example = runpy.run_path(str(EXAMPLES / "lightning_module.py"))
+    trainer, module = example["trainer"], example["module"]
     logged = [value for name, value in seen if name == "loss"]
     assert trainer.global_step == len(logged) == 16
     assert sum(logged[-4:]) < sum(logged[:4]) - 0.2
     assert all(0.6 <= value < 0.65 for name, value in seen if name == "kept_share")
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert (checkpoint["selection"]["steps"], checkpoint["selection"]["samples"]) == (16, 128)
+    module.selection.progress.steps = 0
+    module.on_load_checkpoint(checkpoint)
+    assert module.selection.progress.steps == 16
 
 
 def stand_in(monkeypatch, **modules):
