@@ -106,21 +106,28 @@ def shipped() -> dict[str, str]:
 
 
 def table() -> str:
-    """What each template gives, in Markdown."""
-    lines = ["| template | response tokens | tool calls | TRL's mask has more |", "| --- | --- | --- | --- |"]
+    """What the templates give, in Markdown; those of one outcome share a line."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for name, expected in TEMPLATES.items():
-        found = "by its marks" if expected.marks else "to the end-of-turn token"
-        if expected.rewrites:
-            found += "; of the last answer, or a row for each"
-        if name == "glm4moe":
-            found = "to the next role's token; the last answer has no end"
-        lines.append(f"| {name} | {found} | {expected.calls} | {_more(expected)} |")
-    return "\n".join(lines)
+        lines.setdefault((_found(name, expected), expected.calls, _more(expected)), []).append(name)
+    head = [
+        "| TRL's template | response tokens reach | tool calls | TRL's mask has more |",
+        "| --- | --- | --- | --- |",
+    ]
+    return "\n".join(head + [f"| {', '.join(names)} | {' | '.join(outcome)} |" for outcome, names in lines.items()])
+
+
+def _found(name: str, expected: Expected) -> str:
+    if expected.marks:
+        return "as far as its generation marks"
+    if name == "glm4moe":
+        return "to the next role's token; the last answer has no end"
+    return "to the end-of-turn token" + "; only the last answer, or a row for each" * expected.rewrites
 
 
 def _more(expected: Expected) -> str:
     if not expected.trained:
-        return "TRL does not mask it"
+        return "(TRL masks none)"
     places = {"before": expected.before, "behind": expected.after}
     if expected.last is not None:
         places["behind the last"] = expected.last

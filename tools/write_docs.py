@@ -108,6 +108,13 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def chat_templates() -> str:
+    """What the chat templates that TRL ships give."""
+    from tests.chat_templates import table
+
+    return table()
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "step": step},
     "docs/benchmarks.md": {
@@ -119,6 +126,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/models.md": {"architectures": architectures},
     "docs/methods.md": {"methods": methods},
+    "docs/data.md": {"chat_templates": chat_templates},
 }
 
 
