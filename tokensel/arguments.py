@@ -211,10 +211,28 @@ class DataArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the weights; auto is what the model was saved in."}
     )
-    dataset_name: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
-        default=None, metadata={"help": "A JSONL file, or the name of a Hugging Face dataset."}
+    dataset_name: list[str] | str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
+        default=None,
+        metadata={
+            "help": "Files (JSON, JSON lines, CSV, TSV, Parquet; .gz and .zst, too), a directory of them, or the name "
+            "of a Hugging Face dataset."
+        },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hugging Face dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a directory or of a Hugging Face dataset."})
+    role_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other names of roles in the messages, as a mapping in YAML or 'bot=assistant' as a flag; the chat "
+            "template's names are on the right."
+        },
+    )
+    rejected_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of preference pairs: the weight of the rejected answers, which become rows of their own (-1 for "
+            "critical_tokens). 0 leaves them out."
+        },
+    )
     max_length: int = field(
         default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
     )
@@ -279,7 +297,15 @@ class SelectArguments:
 class RunArguments(DataArguments):
     """Settings of `tokensel train` beside transformers.TrainingArguments and the selection's. LoRA names are TRL's."""
 
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rows, as dataset_name; default with eval_dataset_split: the same."}
+    )
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out rows, as dataset_split; default: the same."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read and encode rows as they are trained on; needs max_steps."}
+    )
     prompt_weight: float = field(
         default=0.0, metadata={"help": "Weight of prompt tokens; not 0 trains them, too (weighted instruction tuning)."}
     )

@@ -8,7 +8,8 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set
 
 from tokensel.arguments import RunArguments, SelectiveTrainingArguments
 from tokensel.data import SelectionCollator
-from tokensel.loading import chat_template_of, check_fit, encode_dataset, load_model, load_tokenizer
+from tokensel.data.rows import told
+from tokensel.loading import chat_template_of, check_fit, encode_dataset, held_out, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
 from tokensel.trainer import SelectiveTrainer
 
@@ -40,11 +41,12 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
         )
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(settings)
-    names = [name for name in (settings.dataset_name, settings.eval_dataset_name) if name]
+    read = [(settings.dataset_name, settings.dataset_split), *filter(None, [held_out(settings)])]
     weights = {"prompt_weight": settings.prompt_weight, "response_weight": settings.response_weight}
-    encoded = {name: encode_dataset(settings, name, tokenizer, **weights) for name in names}
+    stream = settings.dataset_streaming
+    encoded = [encode_dataset(settings, name, split, tokenizer, stream, **weights) for name, split in read]
     model = load_model(settings)
-    for name, (_, counts) in encoded.items():
+    for (name, _), (_, counts) in zip(read, encoded, strict=True):
         check_fit(name, counts, tokenizer, model)
     if settings.use_peft:
         from peft import LoraConfig, get_peft_model
@@ -60,9 +62,8 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
         model = get_peft_model(model, lora)  # type: ignore[assignment]
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
-    rows, held_out = encoded[settings.dataset_name][0], None
-    if settings.eval_dataset_name:
-        held_out = encoded[settings.eval_dataset_name][0].select_columns(["input_ids", "labels"])
+    (rows, counts), *rest = encoded
+    evaluated = rest[0][0].select_columns(["input_ids", "labels"]) if rest else None
     packed = DataCollatorWithFlattening(return_tensors="pt")
     collator = packed if settings.packing else DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     trainer = SelectiveTrainer(
@@ -70,23 +71,25 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
         arguments,
         data_collator=SelectionCollator(collator),
         train_dataset=rows,
-        eval_dataset=held_out,
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         method=method,
     )
     for store in trainer.recorded.values():
         store.chat_template = chat_template_of(settings, tokenizer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if stream:
+        print(f"{told(settings.dataset_name)}: {counts}", flush=True)
     trainer.save_model()
     trainer.save_state()
     metrics = dict(result.metrics)
-    if held_out is not None:
+    if evaluated is not None:
         metrics |= trainer.evaluate()
     metrics |= trainer.selection_totals()
     metrics["peak_memory_mib"] = peak_memory_mib(str(trainer.args.device))
     trainer.save_metrics("all", metrics)
     steps = trainer.state.global_step
-    held = f"held-out loss {metrics['eval_loss']:.4f}, " if held_out is not None else ""
+    held = f"held-out loss {metrics['eval_loss']:.4f}, " if evaluated is not None else ""
     print(
         f"{arguments.output_dir}: {steps} steps, train loss {metrics['train_loss']:.4f}, {held}"
         f"kept {metrics['kept_share']:.1%} of {metrics['responses']:.0f} response tokens, "

@@ -11,8 +11,10 @@ import datasets
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokensel.arguments import DataArguments, ScoreArguments
+from tokensel.arguments import DataArguments, RunArguments, ScoreArguments, parse_mapping
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
+from tokensel.data.layouts import COLUMNS
+from tokensel.data.rows import Names, are_files, sources, told
 from tokensel.files import check_directory
 from tokensel.store import tokenizer_fingerprint
 
@@ -91,10 +93,33 @@ def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizer
     return load_model(replace(settings, model_name_or_path=name))
 
 
+def held_out(settings: RunArguments) -> tuple[Names, str] | None:
+    """(name, split) of the rows to evaluate on; None without.
+
+    Raises:
+        ValueError: some of them are read from where the training rows are read.
+    """
+    if settings.eval_dataset_name is None and settings.eval_dataset_split is None:
+        return None
+    name: Names = settings.eval_dataset_name or settings.dataset_name
+    split = settings.eval_dataset_split or ("train" if are_files(name) else settings.dataset_split)
+    if both := sources(settings.dataset_name, settings.dataset_split) & sources(name, split):
+        raise ValueError(
+            f"{sorted(both)[0]} would be trained and held out; set eval_dataset_split to another split, or "
+            "eval_dataset_name to other rows"
+        )
+    return name, split
+
+
 def encode_dataset(
-    settings: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, **weights: Any
+    settings: DataArguments,
+    name: Names,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    streaming: bool = False,
+    **weights: Any,
 ) -> tuple[datasets.Dataset, EncodingCounts]:
-    """Rows of a file or named dataset as token ids, and how many there were; prints the latter.
+    """Rows of files or of a named dataset as token ids, and how many there were; prints the latter.
 
     Raises:
         ValueError: a row that cannot be encoded; says where it stands.
@@ -102,20 +127,25 @@ def encode_dataset(
     template = chat_template_of(settings, tokenizer)
     try:
         rows, counts = encode_rows(
-            load_rows(name, settings.dataset_split),
+            load_rows(name, split, streaming=streaming, columns=COLUMNS),
             tokenizer,
             settings.max_length,
+            rejected_weight=settings.rejected_weight,
+            role_names=parse_mapping("role_names", settings.role_names, "bot=assistant"),
             turns=settings.turns,
             chat_template=template if isinstance(template, str) else None,
             **weights,
         )
     except RowError as error:
-        raise ValueError(f"{place_of_row(name, error.row)}: {error.reason}") from error
-    print(f"{name}: {counts}", flush=True)
+        raise ValueError(f"{place_of_row(name, error.row, split)}: {error.reason}") from error
+    if streaming:  # nothing has been read yet
+        counts.longest = settings.max_length  # at most
+    else:
+        print(f"{told(name)}: {counts}", flush=True)
     return rows, counts
 
 
-def check_fit(name: str, counts: EncodingCounts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_fit(name: Names, counts: EncodingCounts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
 
     Raises:
@@ -124,9 +154,9 @@ def check_fit(name: str, counts: EncodingCounts, tokenizer: PreTrainedTokenizerB
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and counts.longest > positions:
         raise ValueError(
-            f"{name} has rows of up to {counts.longest} tokens, but {model.name_or_path} has {positions} positions; "
-            f"cut them with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
-            "max_position_embeddings in its config.json"
+            f"{told(name)} has rows of up to {counts.longest} tokens, but {model.name_or_path} has {positions} "
+            f"positions; cut them with --max_length {positions}, or, if its positions reach further (YaRN and the "
+            "like), raise max_position_embeddings in its config.json"
         )
     embeddings = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     needed = max(counts.largest_id, tokenizer.pad_token_id or 0)

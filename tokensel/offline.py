@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokensel.arguments import ScoreArguments, SelectArguments, SelectionArguments, parse_recorded
+from tokensel.data.rows import told
 from tokensel.loading import chat_of, check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
@@ -26,7 +27,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     tokenizer = load_tokenizer(settings)
-    rows, counts = encode_dataset(settings, settings.dataset_name, tokenizer)
+    rows, counts = encode_dataset(settings, settings.dataset_name, settings.dataset_split, tokenizer)
     rows = rows.select_columns(["input_ids", "labels"])
     model = load_model(settings)
     check_fit(settings.dataset_name, counts, tokenizer, model)
@@ -46,7 +47,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         first_token=first_token,
         negative=negative,
         model_name=settings.model_name_or_path,
-        dataset=settings.dataset_name,
+        dataset=told(settings.dataset_name),
         max_length=settings.max_length,
         chat=chat_of(settings, counts, tokenizer),
     )

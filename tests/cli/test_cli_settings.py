@@ -192,7 +192,7 @@ def test_a_wrong_method_fails_before_anything_is_loaded(
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', ":2: "),
         ('{"prompt": "a", "completion": "b"}\n\n[1]\n', ":3: expected one JSON object a line, found list"),
         ("", " has no rows"),
-        ('\n{"text": "a"}\n', ":2: its columns are ['text']; accepted are"),
+        ('\n{"txt": "a"}\n', ":2: its columns are ['txt']; accepted are"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": null, "completion": "b"}\n', ":2: prompt must be a string"),
         ('{"input_ids": [1, 9999], "labels": [-100, 9999]}\n', ":1: input_ids holds 9999, but the tokenizer has"),
         ('{"prompt": "a", "completion": ""}\n', "none of the 1 rows has a response token"),

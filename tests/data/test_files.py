@@ -203,6 +203,14 @@ def test_workers_share_a_stream(tmp_path):
     assert len(list(DataLoader(stream, batch_size=None, num_workers=2))) == 4
 
 
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_stream_without_a_layout_names_its_columns(tmp_path, typed):
+    path = write(tmp_path / "x.jsonl", '{"txt": "a"}')
+    rows = load_rows(path).to_iterable_dataset() if typed else load_rows(path, streaming=True)
+    with pytest.raises(RowError, match=r"row 0: its columns are \['txt'\]; accepted are"):
+        list(encode_rows(rows, make_tokenizer(), 8)[0])
+
+
 def test_a_row_of_a_stream_that_cannot_be_encoded_is_named(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"text": "a"}', '{"text": 3}', '{"text": null}')
     stream, _ = encode_rows(load_rows(path, streaming=True), make_tokenizer(), 8)

@@ -127,6 +127,8 @@ def encode_rows(
     for name, value in given.items():
         if not is_finite(value):
             raise ValueError(f"{name} must be a finite number; got {value!r}")
+    if not all(isinstance(name, str) for name in [*(role_names or {}), *(role_names or {}).values()]):
+        raise ValueError(f"role_names must map names to names, such as bot to assistant; got {role_names!r}")
     if turns not in TURNS:
         raise ValueError(f"turns must be one of {', '.join(TURNS)}; got {turns!r}")
     encoder = _Encoder(tokenizer, max_length, prompt_weight, response_weight)
@@ -168,7 +170,7 @@ def _features(kept: Mapping[str, Any], weighted: bool) -> datasets.Features:
 
 def _encoded(rows: datasets.Dataset, encoder: _Encoder, keep_columns: Sequence[str]) -> datasets.Dataset:
     unread = dict.fromkeys(rows.column_names)
-    rows = rows.select_columns([name for name in rows.column_names if name in COLUMNS or name in keep_columns])
+    rows = rows.select_columns(_read(rows.column_names, keep_columns))
     features = _features({column: rows.features[column] for column in keep_columns}, encoder.weighted)
     # `datasets` reads JSON by a parser that is not exact in the last digit of a number.
     texts = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Json)]
@@ -199,7 +201,7 @@ def _encoded_stream(
     if columns is None:
         columns = list(next(iter(rows), ()))
     else:
-        rows = rows.select_columns([name for name in columns if name in COLUMNS or name in keep_columns])
+        rows = rows.select_columns(_read(columns, keep_columns))
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         filled = [{name: value for name, value in row.items() if value is not None} for row in _rows_of(batch)]
@@ -207,6 +209,11 @@ def _encoded_stream(
 
     features = None if keep_columns else _features({}, weighted=True)
     return rows.map(encode, batched=True, with_indices=True, remove_columns=columns, features=features)
+
+
+def _read(columns: list[str], keep_columns: Sequence[str]) -> list[str]:
+    """The columns that are used; or else one, without which there would be no rows."""
+    return [name for name in columns if name in COLUMNS or name in keep_columns] or columns[:1]
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

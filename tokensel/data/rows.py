@@ -111,6 +111,18 @@ def files_of(name_or_path: Names, split: str) -> list[Path] | None:
     return paths
 
 
+def are_files(name_or_path: Names) -> bool:
+    """Whether it names files one by one."""
+    names = [name_or_path] if isinstance(name_or_path, (str, os.PathLike)) else name_or_path
+    return all(Path(name).expanduser().is_file() for name in names)
+
+
+def sources(name_or_path: Names, split: str) -> set[str]:
+    """What the rows of a split are read from; those of two datasets that share one are the same."""
+    files = files_of(name_or_path, split)
+    return {f"{told(name_or_path)} ({split})"} if files is None else {str(file.resolve()) for file in files}
+
+
 def told(name_or_path: Names) -> str:
     """As it is printed."""
     return str(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else ", ".join(map(str, name_or_path))

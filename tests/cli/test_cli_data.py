@@ -1,0 +1,111 @@
+"""The data of the commands: splits, lists of files, streams, and rows that train and evaluation would share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import LIMIT, ROWS, error_of, flags, score, train, write
+
+from tokensel.cli import main
+from tokensel.store import HistoryStore
+
+TRAINED, HELD_OUT = ROWS[:8], ROWS[8:]
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A directory whose files' names tell their splits."""
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", TRAINED)
+    write(tmp_path / "data" / "test.jsonl", HELD_OUT)
+    return tmp_path / "data"
+
+
+def eval_loss(run):
+    return json.loads((Path(run) / "all_results.json").read_text())["eval_loss"]
+
+
+def test_held_out_rows_are_of_the_split_that_is_named(tmp_path, model_dir, splits):
+    trained, held_out = splits / "train.jsonl", splits / "test.jsonl"
+    runs = {
+        "split": (splits, {"eval_dataset_split": "test"}),
+        "both": (splits, {"eval_dataset_name": splits, "eval_dataset_split": "test"}),
+        "files": (trained, {"eval_dataset_name": held_out}),
+        "trained": (held_out, {"eval_dataset_name": trained}),
+    }
+    losses = {}
+    for name, (data, settings) in runs.items():
+        assert train(model_dir, data, tmp_path / name, method="random", learning_rate=1e-9, **settings) == 0
+        losses[name] = eval_loss(tmp_path / name)
+    assert losses["split"] == losses["both"] == pytest.approx(losses["files"], rel=1e-6)
+    assert losses["trained"] != pytest.approx(losses["files"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["directory", "file", "file in a list", "split of another name", "name"])
+def test_training_rows_are_not_held_out(tmp_path, model_dir, splits, capsys, no_loading, name):
+    file = splits / "train.jsonl"
+    data, settings, named = {
+        "directory": (splits, {"eval_dataset_name": splits}, file),
+        "file": (file, {"eval_dataset_name": splits.parent / "data" / "." / "train.jsonl"}, file),
+        "file in a list": (splits, {"eval_dataset_name": file}, file),
+        "split of another name": (splits, {"eval_dataset_split": "train"}, file),
+        "name": ("owner/name", {"eval_dataset_name": "owner/name"}, "owner/name (train)"),
+    }[name]
+    assert train(model_dir, data, tmp_path / "run", method="random", **settings) == 2
+    assert error_of(capsys).startswith(f"{named} would be trained and held out; set eval_dataset_split to another")
+
+
+def test_a_file_has_no_other_split_to_hold_out(tmp_path, model_dir, splits, capsys, no_loading):
+    settings = {"method": "random", "eval_dataset_split": "test"}
+    assert train(model_dir, splits / "train.jsonl", tmp_path / "run", **settings) == 2
+    assert "train.jsonl is a file, whose rows are all of the split 'train'; got 'test'" in error_of(capsys)
+
+
+def test_a_file_is_held_out_beside_a_split_of_another_name(tmp_path, model_dir, splits, capsys):
+    settings = {"method": "random", "dataset_split": "test", "eval_dataset_name": splits / "train.jsonl"}
+    assert train(model_dir, splits, tmp_path / "run", **settings) == 0, capsys.readouterr().err
+
+
+def test_a_list_of_files_in_a_flag_and_in_yaml_is_one_dataset(tmp_path, model_dir, splits, capsys):
+    files = [str(splits / "train.jsonl"), str(splits / "test.jsonl")]
+    more = flags(model_name_or_path=model_dir, max_length=LIMIT)
+    assert main(["score", "--dataset_name", *files, *more, "--output", str(tmp_path / "flag.parquet")]) == 0
+    assert f"{', '.join(files)}: {len(ROWS)} rows: {len(ROWS)} kept" in capsys.readouterr().out
+    (tmp_path / "x.yaml").write_text(f"dataset_name: [{', '.join(files)}]\n")
+    assert main(["score", str(tmp_path / "x.yaml"), *more, "--output", str(tmp_path / "yaml.parquet")]) == 0
+    stores = [HistoryStore.open(tmp_path / f"{name}.parquet") for name in ("flag", "yaml")]
+    assert stores[0].metadata["documents"] == stores[1].metadata["documents"] == len(ROWS)
+    assert stores[0].metadata["dataset"] == ", ".join(files)
+
+
+def test_a_bad_row_of_a_list_names_its_file_and_line(tmp_path, model_dir, splits, capsys):
+    bad = write(tmp_path / "bad.jsonl", [*HELD_OUT[:2], {"conversations": [{"from": "bot", "value": "a"}]}])
+    arguments = flags(model_name_or_path=model_dir, output=tmp_path / "h.parquet")
+    assert main(["score", "--dataset_name", str(splits / "train.jsonl"), bad, *arguments]) == 2
+    assert error_of(capsys).startswith(f"{bad}:3: conversations[0].from is 'bot'; known roles are")
+
+
+def test_roles_and_rejected_answers_by_settings(tmp_path, model_dir, capsys):
+    pair = {"chosen": [{"role": "user", "content": "Ada"}, {"role": "bot", "content": "pays."}]}
+    pair["rejected"] = [pair["chosen"][0], {"role": "bot", "content": "runs away."}]
+    path = write(tmp_path / "pairs.jsonl", [pair])
+    settings = {"role_names": "bot=assistant", "rejected_weight": -1}
+    assert score(model_dir, path, tmp_path / "h.parquet", **settings) == 0, capsys.readouterr().err
+    assert "1 rows, 2 documents: 2 kept" in capsys.readouterr().out
+    assert HistoryStore.open(tmp_path / "h.parquet").metadata["documents"] == 2
+    assert score(model_dir, path, tmp_path / "i.parquet", role_names="bot=1") == 2
+    assert error_of(capsys) == "role_names must map names to names, such as bot to assistant; got {'bot': 1}"
+
+
+def test_a_stream_trains_what_is_read_at_once(tmp_path, model_dir, splits, capsys):
+    settings = {"method": "full", "eval_dataset_split": "test", "max_steps": 2, "seed": 3}
+    settings["train_sampling_strategy"] = "sequential"
+    for streaming in ("false", "true"):
+        run = tmp_path / streaming
+        assert train(model_dir, splits, run, dataset_streaming=streaming, **settings) == 0, capsys.readouterr().err
+    assert eval_loss(tmp_path / "true") == pytest.approx(eval_loss(tmp_path / "false"), rel=1e-6)
+    assert capsys.readouterr().out.count(f"{splits}: 8 rows: 8 kept") == 2
+    assert train(model_dir, splits, tmp_path / "long", dataset_streaming="true", method="full", max_length=513) == 2
+    assert "has rows of up to 513 tokens" in error_of(capsys)
