@@ -6,10 +6,14 @@ import json
 
 import datasets
 import pytest
+import torch
 from encoding import CHAT, encode, ids, labels, make_tokenizer
+from recorded import arguments
 
+from tokensel.cli import main
 from tokensel.data import EncodingCounts, RowError, encode_rows
 from tokensel.data.chat import encode_chat
+from tokensel.store import HistoryMissError, HistoryStore, HistoryWriter
 
 USER, BOT = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 FOUR = [USER, BOT, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
@@ -279,3 +283,41 @@ def test_other_settings_are_named():
         of([USER, BOT], template_kwargs="a")
     with pytest.raises(ValueError, match="turns must be one of last, each; got 'all'"):
         encode_rows([{"messages": FOUR}], make_tokenizer(), 64, turns="all")
+
+
+# A template of the user's, for a model without one
+
+
+def test_a_file_of_a_template_is_taken_and_a_store_tells_it(tmp_path, model_dir, capsys):
+    data, template = tmp_path / "x.jsonl", tmp_path / "x.jinja"
+    data.write_text(json.dumps({"messages": FOUR}) + "\n", encoding="utf-8")
+    template.write_text(CHAT, encoding="utf-8")
+    assert main(arguments(model_dir, data, tmp_path / "h.parquet")) == 2
+    assert "set tokenizer.chat_template, or --chat_template FILE" in capsys.readouterr().err
+    settings = {"chat_template": template, "turns": "each"}
+    assert main(arguments(model_dir, data, tmp_path / "h.parquet", **settings)) == 0
+    store = HistoryStore.open(tmp_path / "h.parquet")
+    assert store.metadata["chat"] == {"template": CHAT, "turns": "each"}
+    assert main(arguments(model_dir, data, tmp_path / "i.parquet", chat_template=tmp_path / "none.jinja")) == 2
+    error = capsys.readouterr().err
+    assert "chat_template is 'trl' or a Jinja file, which is not there" in error and str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (CHAT, ""),
+        (CLOSED, " and another chat template than this run's .*--chat_template trl\\)"),
+        (CHAT + "{{ strftime_now('%Y') }}", " and a template that writes the day's date .*chat_template_kwargs\\)"),
+    ],
+)
+def test_a_missing_document_names_the_settings_of_chats(tmp_path, template, said):
+    tokens = torch.tensor([[5, 6, 7]])
+    chat = {"template": template, "turns": "last"}
+    with HistoryWriter(tmp_path / "h.parquet", chat=chat) as writer:
+        writer.add(tokens, tokens, torch.ones(1, 3))
+    own = template if "strftime" in template else CHAT
+    store = HistoryStore.open(tmp_path / "h.parquet", tokenizer=make_tokenizer(chat_template=own))
+    told = f"max_length None, chats with turns='last'{said}. Run .* chat template, turns"
+    with pytest.raises(HistoryMissError, match=told):
+        store.lookup(tokens + 1, tokens)

@@ -201,3 +201,21 @@ def test_a_store_of_another_template_is_named(tmp_path, name, problem, capsys):
         HistoryMissError, match=f"{problem}.* chats with turns='each' and another .*--chat_template trl"
     ):
         train(model, ROWS, tmp_path / "run", store)
+
+
+def test_a_model_trained_by_trls_version_keeps_its_own_template(tmp_path, capsys):
+    model = write_model(tmp_path / "model", "qwen3")
+    store = tmp_path / "h.parquet"
+    assert score(model, ROWS, store, chat_template="trl") == 0, capsys.readouterr().err
+    run = {"model_name_or_path": model, "dataset_name": store.with_suffix(".jsonl"), "output_dir": tmp_path / "run"}
+    run |= {"method": "rel", "history_store": store, "chat_template": "trl", "max_steps": 1, "use_cpu": "true"}
+    run |= {"report_to": "none", "save_strategy": "no", "bf16": "false"}
+    words = [part for name, value in run.items() for part in (f"--{name}", str(value))]
+    assert main(["train", *words]) == 0, capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEXTS["qwen3"]
+
+
+def test_a_template_that_trl_has_no_version_of_is_named(tmp_path, capsys):
+    model = write_model(tmp_path / "model", "llama3_2")
+    assert score(model, ROWS, tmp_path / "h.parquet", chat_template="trl") == 2
+    assert "chat_template 'trl', but of the model's template: The chat template is not" in capsys.readouterr().err

@@ -138,7 +138,10 @@ class _Chat:
 
     def __init__(self, index: int, messages: list[dict], tokenizer, tools, template_kwargs, chat_template):
         if not (chat_template or tokenizer.chat_template):
-            raise ValueError("the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template")
+            raise ValueError(
+                "the tokenizer has no chat_template, which `messages` need; set tokenizer.chat_template, or "
+                "--chat_template FILE"
+            )
         if not tokenizer.is_fast:
             raise ValueError("`messages` need a fast tokenizer, which tells where in the text each token is")
         if not isinstance(template_kwargs, (Mapping, type(None))):
