@@ -49,6 +49,14 @@ def make(tmp_path, rows=COMPLETIONS, model=None, cls=Mine, tokenizer=CHAT_TOKENI
     return cls(model, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer), **extra)
 
 
+def of_trl(tmp_path, rows=COMPLETIONS, model=None, **changes):
+    names = ("eval_dataset", "peft_config")
+    extra = {name: changes.pop(name) for name in names if name in changes}
+    args = trl.SFTConfig(**settings(tmp_path, **changes))
+    model = build() if model is None else model
+    return trl.SFTTrainer(model, args, train_dataset=rows, processing_class=copy.deepcopy(CHAT_TOKENIZER), **extra)
+
+
 def run(*args, **changes):
     trainer = make(*args, **changes)
     trainer.train()

@@ -12,27 +12,42 @@ from transformers import PreTrainedModel
 
 
 class RouterLoss:
-    """What a mixture of experts adds to its loss, by the function of its own module."""
+    """What balances a mixture of experts, by the function of its own module; unweighted, as the model's `aux_loss`.
+
+    Its settings are read when they are used, for a trainer may change them.
+    """
 
     def __init__(self, model: PreTrainedModel, function: Callable) -> None:
-        def setting(*names: str):
-            places = (model, model.config.get_text_config())
-            return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+        self._model, self._function = model, function
 
-        self._function = function
-        self._experts, self._chosen = setting("num_experts"), setting("num_experts_per_tok")
-        self.weight = setting("router_aux_loss_coef", "aux_loss_coef")
+    def _setting(self, *names: str) -> Any:
+        places = (self._model, self._model.config.get_text_config())
+        return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+
+    @property
+    def weight(self) -> float:
+        """What it is multiplied by before the model adds it to its loss."""
+        return self._setting("router_aux_loss_coef", "aux_loss_coef")
 
     def __call__(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        return self.weight * self._function(router_logits, self._experts, self._chosen, attention_mask)
+        experts, chosen = self._setting("num_experts"), self._setting("num_experts_per_tok")
+        return self._function(router_logits, experts, chosen, attention_mask)
 
 
 def router_loss_of(model: PreTrainedModel) -> RouterLoss | None:
-    if not getattr(model.config.get_text_config(), "output_router_logits", False):
-        return None
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
     functions = [m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")]
     return RouterLoss(model, functions[0]) if functions else None
+
+
+def refuse_other_aux_loss(model: PreTrainedModel, ours: Tensor | None, own: Tensor | None) -> None:
+    if ours is None and own is None:
+        return
+    if ours is None or own is None or not (ours - own).abs() <= 0.01 * ours.abs():
+        raise ValueError(
+            f"the router loss of {type(model).__name__} is not known here; set config.output_router_logits=False to "
+            "train without it"
+        )
 
 
 def possible_head_options(model: PreTrainedModel) -> list[dict]:

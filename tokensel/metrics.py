@@ -7,6 +7,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ def selection_sums(inputs: dict, output: SelectionOutput) -> dict[str, Tensor]:
         sums |= {"rel": rel.sum(), "rel_squared": (rel**2).sum()}
     if output.mass is not None:
         sums["mass"] = (output.mass * response).sum()
+    if output.aux_loss is not None:
+        sums |= {"aux_loss": output.aux_loss, "micro_batches": torch.ones_like(output.aux_loss)}
     return sums | token_metric_sums(output)
 
 
@@ -62,9 +65,10 @@ def token_metrics(s: dict[str, float]) -> dict[str, float]:
 def selection_metrics(s: dict[str, float]) -> dict[str, float]:
     """Shares and means from sums over tokens; NLL and REL in nats."""
     n = s.get("responses", 0)
+    aux = {"aux_loss": s["aux_loss"] / s["micro_batches"]} if "aux_loss" in s else {}
     if not n:
-        return {"kept_share": 0.0, "tokens_per_second": 0.0}
-    metrics = {
+        return {"kept_share": 0.0, "tokens_per_second": 0.0} | aux
+    metrics = aux | {
         "kept_share": s["kept"] / n,
         "kept_nll": s["kept_nll"] / max(s["kept"], 1),
         "tokens_per_second": s["tokens"] / s["seconds"],
@@ -136,36 +140,51 @@ class SelectionLog:
         self._held_out = {}
 
     @torch.no_grad()
-    def add_held_out(self, output: SelectionOutput, rows: Tensor) -> None:
-        """Adds a batch of an evaluation to its metrics. rows: [B] bool, which of them count."""
+    def add_held_out(self, output: SelectionOutput, rows: Tensor, router_weight: float) -> None:
+        """Adds a batch of an evaluation to its metrics.
+
+        Args:
+            rows: [B] bool, which of them count.
+            router_weight: of the output's `aux_loss` in the loss.
+        """
         response = output.response & rows[:, None]
         sums = {"responses": response.sum(), "nll": (output.nll * response).double().sum()}
         if output.entropy is not None and output.correct is not None:
             sums["entropy"] = (output.entropy * response).double().sum()
             sums["correct"] = (output.correct & response).sum()
+        if output.aux_loss is not None:
+            sums |= {"aux_loss": output.aux_loss, "micro_batches": torch.ones_like(output.aux_loss)}
+            sums["router_loss"] = router_weight * output.aux_loss
         _add(self._held_out, sums)
 
     @torch.no_grad()
-    def add_held_out_logits(self, logits: Tensor, batch: dict[str, Tensor], rows: Tensor, impl: str) -> None:
-        """`add_held_out` of logits [B, S, V] that somebody has computed of the batch."""
+    def add_held_out_logits(self, own: Any, batch: dict[str, Tensor], rows: Tensor, router_weight: float) -> None:
+        """`add_held_out` of the model's own output for a batch, with its `logits` [B, S, V]."""
         layout = BatchLayout.from_batch(batch)
         labels = to_rows(layout.response_labels, IGNORE_INDEX)
-        stats, _ = token_stats_from_logits(logits, labels, entropy=self._of_trl, impl=impl)
+        stats, _ = token_stats_from_logits(own["logits"], labels, entropy=self._of_trl)
         shown = {"entropy": stats.entropy, "correct": stats.correct} if self._of_trl else {}
         output = SelectionOutput(
             response=layout.response,
             nll=to_labels(stats.nll),
+            aux_loss=own.get("aux_loss"),
             **{name: to_labels(value) for name, value in shown.items() if value is not None},
         )
-        self.add_held_out(output, rows)
+        self.add_held_out(output, rows, router_weight)
 
     def held_out(self) -> dict[str, float]:
-        """Loss (nats, mean over all response tokens, NaN without any) and metrics of an evaluation that has ended."""
+        """Loss (nats, mean over all response tokens, NaN without any) and metrics of an evaluation that has ended.
+
+        What a mixture of experts adds for its router is the mean over batches.
+        """
         if not self._held_out:
             return {}
         trained = self._since.get("tokens", torch.tensor(0))
         sums, self._held_out = self._totals_of(self._held_out | {"trained": trained}), {}
         metrics = {"loss": sums["nll"] / sums["responses"] if sums["responses"] else math.nan}
+        if "aux_loss" in sums:
+            metrics["loss"] += sums["router_loss"] / sums["micro_batches"]
+            metrics["aux_loss"] = sums["aux_loss"] / sums["micro_batches"]
         if self._of_trl:
             metrics |= token_metrics(sums) | {"num_tokens": self.totals.get("tokens", 0) + sums["trained"]}
         return metrics

@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from tokensel.capture import AttentionCapture
 from tokensel.documents import IGNORE_INDEX, to_labels, to_rows
-from tokensel.families import model_without_head, plain_head, possible_head_options, refuse_fused_loss, router_loss_of
+from tokensel.families import (
+    model_without_head,
+    plain_head,
+    possible_head_options,
+    refuse_fused_loss,
+    refuse_other_aux_loss,
+    router_loss_of,
+)
 from tokensel.ops.stats import token_stats
 from tokensel.ops.vocab_parallel import replicated_as
 
@@ -142,12 +149,17 @@ class PatchedModel:
 
     def backbone(self, inputs: dict) -> Tensor:
         """Forward of the model without its head -> final hidden states [B, S, D]."""
-        return self.backbone_and_router_loss(inputs)[0]
+        return self.backbone_and_aux_loss(inputs)[0]
 
-    def backbone_and_router_loss(self, inputs: dict) -> tuple[Tensor, Tensor | None]:
-        """(final hidden states [B, S, D], what the model adds to its own loss to balance its experts, or None).
+    @property
+    def router_weight(self) -> float:
+        """The factor of `aux_loss` in the model's own loss."""
+        return self._router_loss.weight if self._router_loss else 0.0
 
-        The latter is scalar, and there where `config.output_router_logits` is on.
+    def backbone_and_aux_loss(self, inputs: dict) -> tuple[Tensor, Tensor | None]:
+        """(final hidden states [B, S, D], what balances the experts of a mixture, unweighted, or None).
+
+        The latter is scalar, and there where `output_router_logits` is on, in the inputs or else in the config.
 
         Raises:
             ValueError: packing, in a model that lets packed documents see each other; a head that has been replaced.
@@ -160,9 +172,11 @@ class PatchedModel:
                 "position_ids. Pad the rows instead (packing false, and an attention_mask)"
             )
         given |= {"use_cache": False, "return_dict": True}
-        if self._router_loss is None:
+        asked = given.get("output_router_logits")
+        in_config = getattr(self.model.config.get_text_config(), "output_router_logits", False)
+        if self._router_loss is None or not (in_config if asked is None else asked):
             return self._base(**given).last_hidden_state, None
-        out = self._base(**given, output_router_logits=True)
+        out = self._base(**given | {"output_router_logits": True})
         return out.last_hidden_state, self._router_loss(out.router_logits, given.get("attention_mask"))
 
     def _refuse_replaced(self) -> None:
@@ -246,7 +260,7 @@ class PatchedModel:
         inputs = {"input_ids": ids, "attention_mask": valid}
         with eval_mode(self.model):
             with self.attention.probing(prompt), self.attention.armed() as take:
-                hidden, router_loss = self.backbone_and_router_loss(inputs)
+                hidden, aux_loss = self.backbone_and_aux_loss(inputs)
                 captured = take() if self.layers else []
             own = self.model(**inputs, use_cache=False, return_dict=True)
             self.keeps_documents_apart = self._documents_stay_apart(ids)
@@ -261,7 +275,7 @@ class PatchedModel:
                 f"{own.logits.shape[-1]} of {weight.shape[0]} logits; call apply_to before the model is sharded"
             )
         self._find_head_options(hidden, ids, valid, own.logits)
-        self._compare_router_loss(router_loss, getattr(own, "aux_loss", None))
+        refuse_other_aux_loss(self.model, aux_loss, getattr(own, "aux_loss", None))
         self.attention.compare_mass(captured, prompt, valid.bool())
 
     def _documents_stay_apart(self, ids: Tensor) -> bool:
@@ -303,17 +317,6 @@ class PatchedModel:
             f"{min(differences):.3g} nats (allowed {allowed:.3g}). The model changes its logits in a way that is not "
             "supported; use the functions (tokensel.token_stats_from_logits) instead of apply_to."
         )
-
-    def _compare_router_loss(self, ours: Tensor | None, own: Tensor | None) -> None:
-        """What the model adds to its loss for its experts; `own` is not yet weighted."""
-        if ours is None and own is None:
-            return
-        loss = self._router_loss
-        if loss is None or ours is None or own is None or not (ours - loss.weight * own).abs() <= 0.01 * ours.abs():
-            raise ValueError(
-                f"the router loss of {type(self.model).__name__} is not known here; set "
-                "config.output_router_logits=False to train without it"
-            )
 
 
 def unwrap(model: Any) -> PreTrainedModel:

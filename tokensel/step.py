@@ -41,6 +41,7 @@ class SelectionOutput(ModelOutput):
         mass: float32 or None, attention mass on the prompt.
         entropy: float32 or None, of the current prediction, nats. correct: bool or None, whether no other token was
             likelier than the label. Both only with `token_metrics`.
+        aux_loss: scalar or None, what balances a mixture of experts, before its weight.
     """
 
     loss: Tensor | None = None
@@ -54,6 +55,7 @@ class SelectionOutput(ModelOutput):
     mass: Tensor | None = None
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
@@ -221,7 +223,7 @@ class Selection:
 
         # 3. current forward of the backbone; q and k of the chosen layers are captured on the way
         with patched.attention.armed() as captured:
-            hidden, router_loss = patched.backbone_and_router_loss(batch)  # (B, S, D)
+            hidden, aux_loss = patched.backbone_and_aux_loss(batch)  # (B, S, D)
             signals = self._signals_beside_losses(layout, captured)
 
         def score_keep_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
@@ -254,9 +256,10 @@ class Selection:
                 loss = selected_cross_entropy(
                     hidden, weight, next_labels, keep, stats=stats, denominator=denominator, **head
                 )
-                if router_loss is not None:
-                    loss = loss + self.router_share * router_loss
+                if aux_loss is not None:
+                    loss = loss + self.router_share * patched.router_weight * aux_loss
             shown: dict[str, Any] = {"nll": tokens.nll, "history_nll": tokens.history_nll, "mass": tokens.mass}
+            shown["aux_loss"] = None if aux_loss is None else aux_loss.detach()
             if self.token_metrics and stats.correct is not None:
                 shown |= {"entropy": tokens.entropy, "correct": to_labels(stats.correct)}
             return SelectionOutput(loss, weights, response, layout.sample, score, **shown)

@@ -29,7 +29,7 @@ from tokensel.choose_history import choose_history, live_history
 from tokensel.data.collators import CollatedRows, SelectionCollator, refuse_data_without_prompt
 from tokensel.documents import BatchLayout
 from tokensel.metrics import SelectionLog, selection_metrics, selection_sums
-from tokensel.model import apply_to, eval_mode, remove, unwrap
+from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
 from tokensel.parallel import check_ranks_agree
 from tokensel.recording import record_losses
 from tokensel.report.watch import SampleRecorder
@@ -67,7 +67,9 @@ class TokenSelectionMixin(_Base):
     model: Any
     train_dataset: Any
     processing_class: Any
+    model_init: Any
     _metrics: Any  # of TRL
+    _patched: PatchedModel
 
     def __init__(self, *args, method: SelectionMethod | None = None, **kwargs) -> None:
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
@@ -148,11 +150,9 @@ class TokenSelectionMixin(_Base):
 
     def _patch(self) -> None:
         """The model is patched as this trainer needs it: another one may have had it since."""
-        if hasattr(base := unwrap(self.model), "_tokensel_patched"):
-            if base._tokensel_patched is self.__dict__.get("_patched"):
-                return
-            remove(self.model)
-        self._patched = apply_to(self.model, self.args.layer if "mass" in self.method.needs else None)
+        now = getattr(unwrap(self.model), "_tokensel_patched", None)
+        if now is None or now is not self.__dict__.get("_patched"):
+            self._patched = apply_to(self.model, self.args.layer if "mass" in self.method.needs else None)
 
     def train(self, *args, **kwargs):
         self._patch()
@@ -352,7 +352,7 @@ class TokenSelectionMixin(_Base):
         with torch.no_grad(), self.compute_loss_context_manager():
             everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
             output = model(**inputs, selection=everything)
-        self._selection_log.add_held_out(output, self._own_rows(inputs))
+        self._selection_log.add_held_out(output, self._own_rows(inputs), self._patched.router_weight)
         return output.loss.detach(), None, None
 
     def _evaluated_loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch):
@@ -360,7 +360,8 @@ class TokenSelectionMixin(_Base):
         batch = dict(inputs)
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if return_outputs and batch.get("labels") is not None:
-            self._selection_log.add_held_out_logits(result[1]["logits"], batch, self._own_rows(batch), self.args.impl)
+            weight = self._patched.router_weight
+            self._selection_log.add_held_out_logits(result[1], batch, self._own_rows(batch), weight)
         return result
 
     def _own_rows(self, batch: dict) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import datasets
@@ -10,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from training import PLAIN, TIGHT, TOKENIZER, build, largest_difference, losses, record, weights
-from transformers import DataCollatorForSeq2Seq, MixtralConfig, MixtralForCausalLM
-from trl_training import CHAT_TOKENIZER, COMPLETIONS, SOME, TEXTS, documents, make, run, settings, trl
+from transformers import DataCollatorForSeq2Seq
+from trl_training import CHAT_TOKENIZER, COMPLETIONS, SOME, TEXTS, documents, make, of_trl, run
 
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.testing import make_rows
@@ -30,14 +29,6 @@ CHATS = datasets.Dataset.from_list(
         for a, b in zip(SOME[::2], SOME[1::2], strict=True)
     ]
 )
-
-
-def of_trl(tmp_path, rows=COMPLETIONS, model=None, **changes):
-    names = ("eval_dataset", "peft_config")
-    extra = {name: changes.pop(name) for name in names if name in changes}
-    args = trl.SFTConfig(**settings(tmp_path, **changes))
-    model = build() if model is None else model
-    return trl.SFTTrainer(model, args, train_dataset=rows, processing_class=copy.deepcopy(CHAT_TOKENIZER), **extra)
 
 
 # The step
@@ -141,35 +132,6 @@ def test_chats_have_the_ids_and_labels_of_the_score_command(tmp_path):
     theirs = make(tmp_path, CHATS, assistant_only_loss=True).train_dataset
     assert [list(r) for r in ours["input_ids"]] == [list(r) for r in theirs["input_ids"]]
     assert [list(r) for r in ours["labels"]] == [list(r) for r in theirs["labels"]]
-
-
-def test_a_mixture_of_experts_keeps_its_routers_loss(tmp_path):
-    config = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-    config |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=256)
-    model = MixtralForCausalLM(MixtralConfig(**config, router_aux_loss_coef=0.5))  # experts know no float64
-    changes = {"router_aux_loss_coef": 0.5, "max_steps": 2}
-    ours = run(tmp_path, model=copy.deepcopy(model), method="full", **changes)
-    theirs = of_trl(tmp_path, model=copy.deepcopy(model), **changes)
-    theirs.train()
-    without = run(tmp_path, model=model, method="full", **changes | {"router_aux_loss_coef": 0.0})
-    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
-    assert largest_difference(weights(ours), weights(theirs)) < 1e-5
-    assert losses(ours)[0] > losses(without)[0] + 0.1
-
-
-def test_the_routers_loss_does_not_grow_with_accumulation(tmp_path):
-    config = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-    config |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=256)
-    share = []
-    for size, steps in ((4, 1), (1, 4)):
-        first = []
-        for weight in (0.5, 0.0):
-            torch.manual_seed(0)
-            model = MixtralForCausalLM(MixtralConfig(**config, router_aux_loss_coef=weight))
-            batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
-            first.append(losses(run(tmp_path, model=model, method="full", router_aux_loss_coef=weight, **batches))[0])
-        share.append(first[0] - first[1])
-    assert share[0] > 0.1 and share[1] == pytest.approx(share[0], rel=0.1)  # each is a mean over its micro-batches
 
 
 def test_lora_trains_the_adapter_against_the_base_as_history(tmp_path):
