@@ -204,3 +204,36 @@ def test_metrics_are_means_over_all_response_tokens_of_a_log_entry(tmp_path):
         assert entry["mean_token_accuracy"] == pytest.approx(right / n, abs=2e-6)
         assert entry["num_tokens"] == tokens
         assert entry["kept_share"] == pytest.approx(0.6, abs=0.02)
+
+
+def tokens_of(seen):
+    return sum(int(inputs["attention_mask"].sum()) for inputs, _ in seen)
+
+
+def test_a_run_shorter_than_logging_steps_logs_its_metrics_at_the_end(tmp_path):
+    changes = {"logging_steps": 2, "max_steps": 3, "learning_rate": 0.0, "per_device_train_batch_size": 2}
+    ours = run(tmp_path, method="full", **changes)
+    theirs = of_trl(tmp_path, **changes)
+    theirs.train()
+    ends = [t.state.log_history[-1] for t in (ours, theirs)]
+    assert all("train_loss" in entry for entry in ends)
+    assert ends[0]["num_tokens"] == ends[1]["num_tokens"] == tokens_of(ours.seen)
+    for name in ("entropy", "mean_token_accuracy"):  # of the third step alone, one batch
+        assert ends[0][name] == pytest.approx(ends[1][name], abs=1e-5)
+    assert ends[0]["kept_share"] == 1 and ends[0]["tokens_per_second"] > 0
+    short = run(tmp_path, logging_steps=10, max_steps=2).state.log_history
+    assert len(short) == 1 and {"train_loss", "kept_share", "entropy", "num_tokens"} <= set(short[0])
+    whole = run(tmp_path, logging_steps=1, max_steps=2).state.log_history
+    assert "train_loss" in whole[-1] and "kept_share" not in whole[-1]  # nothing since the last entry
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_an_evaluation_counts_the_tokens_trained_so_far(tmp_path, with_logits):
+    held_out = datasets.Dataset.from_list(make_rows(3, seed=9))
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "max_steps": 3, "eval_dataset": held_out}
+    if with_logits:
+        changes["compute_metrics"] = lambda prediction: {"rows": len(prediction.label_ids)}
+    trainer = run(tmp_path, **changes)
+    counted = [e["eval_num_tokens"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert counted == [tokens_of(trainer.seen[:n]) for n in (1, 2, 3)]
+    assert trainer.evaluate()["eval_num_tokens"] == tokens_of(trainer.seen)
