@@ -18,12 +18,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
-from tokensel.arguments import ScoreArguments, SelectiveTrainingArguments
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.data import SelectionCollator, encode_rows, load_rows
 from tokensel.metrics import peak_memory_mib
 from tokensel.offline import score
 from tokensel.report import format_table, plot_rel, write_selection_page
 from tokensel.report.watch import selected_samples
+from tokensel.settings import ScoreArguments
 from tokensel.testing import PlantedNoiseTrainer, held_out_nll, make_model, make_rows, make_tokenizer, plant_noise
 from tokensel.trainer import SelectiveTrainer
 

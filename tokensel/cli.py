@@ -63,27 +63,25 @@ ABOUT = {  # above the lists of settings, which are long
 
 
 def score(argv: list[str]) -> None:
-    from tokensel.arguments import ScoreArguments
     from tokensel.offline import score
-    from tokensel.settings import parse
+    from tokensel.settings import ScoreArguments, parse
 
     required = ("model_name_or_path", "dataset_name", "output")
     score(*parse([ScoreArguments], argv, "tokensel score", ABOUT["tokensel score"], required))
 
 
 def select(argv: list[str]) -> None:
-    from tokensel.arguments import SelectArguments
     from tokensel.offline import select
-    from tokensel.settings import parse
+    from tokensel.settings import SelectArguments, parse
 
     required = ("method", "recorded", "output")
     select(*parse([SelectArguments], argv, "tokensel select", ABOUT["tokensel select"], required))
 
 
 def train(argv: list[str]) -> None:
-    from tokensel.arguments import RunArguments, SelectiveTrainingArguments
+    from tokensel.arguments import SelectiveTrainingArguments
     from tokensel.finetune import train
-    from tokensel.settings import parse
+    from tokensel.settings import RunArguments, parse
 
     types = [RunArguments, SelectiveTrainingArguments]
     required = ("model_name_or_path", "dataset_name", "output_dir", "method")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
 
-from tokensel.arguments import RunArguments, SelectiveTrainingArguments
+from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.data import SelectionCollator
 from tokensel.data.rows import told
 from tokensel.loading import chat_template_of, check_fit, encode_dataset, held_out, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
+from tokensel.settings import RunArguments
 from tokensel.trainer import SelectiveTrainer
 
 

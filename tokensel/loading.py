@@ -11,11 +11,12 @@ import datasets
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokensel.arguments import DataArguments, RunArguments, ScoreArguments, parse_mapping
+from tokensel.arguments import parse_mapping
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
 from tokensel.data.layouts import COLUMNS
 from tokensel.data.rows import Names, are_files, sources, told
 from tokensel.files import check_directory
+from tokensel.settings import DataArguments, RunArguments, ScoreArguments
 from tokensel.store import tokenizer_fingerprint
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from tokensel.arguments import ScoreArguments, SelectArguments, SelectionArguments, parse_recorded
+from tokensel.arguments import SelectionArguments, parse_recorded
 from tokensel.data.rows import told
 from tokensel.loading import chat_of, check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
 from tokensel.recording import record_losses, refuse_existing
+from tokensel.settings import ScoreArguments, SelectArguments
 from tokensel.store import HistoryWriter
 from tokensel.store.shards import Shards, publish
 

@@ -1,4 +1,4 @@
-"""A command's settings: a YAML file gives a parser its defaults, flags win over it."""
+"""A command's settings, and how they are read: a YAML file gives a parser its defaults, flags win over it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,133 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
+
+
+@dataclass
+class DataArguments:
+    """The model and the text, common to score and train."""
+
+    model_name_or_path: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
+        default=None, metadata={"help": "Directory or hub name of any causal language model with its tokenizer."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto is what the model was saved in."}
+    )
+    dataset_name: list[str] | str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
+        default=None,
+        metadata={
+            "help": "Files (JSON, JSON lines, CSV, TSV, Parquet; .gz and .zst, too), a directory of them, or the name "
+            "of a Hugging Face dataset."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a directory or of a Hugging Face dataset."})
+    role_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other names of roles in the messages, as a mapping in YAML or 'bot=assistant' as a flag; the chat "
+            "template's names are on the right."
+        },
+    )
+    rejected_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of preference pairs: the weight of the rejected answers, which become rows of their own (-1 for "
+            "critical_tokens). 0 leaves them out."
+        },
+    )
+    max_length: int = field(
+        default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for chats: a Jinja file, or 'trl' for TRL's training version of the model's own, "
+            "which TRL's trainer takes for assistant_only_loss. Default: the tokenizer's."
+        },
+    )
+    turns: Literal["last", "each"] = field(
+        default="last",
+        metadata={
+            "help": "Of chats whose template rewrites earlier turns (without their reasoning, say): 'last' trains the "
+            "last answer, 'each' makes of each answer a row that ends with it."
+        },
+    )
+
+
+@dataclass
+class ScoreArguments(DataArguments):
+    """Settings of `tokensel score`."""
+
+    output: str = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Parquet file to write; must not exist yet."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    impl: str = field(
+        default="auto", metadata={"help": "Implementation of the statistics: auto, chunked, fused or reference."}
+    )
+    without_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the response tokens alone, behind the tokenizer's BOS (EOS where it has none), for t_shirt."
+        },
+    )
+    contrast_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Score under softmax(2 z - z'), z' of this model of wrong answers, for critical_tokens."},
+    )
+
+
+@dataclass
+class SelectArguments:
+    """Settings of `tokensel select`."""
+
+    method: str = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "A method that ranks by recorded losses, or random."}
+    )
+    method_args: str | None = field(default=None, metadata={"help": "Its parameters, as of `tokensel train`."})
+    recorded: str = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Stores that `tokensel score` made of one dataset: base=a.parquet,reference=b.parquet."},
+    )
+    output: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
+        default=None, metadata={"help": "Parquet file of weights to write, for weights_store; must not exist yet."}
+    )
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """Settings of `tokensel train` beside transformers.TrainingArguments and the selection's. LoRA names are TRL's."""
+
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rows, as dataset_name; default with eval_dataset_split: the same."}
+    )
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out rows, as dataset_split; default: the same."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read and encode rows as they are trained on; needs max_steps."}
+    )
+    prompt_weight: float = field(
+        default=0.0, metadata={"help": "Weight of prompt tokens; not 0 trains them, too (weighted instruction tuning)."}
+    )
+    response_weight: float = field(
+        default=1.0, metadata={"help": "Weight of response tokens, a factor of weights that the data gives."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Concatenate the rows of a batch without padding; documents stay apart."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank (the paper's 64)."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha (the paper's 16)."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "LoRA dropout (the paper's 0.1)."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "'all-linear' (never the head), or names separated by commas."}
+    )
+
 
 # Settings of earlier versions, and what to do without them.
 GONE = {"head_weights": "it went in 0.2, and every head counts the same; leave it out"}
