@@ -5,6 +5,8 @@ hf/test_architectures.py tests each row; `python -m tools.write_docs` makes the 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -40,6 +42,7 @@ _TINY = dict(
     eos_token_id=2,
 )
 _FULL_SLIDING = {"layer_types": ["full_attention", "sliding_attention"]}
+_SWITCHED_WINDOW = _FULL_SLIDING | {"use_sliding_window": True, "max_window_layers": 0}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _MLA = {"num_key_value_heads": 4, "head_dim": 4}  # of the rotary part alone
@@ -51,10 +54,7 @@ _PLAIN = (
     "mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral nanochat nemotron olmo olmo2 "
     "olmoe opt persimmon phi phi3 qwen3_moe seed_oss solar_open stablelm starcoder2 vaultgemma "
 )
-_WINDOWED = (
-    "afmoe cohere2 cwm exaone4 gemma3_text gemma4_text gemma4_unified_text gpt_oss lfm3 ministral olmo3 qwen2 "
-    "qwen3 smollm3"
-)
+_WINDOWED = "afmoe cohere2 cwm exaone4 gemma3_text gemma4_text gemma4_unified_text gpt_oss lfm3 ministral olmo3"
 # model_type -> changes of its tiny config
 SUPPORTED: dict[str, dict] = {
     **dict.fromkeys(_PLAIN.split(), {}),
@@ -94,7 +94,7 @@ SUPPORTED: dict[str, dict] = {
         "n_groups": 1,
         "chunk_size": 8,
     },
-    "qwen2_moe": _FULL_SLIDING | {"use_sliding_window": True, "max_window_layers": 0},
+    **dict.fromkeys("qwen2 qwen2_moe qwen3 smollm3".split(), _SWITCHED_WINDOW),
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -171,7 +171,8 @@ def supported() -> list[str]:
 def tiny_config(model_type: str, changes: dict):
     cls = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
     fields = cls().to_dict()
-    return cls(**{name: value for name, value in _TINY.items() if name in fields} | changes)
+    # a config may change the lists that it is given (Gemma 4 its layer_types), and rows here share them
+    return cls(**{name: value for name, value in _TINY.items() if name in fields} | copy.deepcopy(changes))
 
 
 def tiny_model(model_type: str, attention: str = "eager", dtype: torch.dtype = torch.float64):

@@ -70,7 +70,7 @@ def _capturing_attention(
     try:
         base = _base_attention(module)
         if layer.probe is not None:
-            _refuse_unknown(module, kwargs)
+            _refuse_unknown(module, layer, kwargs)
             # with a value of 1 for some keys and 0 for the others, the output is the mass on the former
             indicator = layer.probe[:, None, :, None].to(value.dtype).expand(value.shape).contiguous()
             out = base(module, query, key, indicator, attention_mask, **kwargs)[0]  # (B, S, Hq, d)
@@ -97,7 +97,7 @@ def _base_attention(module: Any) -> Callable:
         ) from None
 
 
-def _refuse_unknown(module: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(module: Any, layer: _Layer, kwargs: dict[str, Any]) -> None:
     """Raises for what would show on longer rows than the self-test's alone."""
     unknown = [n for n, value in kwargs.items() if isinstance(value, Tensor) and n not in ("s_aux", "position_ids")]
     if unknown:
@@ -105,9 +105,15 @@ def _refuse_unknown(module: Any, kwargs: dict[str, Any]) -> None:
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which prompt_attention_mass does "
             f"not know; {_WITHOUT}"
         )
-    config, layer = module.config, module.layer_idx
-    window = getattr(config, "sliding_window", None)
-    if "sliding_window" in kwargs or _layer_type(config, layer) is not None or window is None:
+    config = module.config
+    window, called = getattr(config, "sliding_window", None), kwargs.get("sliding_window", layer.window)
+    if layer.window is not None and called != layer.window:  # masks follow the type, FlashAttention the call
+        raise ValueError(
+            f"config.layer_types gives layer {layer.index} a window of {layer.window}, but {type(module).__name__} "
+            f"calls its attention with sliding_window={called}; make them agree (config.use_sliding_window=True, or "
+            f"the layer 'full_attention'), or {_WITHOUT}"
+        )
+    if "sliding_window" in kwargs or _layer_type(config, layer.index) is not None or window is None:
         return
     if window < getattr(config, "max_position_embeddings", 0):
         raise ValueError(

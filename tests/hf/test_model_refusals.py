@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import tiny_model
+from architectures import SUPPORTED, tiny_config, tiny_model
 from tiny import FAMILIES, VOCABULARY, causal_lm, lora, packed, padded, samples
 
 import tokensel
@@ -65,6 +65,15 @@ def test_a_window_that_the_attention_does_not_tell_is_refused():
     model.config.sliding_window = 32  # of 64 positions: longer than the self-test's rows
     with pytest.raises(ValueError, match="config.sliding_window is 32, but PhimoeAttention does not say"):
         apply_to(model)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="SmolLM3 takes its types from elsewhere there")
+@pytest.mark.parametrize("window", [6, 32])  # shorter and longer than the self-test's rows
+def test_a_window_that_config_and_attention_do_not_agree_on_is_refused(window):
+    config = tiny_config("smollm3", SUPPORTED["smollm3"] | {"use_sliding_window": False, "sliding_window": window})
+    model = transformers.SmolLM3ForCausalLM._from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=f"gives layer 1 a window of {window}, but .* sliding_window=None; make them"):
+        apply_to(model, layer=1)
 
 
 class DoubledRouterLoss(transformers.MixtralForCausalLM):
