@@ -181,6 +181,8 @@ def test_marks_are_followed_and_weighed_by_their_message():
     (document,) = of(messages, wide)
     assert document.labels == labels(". . <bot> b </s> \n . . <bot> b </s> \n <bot> b </s> \n")
     assert document.weights == [None] * 2 + [2] * 4 + [None] * 6 + [3] * 4
+    (document,) = of([USER, BOT, USER, BOT | {"weight": 0}], wide)
+    assert document.weights == [None] * 8 + [0] * 4
 
 
 # Templates that rewrite earlier turns
@@ -263,8 +265,9 @@ GOT = "tools must be a list of JSON schemas, or that as JSON; got"
             [USER, BOT | {"content": "", "tool_calls": [call(f="g")]}],
             None,
             CHAT,
-            r"the chat template does not write messages\[1\].tool_calls, so that an empty answer would be trained",
+            r"does not write messages\[1\].tool_calls, so that an answer without them would be trained",
         ),
+        ([USER, BOT | {"tool_calls": [call(f="g")]}], None, MARKED, r"does not write messages\[1\].tool_calls"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}]}, BOT],
             None,

@@ -197,22 +197,25 @@ class _Chat:
         found = self._owners(count, answers)
         if found is None:
             return None
+        for i in answers:
+            if self.messages[i].get("tool_calls"):
+                self._refuse_dropped_calls(i, count)
         ids, owners = found
-        if any(self.messages[i].get("tool_calls") for i in answers):
-            self._refuse_silence(ids, owners)
         labels = [IGNORE_INDEX if owner is None else token for token, owner in zip(ids, owners, strict=True)]
         return Encoded(ids, labels, [None if owner is None else self.weights[owner] for owner in owners])
 
-    def _refuse_silence(self, ids: list[int], owners: list[int | None]) -> None:
-        tokens = _Tokens(self.tokenizer, "")
-        says = {owner for token, owner in zip(ids, owners, strict=True) if not tokens.is_end(token)}
-        for i in {owner for owner in owners if owner is not None} - says:
-            if self.messages[i].get("tool_calls"):
-                raise RowError(
-                    self.index,
-                    f"the chat template does not write messages[{i}].tool_calls, so that an empty answer would be "
-                    "trained; use a template that takes tools, or leave the row out",
-                )
+    def _refuse_dropped_calls(self, i: int, count: int) -> None:
+        without = {key: value for key, value in self.messages[i].items() if key != "tool_calls"}
+        try:
+            text = self._render([*self.messages[:i], {"content": "", **without}, *self.messages[i + 1 : count]])
+        except RowError:  # it misses them
+            return
+        if text == self._render(self.messages[:count]):
+            raise RowError(
+                self.index,
+                f"the chat template does not write messages[{i}].tool_calls, so that an answer without them would be "
+                "trained; use a template that takes tools, or leave the row out",
+            )
 
     def _owners(self, count: int, answers: list[int]) -> tuple[list[int], list[int | None]] | None:
         """(token ids of the first `count` messages, of each the message of `answers` that it belongs to or None).
@@ -277,6 +280,8 @@ class _Chat:
         )
         ids = list(marked["input_ids"])
         assistants = [i for i in range(count) if self.messages[i]["role"] == "assistant"]
+        if answers == assistants and set(self.weights) == {None}:
+            return ids, [answers[-1] if bit else None for bit in marked["assistant_masks"]]
         # An answer's marks are those between where its message begins and where the next assistant's does.
         bounds = [i for k, i in enumerate(assistants) if i in answers or k and assistants[k - 1] in answers]
         text = self._render(self.messages[:count])
@@ -316,16 +321,12 @@ class _Tokens:
     def _is_blank(self, token: int) -> bool:
         return not self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
 
-    def is_end(self, token: int) -> bool:
-        """Whether a token may end a turn, or is white space beside such a one."""
-        return token in self.added or self._is_blank(token)
-
     def only_ends(self, text: str) -> bool:
         """Whether a text is nothing but tokens that end turns, and white space."""
         if not text.strip():
             return True
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return all(map(self.is_end, ids))
+        return all(token in self.added or self._is_blank(token) for token in ids)
 
     def end_of_turn(self, first: int, last: int) -> int:
         """Behind the end-of-turn token of the answer in tokens [first, last); `last` where none is to be seen."""
