@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,10 @@ FILES = [
 ]
 
 
+def write_list(folder: Path) -> list[Path]:
+    return [file.write(folder) for file in FILES]
+
+
 def write_directory(folder: Path) -> Path:
     """One whose files' names tell their splits, beside a file that holds no rows."""
     for file in FILES:
@@ -91,6 +96,27 @@ def write_saved(folder: Path) -> Path:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(folder / "saved")
     return folder / "saved"
+
+
+class Many(NamedTuple):
+    """Several files in one, what is said of them, and how often `ROWS` is in their "train"."""
+
+    name: str
+    about: str
+    write: Callable[[Path], Any]
+    times: int
+
+
+MANY = [
+    Many("a list of files", "of any kinds, one behind the other; all are of the split `train`", write_list, len(FILES)),
+    Many(
+        "a directory",
+        "`train-0.parquet`, `test.csv`: names tell the splits, as `datasets` has it; without, all are `train`",
+        write_directory,
+        len(FILES) - 1,
+    ),
+    Many("a directory by `save_to_disk`", "with one split or several", write_saved, 1),
+]
 
 
 # Rows, and what tests/encoding.py's tokenizer makes of them: a token a word, "." for a label of -100.

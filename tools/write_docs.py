@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import textwrap
@@ -98,6 +99,33 @@ def architectures() -> str:
     return "\n".join([head, *lines, *table])
 
 
+def files() -> str:
+    """The files that are read, and how an error names the place of a row in them."""
+    from tests.data_tried import FILES, MANY
+
+    lines = ["| `dataset_name` | what is read | a row's place in errors |", "| --- | --- | --- |"]
+    lines += [f"| `{file.name}` | {file.about} | `{file.place}` |" for file in FILES]
+    return "\n".join(lines + [f"| {many.name} | {many.about} | its file's |" for many in MANY])
+
+
+def layouts() -> str:
+    """A row of each layout, and its tokens."""
+    from tests.data_tried import LAYOUTS
+    from tokensel.data.layouts import LAYOUTS as KNOWN
+
+    lines = ["| layout | what it is | a row | its tokens, **response tokens** |", "| --- | --- | --- | --- |"]
+    for tried in LAYOUTS:
+        groups = itertools.groupby(
+            zip(tried.tokens.split(" "), tried.labels.split(" "), strict=True), lambda pair: pair[1] == "."
+        )
+        parts = [(" ".join(token for token, _ in pairs).replace("\n", "\\n"), prompt) for prompt, pairs in groups]
+        tokens = " ".join(f"`{text}`" if prompt else f"**`{text}`**" for text, prompt in parts)
+        name = f"| {tried.layout} | {KNOWN[tried.layout].about} "
+        name = "| | " if any(line.startswith(name) for line in lines) else name
+        lines.append(f"{name}| `{json.dumps(tried.row)}` | {tokens} |")
+    return "\n".join(lines)
+
+
 def methods() -> str:
     import tokensel
 
@@ -126,7 +154,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/models.md": {"architectures": architectures},
     "docs/methods.md": {"methods": methods},
-    "docs/data.md": {"chat_templates": chat_templates},
+    "docs/data.md": {"files": files, "layouts": layouts, "chat_templates": chat_templates},
 }
 
 

@@ -109,3 +109,15 @@ def test_a_stream_trains_what_is_read_at_once(tmp_path, model_dir, splits, capsy
     assert capsys.readouterr().out.count(f"{splits}: 8 rows: 8 kept") == 2
     assert train(model_dir, splits, tmp_path / "long", dataset_streaming="true", method="full", max_length=513) == 2
     assert "has rows of up to 513 tokens" in error_of(capsys)
+
+
+def test_rejected_answers_are_what_critical_tokens_trains_against(tmp_path, model_dir, capsys):
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " Nobody knows."} for row in ROWS[:4]]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    settings = {"contrast_model_name_or_path": model_dir, "rejected_weight": -1}
+    assert score(model_dir, path, tmp_path / "c.parquet", **settings) == 0, capsys.readouterr().err
+    settings = {"method": "critical_tokens", "recorded": f"contrast={tmp_path / 'c.parquet'}", "rejected_weight": -1}
+    assert train(model_dir, path, tmp_path / "run", max_steps=1, record_samples=8, **settings) == 0
+    first = json.loads((tmp_path / "run" / "selection.jsonl").read_text().splitlines()[0])
+    signs = [{weight > 0 for weight in sample["weight"] if weight is not None} for sample in first["samples"]]
+    assert signs == [{True}, {False}] * 4  # chosen and rejected, in turn

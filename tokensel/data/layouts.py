@@ -205,18 +205,24 @@ def _text(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
 
 
 LAYOUTS = {  # in the order of preference when a row fits more than one
-    "token ids": Layout(("input_ids", "labels"), "token ids, as they are", _tokens),
-    "chat": Layout(("messages",), "chat: [{role, content}, ...], through the tokenizer's chat template", _chat),
+    "token ids": Layout(("input_ids", "labels"), "as they are", _tokens),
+    "chat": Layout(("messages",), "[{role, content}, ...], through the chat template", _chat),
     "prompt and completion": Layout(
-        ("prompt", "completion"), "text, concatenated as it is, or lists of messages, through the template", _completion
+        ("prompt", "completion"),
+        "text, concatenated as it is; or lists of messages, through the chat template",
+        _completion,
     ),
     "question and answer": Layout(("question", "answer"), "text, a newline between them", _question),
-    "pair": Layout(("chosen", "rejected"), "answers, text or messages, to `prompt` or to what both begin with", _pair),
-    "Alpaca": Layout(
-        ("instruction", "output"), "with an `input` or none, through the template, or else Alpaca's own text", _alpaca
+    "pair": Layout(
+        ("chosen", "rejected"), "two answers to `prompt`, or to what both begin with; text or messages", _pair
     ),
-    "ShareGPT": Layout(("conversations",), "chat: [{from, value}, ...], through the template", _sharegpt),
-    "text": Layout(("text",), "text alone, a response from its first token on", _text),
+    "Alpaca": Layout(
+        ("instruction", "output"),
+        "with or without `input`; through the chat template, or, without one, Alpaca's own text",
+        _alpaca,
+    ),
+    "ShareGPT": Layout(("conversations",), "[{from, value}, ...], through the chat template", _sharegpt),
+    "text": Layout(("text",), "alone, all of it a response", _text),
 }
 # All that is read of a row.
 COLUMNS = {column for layout in LAYOUTS.values() for column in layout.columns} | {
