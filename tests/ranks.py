@@ -247,11 +247,12 @@ def recorded_settings(directory):
             record(path, seed, ties=name != "history")
     both = f"base={files['base']},reference={files['reference']}"
     return {
-        "sample": {"history": "recorded", "history_store": str(files["history"])},
+        "sample": {"method": "sstoken", "history": "recorded", "history_store": str(files["history"])},
         "batch": {"method": "token_cleaning", "method_args": "rho=0.5,scope=batch", "recorded": both},
-        "last_seen": {"history": "last_seen", "num_train_epochs": 3},  # rows change ranks between epochs
-        "average": {"history": "ema", "history_decay": 0.5},
+        "last_seen": {"method": "sstoken", "history": "last_seen", "num_train_epochs": 3},  # rows change ranks
+        "average": {"method": "sstoken", "history": "ema", "history_decay": 0.5},
         "threshold": {"method": "ada_eslm", "method_args": "alpha=0.3,speed=2.0"},
+        "apart": {"method": "random", "average_tokens_across_devices": False, "accelerator_config": {}},
     }
 
 
@@ -265,10 +266,13 @@ class Recording(SelectiveTrainer):
             inputs["input_ids"], inputs["attention_mask"].bool(), output.weights, strict=True
         ):
             kept[(self.state.global_step, *ids[mask].tolist())] = weights[mask].tolist()
+        sums = self.__dict__.setdefault("sums", {}).setdefault(self.state.global_step, [0.0, 0.0])
+        sums[0] += float((output.weights * output.nll).sum())
+        sums[1] += float(output.weights.sum())
 
 
-def run_trainer(directory, **settings):
-    """Trains for an epoch; rows of a step are not filled up with others, so that processes see the same ones."""
+def make_trainer(directory, **settings):
+    """One whose rows of a step are not filled up with others, so that processes see the same ones."""
     fixed = {
         "use_cpu": True,
         "report_to": "none",
@@ -282,17 +286,30 @@ def run_trainer(directory, **settings):
         "disable_tqdm": True,
         "accelerator_config": {"even_batches": False},
         "remove_unused_columns": False,
+        "per_device_eval_batch_size": 2,
     }
     arguments = SelectiveTrainingArguments(output_dir=str(directory / "out"), **fixed | settings)
     collate = lambda rows: padded([(row["input_ids"], row["labels"]) for row in rows])  # noqa: E731
     model = causal_lm(attention="sdpa")  # eager attention is float32, which would show between batches of other widths
-    trainer = Recording(model, arguments, data_collator=collate, train_dataset=trainer_rows())
+    return Recording(model, arguments, data_collator=collate, train_dataset=trainer_rows())
+
+
+def held_out_loss(directory, even_batches, **settings):
+    """Of seven rows, which two ranks have to fill up where their batches have to be even."""
+    accelerator = {"even_batches": even_batches}
+    trainer = make_trainer(directory, method="full", accelerator_config=accelerator, **settings)
+    return trainer.evaluate(trainer_rows()[:7])["eval_loss"]
+
+
+def run_trainer(directory, **settings):
+    """Trains for an epoch."""
+    trainer = make_trainer(directory, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     totals = trainer.selection_totals()
     totals.pop("tokens_per_second")
     found = {"losses": losses, "kept": trainer.kept, "weights": full_weights(trainer.model), "totals": totals}
-    return found | {"state": trainer._selection_state()}
+    return found | {"state": trainer._selection.state_dict()["tensors"], "sums": trainer.sums}
 
 
 def trainers(directory):
@@ -300,6 +317,7 @@ def trainers(directory):
     for name, settings in recorded_settings(directory).items():
         accumulation = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         found[name] = run_trainer(directory, ddp_backend="gloo", **accumulation, **settings)
+    found["held out"] = [held_out_loss(directory, even, ddp_backend="gloo") for even in (False, True)]
     torch.save(found, directory / f"trainers-{dist.get_rank()}.pt")
 
 

@@ -132,6 +132,24 @@ def test_two_ranks_of_a_trainer_train_as_one_process(found, launched, name):
     assert first["kept"] | second["kept"] == alone["kept"]
 
 
+def test_each_rank_has_a_denominator_of_its_own_where_tokens_are_not_averaged_across_them(found):
+    first, second = (rank["trainers"]["apart"] for rank in found)
+    losses, together = [], []
+    for step in range(len(first["losses"])):
+        parts = [rank["sums"][step] for rank in (first, second)]
+        losses.append(sum(nll / count for nll, count in parts) / 2)
+        together.append(sum(nll for nll, _ in parts) / sum(count for _, count in parts))
+    assert first["losses"] == pytest.approx(losses, rel=1e-6)
+    assert min(abs(a - b) for a, b in zip(losses, together, strict=True)) > 1e-4
+    assert largest_difference(first["weights"], second["weights"]) == 0
+
+
+def test_rows_that_fill_the_last_batch_up_are_not_evaluated_twice(found, launched):
+    alone = ranks.held_out_loss(launched[0], True)
+    for rank in found:
+        assert rank["trainers"]["held out"] == pytest.approx([alone, alone], rel=1e-12)
+
+
 def test_a_checkpoint_of_two_ranks_resumes_on_one(found, launched):
     model = ranks.build()
     optimizer = ranks.momentum(model)
@@ -290,7 +308,7 @@ def test_parts_that_do_not_fit_are_refused():
     [
         ("rho", "method_args must be the same on every rank; rank 0 has {'rho': 0.5} but rank 1 has {'rho': 0.6}"),
         ("method", "method must be the same on every rank; rank 0 has 'random' but rank 1 has 'min_k_pp'"),
-        ("history", "history must be the same on every rank; rank 0 has 'none' but rank 1 has 'recorded'"),
+        ("history", "history must be the same on every rank; rank 0 has 'auto' but rank 1 has 'recorded'"),
         ("losses", "what history_nll was recorded as must be the same on every rank; rank 0 has '"),
         ("batches", "the number of batches must be the same on every rank; rank 0 has 4 but rank 1 has 3; set "),
     ],
