@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from training import (
     PLAIN,
     ROWS,
@@ -122,6 +123,47 @@ def test_a_trained_base_has_no_adapter_off_history(tmp_path, name):
     model.get_parameter(f"base_model.model.{name}").requires_grad_(True)
     with pytest.raises(ValueError, match=f"needs the base model frozen, but .*{name} is trained"):
         make_trainer(tmp_path, model, method="rel", history="adapter_off")
+
+
+WITHOUT_LABELS = ROWS.select_columns(["input_ids"])
+
+
+def whole_rows(rows):
+    batch = TOKENIZER.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+    return dict(batch) | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def all_but_four(rows):
+    batch = whole_rows(rows)
+    batch["labels"][:, :4] = -100
+    return batch
+
+
+class Once(torch.utils.data.IterableDataset):
+    """Rows that can be read once."""
+
+    def __init__(self):
+        self.rows = iter(list(WITHOUT_LABELS))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_prompts_are_looked_for_in_what_the_collator_makes(tmp_path):
+    for rows in (WITHOUT_LABELS, WITHOUT_LABELS.to_iterable_dataset(), list(WITHOUT_LABELS)):
+        with pytest.raises(ValueError, match="the first 16 rows of the training data, as the data collator"):
+            make_trainer(tmp_path, rows=rows, method="attention", max_steps=1, collator=whole_rows)
+        trainer = make_trainer(tmp_path, rows=rows, method="attention", max_steps=1, collator=all_but_four)
+        trainer.train()
+        assert float(trainer.seen[0][1].mass.sum()) > 0
+
+
+def test_rows_that_can_be_read_once_are_left_for_the_training(tmp_path):
+    trainer = make_trainer(tmp_path, rows=Once(), method="attention", max_steps=1, collator=whole_rows)
+    assert len(list(trainer.train_dataset)) == len(ROWS)
 
 
 def test_a_store_of_another_tokenizer_is_refused_at_construction(tmp_path):

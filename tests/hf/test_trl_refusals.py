@@ -81,12 +81,32 @@ def test_arguments_of_another_trainer_are_named(tmp_path):
         SelectiveSFTTrainer(build(), args, train_dataset=COMPLETIONS, processing_class=TOKENIZER)
 
 
+STREAM = TEXTS.to_iterable_dataset()
+
+
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"padding_free": True, "max_length": None}])
 @pytest.mark.parametrize("method", ["attention", "sstoken"])
 def test_attention_to_the_prompt_of_data_without_prompts_is_refused(tmp_path, changes, method):
     history = {} if method == "attention" else {"history": "recorded", "history_store": "unread.parquet"}
-    with pytest.raises(ValueError, match="have none: no label is -100.*assistant_only_loss"):
+    with pytest.raises(ValueError, match=r"the first \d+ rows .*have none: no label is -100.*assistant_only_loss"):
         make(tmp_path, TEXTS, method=method, **history, **changes)
+
+
+def test_a_stream_without_prompts_is_refused_by_its_first_rows(tmp_path):
+    message = (
+        f"method 'attention' .* the first {len(TEXTS)} rows of the training data, as the data collator makes batches"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, STREAM, method="attention", max_steps=1)
+
+
+def test_a_stream_is_trained_as_its_rows_are(tmp_path):
+    chosen = {"method": "attention", "max_steps": 3, "dataloader_num_workers": 0}
+    streamed = run(tmp_path, COMPLETIONS.to_iterable_dataset(), **chosen)
+    inputs = [row for seen, _ in streamed.seen for row in seen["input_ids"].tolist()]
+    whole = make(tmp_path).train_dataset
+    assert [[t for t in row if t != 0] for row in inputs] == [[t for t in r if t != 0] for r in whole["input_ids"]]
+    assert all(output.mass is not None for _, output in streamed.seen)
 
 
 def test_a_document_that_packing_has_cut_is_named(tmp_path):
