@@ -26,6 +26,19 @@ CHAT_TOKENIZER.chat_template = TEMPLATE
 SOME = make_rows(12, seed=5)
 COMPLETIONS = datasets.Dataset.from_list(SOME)
 TEXTS = datasets.Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in SOME])
+CHATS = datasets.Dataset.from_list(
+    [
+        {
+            "messages": [
+                {"role": "user", "content": a["prompt"]},
+                {"role": "assistant", "content": a["completion"]},
+                {"role": "user", "content": b["prompt"]},
+                {"role": "assistant", "content": b["completion"]},
+            ]
+        }
+        for a, b in zip(SOME[::2], SOME[1::2], strict=True)
+    ]
+)
 
 
 class Mine(TokenSelectionMixin, trl.SFTTrainer):

@@ -329,7 +329,7 @@ def record_losses(
                 f"token {identity.largest_id} of the rows has no embedding: {what} has {table.shape[0]}. They were "
                 "made with the tokenizer of another model"
             )
-    name = model_name or str(unwrap(model).name_or_path)
+    name = model_name or str(unwrap(model).name_or_path) or type(unwrap(model)).__name__
     belongs_to = {
         "command": "score",
         "model_name_or_path": name,

@@ -10,26 +10,11 @@ import torch
 from peft import LoraConfig
 from training import PLAIN, TIGHT, TOKENIZER, build, largest_difference, losses, record, weights
 from transformers import DataCollatorForSeq2Seq
-from trl_training import CHAT_TOKENIZER, COMPLETIONS, SOME, TEXTS, documents, make, of_trl, run
+from trl_training import CHAT_TOKENIZER, CHATS, COMPLETIONS, TEXTS, documents, make, of_trl, run
 
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.testing import make_rows
 from tokensel.trainer import SelectiveTrainer
-
-CHATS = datasets.Dataset.from_list(
-    [
-        {
-            "messages": [
-                {"role": "user", "content": a["prompt"]},
-                {"role": "assistant", "content": a["completion"]},
-                {"role": "user", "content": b["prompt"]},
-                {"role": "assistant", "content": b["completion"]},
-            ]
-        }
-        for a, b in zip(SOME[::2], SOME[1::2], strict=True)
-    ]
-)
-
 
 # The step
 

@@ -246,8 +246,8 @@ class HistoryStore:
             problem = f"{name} is not in the history store"
         raise HistoryMissError(
             f"{problem}. {self._origin()}. Run `tokensel score` with the same tokenizer, chat template, turns, "
-            "max_length and dataset as this run, and pass key_mask if rows are padded and segment_ids if they are "
-            "packed"
+            "max_length and dataset as this run, or record what the trainer trains: trainer.record_history(path). In a "
+            "lookup of your own pass key_mask if rows are padded and segment_ids if they are packed"
         )
 
     def _raise_other_response(self, documents: HostDocuments, response: int) -> NoReturn:
