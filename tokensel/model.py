@@ -186,9 +186,9 @@ class PatchedModel:
         ):
             if now is not patched:
                 raise ValueError(
-                    f"the {name} of {type(self.model).__name__} has been replaced since apply_to, by a "
-                    f"{type(now).__name__} (a resize of embeddings, or an adapter on it). Call "
-                    "tokensel.apply_to(model) again, which takes a plain torch.nn.Linear as the head"
+                    f"the {name} of {type(self.model).__name__} has been replaced since apply_to (it is another "
+                    f"{type(now).__name__}); call tokensel.apply_to(model) again, which takes a plain torch.nn.Linear "
+                    "as the head"
                 )
 
     def with_whole_head(self, function: Callable[[Tensor, Tensor, Tensor | None], R], hidden: Tensor) -> R:

@@ -88,11 +88,16 @@ def test_a_copy_of_a_patched_model_computes_and_trains_itself(batch, copied, wra
         remove(other)
 
 
-def test_a_copy_runs_on_after_the_original_is_gone(batch):
+def reference_of_trl(model):
+    return pytest.importorskip("trl.models.utils").create_reference_model(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, reference_of_trl])
+def test_a_copy_runs_on_after_the_original_is_gone(batch, copied):
     model = causal_lm()
     apply_to(model)
     expected = loss_of(model, batch, "attention")
-    other = copy.deepcopy(model)
+    other = copied(model)
     remove(model)
     grow(model, 0)
     assert torch.equal(loss_of(other, batch, "attention"), expected)
