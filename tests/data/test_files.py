@@ -91,6 +91,11 @@ def test_columns_that_nobody_reads_never_stop_a_run(tmp_path):
     assert [row["input_ids"] for row in encode_rows(WILD, make_tokenizer(), 8)[0]] == expected
 
 
+def test_a_column_that_is_not_asked_for_is_there_without_its_values(tmp_path):
+    for path in (FILES[0].write(tmp_path), FILES[-1].write(tmp_path)):
+        assert load_rows(path, columns=["prompt"])[:] == {"prompt": ["a", "d, e"], "completion": [None, None]}
+
+
 def test_schemas_of_files_may_drift(tmp_path):
     tables = [{"text": ["a"], "x": [1]}, {"text": pa.array([None], pa.null()), "question": ["b"], "answer": ["c"]}]
     tables.append({"text": ["d"], "x": [{"y": 1}]})

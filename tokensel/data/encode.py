@@ -368,5 +368,5 @@ def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], li
         response.append(eos)
     # The text may spell out the BOS that the tokenizer puts at its start.
     if ids and special[0] and ids[0] == bos and [*ids, *response][1:2] == [bos]:
-        del (ids if len(ids) > 1 else response)[0]
+        del ids[0]
     return ids + response, [IGNORE_INDEX] * len(ids) + response
