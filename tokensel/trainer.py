@@ -178,11 +178,6 @@ class TokenSelectionMixin(_Base):
                 f"record_history runs in one process, not in {self.accelerator.num_processes}: record first, then "
                 "start the ranks with history='recorded'"
             )
-        if not has_length(self.train_dataset):
-            raise TypeError(
-                f"record_history needs a training set with a length; got {type(self.train_dataset).__name__}. Make a "
-                "Dataset of the stream: datasets.Dataset.from_list(list(rows))"
-            )
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with self.accelerator.autocast():
             return record_losses(
@@ -348,20 +343,27 @@ class TokenSelectionMixin(_Base):
         inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
+        return self._held_out_loss(model, self._prepare_inputs(inputs)), None, None
+
+    @torch.no_grad()
+    def _held_out_loss(self, model: nn.Module, inputs: dict) -> Tensor:
+        """Of a batch of an evaluation, which is added to its metrics."""
+        everything = Selection(methods.get("full"), impl=self.args.impl, token_metrics=self._of_trl)
+        with self.compute_loss_context_manager():
             output = model(**inputs, selection=everything)
         self._selection_log.add_held_out(output, self._own_rows(inputs), self._patched.router_weight)
-        return output.loss.detach(), None, None
+        return output.loss.detach()
 
     def _evaluated_loss(self, model: nn.Module, inputs: dict, return_outputs: bool, num_items_in_batch):
         """The base trainer's; what an evaluation with logits says of tokens is added to its metrics."""
         batch = dict(inputs)
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if return_outputs and batch.get("labels") is not None:
-            weight = self._patched.router_weight
-            self._selection_log.add_held_out_logits(result[1], batch, self._own_rows(batch), weight)
+            if result[1].get("logits") is None:  # TRL 1.9 makes none for its chunked loss
+                self._held_out_loss(model, batch)
+            else:
+                weight = self._patched.router_weight
+                self._selection_log.add_held_out_logits(result[1], batch, self._own_rows(batch), weight)
         return result
 
     def _own_rows(self, batch: dict) -> Tensor:

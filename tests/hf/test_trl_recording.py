@@ -70,7 +70,7 @@ def test_a_document_that_was_not_recorded_says_who_records_it(tmp_path):
 
 def test_what_cannot_be_recorded_is_refused(tmp_path):
     trainer = make(tmp_path, COMPLETIONS.to_iterable_dataset(), method="full", max_steps=1)
-    with pytest.raises(TypeError, match="training set with a length; got IterableDataset"):
+    with pytest.raises(TypeError, match="training set must have a length; got IterableDataset"):
         trainer.record_history(tmp_path / "h.parquet")
 
     def with_pictures(rows):

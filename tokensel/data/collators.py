@@ -77,9 +77,18 @@ class CollatedRows:
     """Rows by number, as a collator makes a batch of each: `tokensel.record_losses` reads them.
 
     Each has `input_ids` and `labels` without padding, and `seq_lengths`, those of its documents.
+
+    Raises:
+        TypeError: rows without a length, as a stream.
+        ValueError: batches with numbers that are no text, when such a row is read.
     """
 
     def __init__(self, rows: Any, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
+        if not has_length(rows):
+            raise TypeError(
+                f"the training set must have a length; got {type(rows).__name__}. Make a Dataset of the stream: "
+                "datasets.Dataset.from_list(list(rows))"
+            )
         self._rows, self._collate = rows, collate
 
     def __len__(self) -> int:
