@@ -13,7 +13,6 @@ import pytest
 import tokensel
 import tokensel.data
 import tokensel.parallel
-from tokensel import _moved
 from tokensel.ops.context_parallel import MassParts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,21 +119,26 @@ def test_an_old_name_is_where_it_says_what_became_of_it_and_nowhere_else(word):
     assert [p.name for p in files if pattern.search(p.read_text(encoding="utf-8"))] == []
 
 
-@pytest.mark.parametrize("old", sorted(_moved.MODULES))
-def test_an_old_module_is_imported_with_a_warning_and_gives_the_same_objects(old):
-    code = (
-        "import importlib, sys, warnings\n"
-        f"warnings.simplefilter('error')\nimport tokensel\n"
-        f"try: importlib.import_module({old!r})\n"
-        f"except FutureWarning as warning: assert {_moved.MODULES[old]!r} in str(warning)\n"
-        "else: raise SystemExit('no warning')\n"
-        f"warnings.simplefilter('ignore')\nold = importlib.import_module({old!r})\n"
-        f"new = importlib.import_module({_moved.MODULES[old]!r})\n"
-        "names = [n for n in vars(new) if not n.startswith('_')]\n"
-        "assert names and all(getattr(old, n) is getattr(new, n) for n in names)\n"
-        "from tokensel.methods import TokenSelector\n"
-        "assert TokenSelector is tokensel.SelectionMethod\n"
-    )
+def test_old_modules_are_imported_with_a_warning_and_give_the_same_objects():
+    code = """
+import importlib, sys, warnings
+import tokensel
+from tokensel import _moved
+for old, new in _moved.MODULES.items():
+    warnings.simplefilter("error")
+    try:
+        importlib.import_module(old)
+    except FutureWarning as warning:
+        assert new in str(warning), old
+    else:
+        raise SystemExit(f"{old}: no warning")
+    warnings.simplefilter("ignore")
+    old, new = importlib.import_module(old), importlib.import_module(new)
+    names = [n for n in vars(new) if not n.startswith("_")]
+    assert names and all(getattr(old, n) is getattr(new, n) for n in names), old
+from tokensel.methods import TokenSelector
+assert TokenSelector is tokensel.SelectionMethod
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -37,14 +37,15 @@ def assert_within_budget(stats, exact, eager, labels, fields=FIELDS):
 
 
 OPTIONS = [{}, {"bias": True}, {"softcap": 5.0}, {"bias": True, "softcap": 20.0, "logit_scale": 0.6}]
+# each of the options under one type, all of them together under each type
+CASES = [*zip(OPTIONS, DTYPES, strict=False), *((OPTIONS[-1], dtype) for dtype in DTYPES)]
 
 
 # Statistics from hidden states
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options, dtype", CASES, ids=str)
 def test_one_launch_gives_the_statistics_of_both_models(options, dtype, tma, monkeypatch):
     if DEVICE == "cpu":
         small = tiles.ProductTile(16, 64, 32, 4, 1, tma=tma, precision="widened")
@@ -129,8 +130,7 @@ def test_strided_inputs():
 # The chunked implementation on a GPU
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options, dtype", CASES, ids=str)
 @pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
 def test_library_products_of_both_models_are_read_once(workspace_mib, options, dtype, gpu_chunked):
     hidden, weight, labels, bias = make(dtype=dtype)
