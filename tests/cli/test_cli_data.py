@@ -45,10 +45,10 @@ def test_held_out_rows_are_of_the_split_that_is_named(tmp_path, model_dir, split
 
 @pytest.mark.parametrize("name", ["directory", "file", "file in a list", "split of another name", "name"])
 def test_training_rows_are_not_held_out(tmp_path, model_dir, splits, capsys, no_loading, name):
-    file = splits / "train.jsonl"
+    file = (splits / "train.jsonl").resolve()
     data, settings, named = {
         "directory": (splits, {"eval_dataset_name": splits}, file),
-        "file": (file, {"eval_dataset_name": splits.parent / "data" / "." / "train.jsonl"}, file),
+        "file": (file, {"eval_dataset_name": splits / ".." / "data" / "train.jsonl"}, file),
         "file in a list": (splits, {"eval_dataset_name": file}, file),
         "split of another name": (splits, {"eval_dataset_split": "train"}, file),
         "name": ("owner/name", {"eval_dataset_name": "owner/name"}, "owner/name (train)"),
