@@ -240,3 +240,12 @@ def test_in_a_mixed_file_the_layout_that_comes_nearest_says_what_is_wrong():
 def test_rejected_weight_is_checked():
     with pytest.raises(ValueError, match="rejected_weight must be a finite number; got inf"):
         encode_rows([PAIR], make_tokenizer(), 64, rejected_weight=float("inf"))
+
+
+def test_padding_of_token_ids_is_no_part_of_the_document():
+    row = {"input_ids": [0, 5, 6, 7, 0], "labels": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0]}
+    found = encode(row | {"token_weights": [9, 1, 2, 3, 9]})
+    assert (found["input_ids"], found["labels"]) == ([5, 6, 7], [-100, 6, 7]) and found["token_weights"] == [0, 2, 3]
+    for mask, problem in (([1], "as long as input_ids \\(5\\); got 1"), ("1", "must be lists; got")):
+        with pytest.raises(RowError, match=f"attention_mask .*{problem}"):
+            encode(row | {"attention_mask": mask})

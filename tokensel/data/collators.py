@@ -89,7 +89,8 @@ class CollatedRows:
                 f"the training set must have a length; got {type(rows).__name__}. Make a Dataset of the stream: "
                 "datasets.Dataset.from_list(list(rows))"
             )
-        self._rows, self._collate = rows, collate
+        self._rows: Any = rows
+        self._collate = collate
 
     def __len__(self) -> int:
         return len(self._rows)

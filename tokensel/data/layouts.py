@@ -134,7 +134,18 @@ def _message(message: Any, index: int, name: str, reading: Reading) -> dict:
 
 
 def _tokens(row: dict, index: int, reading: Reading) -> list[Tokens]:
-    return [Tokens(row["input_ids"], row["labels"], row.get("token_weights"))]
+    """Without padding (`attention_mask` 0), which is no part of a document, whatever its labels."""
+    names = ("input_ids", "labels", "token_weights")
+    mask, parts = row.get("attention_mask"), {name: row.get(name) for name in names}
+    if mask is None:
+        return [Tokens(**parts)]
+    for name, values in parts.items():
+        if values is not None and (not isinstance(mask, list) or not isinstance(values, list)):
+            raise RowError(index, f"attention_mask and {name} must be lists; got {describe(mask)}, {describe(values)}")
+        if values is not None and len(values) != len(mask):
+            raise RowError(index, f"attention_mask must be as long as {name} ({len(values)}); got {len(mask)}")
+        parts[name] = values and [value for value, real in zip(values, mask, strict=True) if real]
+    return [Tokens(**parts)]
 
 
 def _chat(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
@@ -231,4 +242,5 @@ COLUMNS = {column for layout in LAYOUTS.values() for column in layout.columns} |
     "chat_template_kwargs",
     "weight",
     "token_weights",
+    "attention_mask",
 }
