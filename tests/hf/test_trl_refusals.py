@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from peft import PromptTuningConfig
 from training import TOKENIZER, build, losses, record
-from transformers import DataCollatorForSeq2Seq
-from trl_training import COMPLETIONS, TEXTS, make, run, trl
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from trl_training import CHAT_TOKENIZER, COMPLETIONS, TEXTS, Mine, make, run, settings, trl
 
 import tokensel
 from tokensel.arguments import SelectiveTrainingArguments
@@ -73,6 +74,16 @@ def test_a_forward_replaced_after_the_trainer_was_made_is_noticed(tmp_path):
 def test_arguments_without_a_method_say_so(args):
     with pytest.raises(ValueError, match=r"method is missing, and has no default; .*args=SelectiveSFTConfig\(method="):
         SelectiveSFTTrainer(build(), args, train_dataset=COMPLETIONS, processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", [trl.SFTConfig, TrainingArguments])
+def test_plain_arguments_train_where_the_method_is_given(tmp_path, kind):
+    plain = {name: value for name, value in settings(tmp_path).items() if hasattr(kind, name) or name == "output_dir"}
+    method = tokensel.methods.get("random", rho=0.6)
+    tokenizer = copy.deepcopy(CHAT_TOKENIZER)
+    trainer = Mine(build(), kind(**plain), train_dataset=COMPLETIONS, processing_class=tokenizer, method=method)
+    trainer.train()
+    assert losses(trainer) == losses(run(tmp_path, method="random", method_args="rho=0.6"))
 
 
 def test_arguments_of_another_trainer_are_named(tmp_path):
