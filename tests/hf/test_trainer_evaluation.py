@@ -20,7 +20,7 @@ from training import (
     run,
     weights,
 )
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 
 def mean_nll(model, rows):
@@ -34,6 +34,11 @@ def measure(prediction):
     right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) & (labels[:, 1:] != -100)
     found = {"right": int(right.sum()), "width": logits.shape[-1], "spread": float(abs(logits).mean())}
     return found | {"responses": int((labels[:, 1:] != -100).sum())}
+
+
+class BreaksOff(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
 
 
 def test_evaluation_makes_no_logits(tmp_path, history, monkeypatch):
@@ -70,6 +75,15 @@ def test_each_held_out_set_has_its_own_loss(tmp_path):
     found = make_trainer(tmp_path, method="full", eval_dataset=held_out).evaluate()
     expected = [mean_nll(build(), held_out[name]) for name in "ab"]
     assert [found["eval_a_loss"], found["eval_b_loss"]] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_that_broke_off_is_not_part_of_the_next(tmp_path):
+    trainer = make_trainer(tmp_path, method="full", eval_dataset=ROWS.select([0, 1, 2]), per_device_eval_batch_size=1)
+    trainer.add_callback(BreaksOff())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.remove_callback(BreaksOff)
+    assert trainer.evaluate(ROWS.select([4]))["eval_loss"] == pytest.approx(mean_nll(build(), [ROWS[4]]), rel=1e-6)
 
 
 def padded_to(width, row):
