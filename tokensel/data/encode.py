@@ -174,8 +174,8 @@ def _encoded(rows: datasets.Dataset, encoder: _Encoder, keep_columns: Sequence[s
     features = _features({column: rows.features[column] for column in keep_columns}, encoder.weighted)
     # `datasets` reads JSON by a parser that is not exact in the last digit of a number.
     texts = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Json)]
-    for name in texts:
-        rows = rows.cast_column(name, datasets.Value("string"))
+    if texts:
+        rows = rows.cast(datasets.Features({**rows.features, **dict.fromkeys(texts, datasets.Value("string"))}))
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         every = _rows_of(batch)
