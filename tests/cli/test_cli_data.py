@@ -9,6 +9,8 @@ import pytest
 from commands import LIMIT, ROWS, error_of, flags, score, train, write
 
 from tokensel.cli import main
+from tokensel.loading import held_out
+from tokensel.settings import RunArguments
 from tokensel.store import HistoryStore
 
 TRAINED, HELD_OUT = ROWS[:8], ROWS[8:]
@@ -31,7 +33,6 @@ def test_held_out_rows_are_of_the_split_that_is_named(tmp_path, model_dir, split
     trained, held_out = splits / "train.jsonl", splits / "test.jsonl"
     runs = {
         "split": (splits, {"eval_dataset_split": "test"}),
-        "both": (splits, {"eval_dataset_name": splits, "eval_dataset_split": "test"}),
         "files": (trained, {"eval_dataset_name": held_out}),
         "trained": (held_out, {"eval_dataset_name": trained}),
     }
@@ -39,7 +40,7 @@ def test_held_out_rows_are_of_the_split_that_is_named(tmp_path, model_dir, split
     for name, (data, settings) in runs.items():
         assert train(model_dir, data, tmp_path / name, method="random", learning_rate=1e-9, **settings) == 0
         losses[name] = eval_loss(tmp_path / name)
-    assert losses["split"] == losses["both"] == pytest.approx(losses["files"], rel=1e-6)
+    assert losses["split"] == pytest.approx(losses["files"], rel=1e-6)
     assert losses["trained"] != pytest.approx(losses["files"], rel=1e-3)
 
 
@@ -63,9 +64,13 @@ def test_a_file_has_no_other_split_to_hold_out(tmp_path, model_dir, splits, caps
     assert "train.jsonl is a file, whose rows are all of the split 'train'; got 'test'" in error_of(capsys)
 
 
-def test_a_file_is_held_out_beside_a_split_of_another_name(tmp_path, model_dir, splits, capsys):
-    settings = {"method": "random", "dataset_split": "test", "eval_dataset_name": splits / "train.jsonl"}
-    assert train(model_dir, splits, tmp_path / "run", **settings) == 0, capsys.readouterr().err
+def test_the_split_that_is_held_out_where_none_is_named(splits):
+    file = [str(splits / "train.jsonl")]
+    beside = RunArguments(dataset_name=[str(splits)], dataset_split="test", eval_dataset_name=file)
+    assert held_out(beside) == (file, "train")  # a file has no other
+    other = RunArguments(dataset_name=["owner/name"], dataset_split="train_sft", eval_dataset_name=["other/name"])
+    assert held_out(other) == (["other/name"], "train_sft")
+    assert held_out(RunArguments(dataset_name=file)) is None
 
 
 def test_a_list_of_files_in_a_flag_and_in_yaml_is_one_dataset(tmp_path, model_dir, splits, capsys):

@@ -18,9 +18,10 @@ USER, ANSWER, WORSE = (
 )
 
 
-def read(row, **settings):
+def read(row, index=0, **settings):
     """The parts of a row."""
-    return read_row(row, 0, Reading(**{"has_template": True, "role_names": {}, "rejected_weight": 0.0} | settings))[1]
+    reading = Reading(**{"has_template": True, "role_names": {}, "rejected_weight": 0.0} | settings)
+    return read_row(row, index, reading)[1]
 
 
 def name_of(tried: Row) -> str:
@@ -228,7 +229,7 @@ def test_the_first_token_of_a_text_without_bos_is_not_predicted():
 )
 def test_a_column_that_is_missing_empty_or_of_another_type_is_named_with_its_row(row, message):
     with pytest.raises(RowError, match=f"row 1: {message}"):
-        encode_rows([{"question": "a", "answer": "b"}, row], make_tokenizer(), 64)
+        read({"question": None, "answer": None} | row, index=1)  # beside a row of questions and answers
 
 
 def test_in_a_mixed_file_the_layout_that_comes_nearest_says_what_is_wrong():
