@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from commands import LIMIT, ROWS, error_of, flags, score, train, write
 
@@ -104,7 +105,8 @@ def test_roles_and_rejected_answers_by_settings(tmp_path, model_dir, capsys):
     assert error_of(capsys) == "role_names must map names to names, such as bot to assistant; got {'bot': 1}"
 
 
-def test_a_stream_trains_what_is_read_at_once(tmp_path, model_dir, splits, capsys):
+def test_a_stream_trains_what_is_read_at_once(tmp_path, model_dir, splits, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     settings = {"method": "full", "eval_dataset_split": "test", "max_steps": 2, "seed": 3}
     settings["train_sampling_strategy"] = "sequential"
     for streaming in ("false", "true"):

@@ -18,6 +18,12 @@ from tokensel.data.layouts import COLUMNS
 from tokensel.data.readers import READERS, kind_of
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Streams make a folder of their own in the cache of `datasets`; the user's may not be writable."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_file_of_a_kind_has_these_rows_and_places(file, tmp_path):
     path = file.write(tmp_path)
@@ -46,8 +52,7 @@ def test_a_directory_has_the_splits_that_its_files_names_tell(tmp_path):
     assert place_of_row(directory, 1, "test") == f"{directory}/test.tsv:3"
 
 
-def test_a_directory_that_says_how_it_is_read_is_read_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_directory_that_says_how_it_is_read_is_read_so(tmp_path):
     directory = write_directory(tmp_path)
     files = "data_files:\n  - split: train\n    path: test.tsv\n"
     (directory / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}---\n# Rows\n")
