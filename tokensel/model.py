@@ -73,7 +73,7 @@ class _Forward:
         """Args: function: called as `function(module, forward, ...)`, with the forward that was there before."""
         self.function, self.__self__ = function, module
         self.before = module.__dict__.get("forward")
-        functools.update_wrapper(self, module.forward)  # the signature; makes it `__wrapped__`
+        functools.update_wrapper(self, module.forward, updated=())  # the signature; makes it `__wrapped__`
         module.forward = self
 
     def __call__(self, *args, **kwargs):

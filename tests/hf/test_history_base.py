@@ -14,6 +14,7 @@ from training import ROWS, TOKENIZER, make_trainer
 from tokensel import AdapterOff, ModelCopy, OtherModel, Selection, apply_to, methods
 from tokensel.adapters import _shares_of_base
 from tokensel.history import load_reference
+from tokensel.recording import record_losses
 from tokensel.testing import make_model
 
 
@@ -104,6 +105,24 @@ def test_adapters_that_leave_the_base_are_taken_trained_or_not(tmp_path, batch, 
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(causal_lm(dtype=torch.float32), tmp_path / "adapter", is_trainable=True)
     assert torch.equal(history_nll(again, batch, AdapterOff(again)), base)
+
+
+def test_adapters_in_directions_that_the_base_lacks_are_taken_where_they_were_looked_for(batch):
+    model = causal_lm(dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[:4] = 0
+    base = nll_of(model, batch)
+    try:
+        model = adapted(model, ["q_proj"], init_lora_weights="mica")
+    except ValueError as error:
+        pytest.skip(f"not in this PEFT: {error}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_()
+    layer = next(m for m in model.modules() if hasattr(m, "lora_B"))
+    assert _shares_of_base(layer)["default"] < 1e-5
+    torch.testing.assert_close(history_nll(model, batch, AdapterOff(model)), base)
 
 
 def test_a_random_adapter_has_its_share_of_the_base():
@@ -205,3 +224,11 @@ def test_the_model_that_is_trained_is_no_reference():
     with pytest.raises(ValueError, match="patched already"):
         OtherModel(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_token_that_a_negative_model_has_no_row_for_is_named(tmp_path, short_head):
+    _, negative, rows = short_head
+    model = make_model(TOKENIZER, hidden_size=32, layers=1, heads=4, kv_heads=2, seed=1)
+    data = [{"input_ids": [4, rows], "labels": [-100, rows]}]
+    with pytest.raises(ValueError, match=f"token {rows} of the rows has no embedding: the negative model has {rows}"):
+        record_losses(model, data, tmp_path / "store.parquet", negative=negative)
