@@ -25,8 +25,8 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel tune --output FILE                     time other tiles on this GPU; TOKENSEL_TILES=FILE takes the fastest
   tokensel --version
 
-A first run on your own data, a JSONL file of {{"prompt": ..., "completion": ...}},
-{{"question": ..., "answer": ...}} or chat {{"messages": [...]}}:
+A first run on your own data, files (JSON, CSV, Parquet) of {{"prompt": ..., "completion": ...}},
+{{"question": ..., "answer": ...}}, chats {{"messages": [...]}}, {{"text": ...}}, or rows of Alpaca, ShareGPT or TRL:
 
   tokensel score --model_name_or_path MODEL --dataset_name data.jsonl --output history.parquet
   tokensel train --model_name_or_path MODEL --dataset_name data.jsonl --use_peft true \\

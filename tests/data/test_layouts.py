@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from data_tried import LAYOUTS, Row
 from encoding import encode, ids, labels, make_tokenizer, write
@@ -11,6 +12,8 @@ from encoding import encode, ids, labels, make_tokenizer, write
 from tokensel.data import RowError, encode_rows, load_rows
 from tokensel.data.layouts import COLUMNS, Reading, read_row
 from tokensel.data.layouts import LAYOUTS as KNOWN
+from tokensel.testing import make_model, make_rows
+from tokensel.testing import make_tokenizer as subwords
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c d"}
 USER, ANSWER, WORSE = (
@@ -186,6 +189,20 @@ def test_a_text_that_spells_out_bos_does_not_get_two(row, tokens, responses):
 def test_a_bos_of_the_text_alone_stays():
     plain = make_tokenizer(start="")
     assert encode({"prompt": "<s> <s> a", "completion": "b"}, tokenizer=plain)["input_ids"] == ids("<s> <s> a b </s>")
+
+
+def test_text_alone_is_what_trl_makes_of_it_but_for_a_second_bos(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = subwords(make_rows(60, seed=5), vocab_size=320)
+    model = make_model(tokenizer, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=0)
+    texts = ["Ada buys.", "Ada </s>", "<s>Ada"]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    arguments = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, max_length=64)
+    of_trl = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train_dataset["input_ids"][:]
+    ours, _ = encode_rows(rows, tokenizer, 64)
+    assert ours["input_ids"][:] == [*of_trl[:2], of_trl[2][1:]] and of_trl[2][:2] == [tokenizer.bos_token_id] * 2
+    assert ours["labels"][:] == [[-100, *tokens[1:]] for tokens in ours["input_ids"][:]]
 
 
 def test_the_first_token_of_a_text_without_bos_is_not_predicted():

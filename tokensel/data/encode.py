@@ -133,7 +133,7 @@ def encode_rows(
         raise ValueError(f"turns must be one of {', '.join(TURNS)}; got {turns!r}")
     encoder = _Encoder(tokenizer, max_length, prompt_weight, response_weight)
     encoder.chat = {"turns": turns, "chat_template": chat_template}
-    has_template = bool(chat_template or tokenizer.chat_template)
+    has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
     encoder.reading = Reading(has_template, role_names or {}, rejected_weight)
     if isinstance(rows, datasets.IterableDataset):
         return _encoded_stream(rows, encoder, keep_columns), encoder.counts
