@@ -200,6 +200,36 @@ def test_where_earlier_turns_are_rewritten_the_last_answer_is_trained():
     assert one([*FOUR, USER], FORGETFUL)[1] == labels(". . . . b </s> . . . . d </s> . . .")  # nothing is rewritten
 
 
+def test_a_prompt_that_is_rewritten_behind_an_answer_is_not_trained():
+    """As GPT-OSS's, whose calls lose their reasoning once the last answer is there."""
+    shown = "is defined and (loop.last or messages[-1].role == 'tool') %}{{ m.reasoning"
+    late = RICH.replace("is defined %}{{ m.reasoning", shown)
+    messages = [
+        USER,
+        {"role": "assistant", "content": "", "reasoning_content": "c", "tool_calls": [call(f="g")]},
+        {"role": "tool", "content": "d"},
+        BOT,
+    ]
+    for template in (late, late.partition("{% if add_generation_prompt")[0]):
+        found = one(messages, template)
+        assert found == (
+            ids("<user> a </s> <bot> e f g </s> <user> d </s> <bot> b </s>"),
+            labels(". . . . . . . . . . . . b </s>"),
+        )
+
+
+def test_an_answer_that_the_template_refuses_alone_is_left_out():
+    """As Qwen3.5, which wants a message of the user's."""
+    strict = (
+        CHAT + "{{ '' if messages | selectattr('role', 'equalto', 'user') | list else raise_exception('no user') }}"
+    )
+    for turns in ("last", "each"):
+        (document,) = of([BOT, USER, BOT], strict, turns=turns)
+        assert document.labels == labels(". . . . . . b </s>") and document.untrained == 1
+    with pytest.raises(RowError, match=r"refuses messages\[:1\]: TemplateError: no user"):
+        of([BOT, USER], strict)
+
+
 def test_each_answer_may_become_a_row():
     found = [(d.ids, d.labels) for d in of(REASONED, FORGETFUL, turns="each")]
     assert found == [

@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     labels: list[int]  # -100 where a token is not a response
     weights: Sequence[float | None]  # None where the row gives none
-    untrained: int = 0  # answers of the chat that no document of it trains, because the template rewrites them
+    untrained: int = 0  # answers that no document of the chat trains: the template rewrites them or refuses them alone
 
 
 def is_finite(value: Any) -> bool:
@@ -81,9 +81,9 @@ def encode_chat(
     whole = chat.encode(len(messages), answers)
     if whole is not None:
         return [whole]
-    if turns == "each":
-        return [chat.encode_last(i) for i in answers]
-    return [chat.encode_last(answers[-1])._replace(untrained=len(answers) - 1)]
+    documents = [chat.encode_last(i) for i in answers[:-1] if chat.takes(i + 1)] if turns == "each" else []
+    documents.append(chat.encode_last(answers[-1])._replace(untrained=len(answers) - 1 - len(documents)))
+    return documents
 
 
 def _checked_messages(index: int, messages: Any) -> list[dict]:
@@ -119,6 +119,16 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _strange(value: Any) -> Any:
+    """A message with other words: those of its content, reasoning and calls."""
+    if isinstance(value, dict):
+        kept = {"role", "type", "id", "name"} if "role" in value else {"type", "id"}
+        return {key: inner if key in kept else _strange(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_strange(inner) for inner in value]
+    return _STRANGE if isinstance(value, str) else value
+
+
 def _checked_tools(index: int, tools: Any) -> list[dict] | None:
     if isinstance(tools, str):
         try:
@@ -152,7 +162,7 @@ class _Chat:
         self.forms = _content_forms(tokenizer, self.template)
         self.weights = [message.pop("weight", None) for message in messages]
         self.messages = [self._as_taken(i, message) for i, message in enumerate(messages)]
-        self._with_prompt: dict[int, str | None] = {}
+        self._texts: dict[tuple[int, bool], str | None] = {}
 
     def _as_taken(self, i: int, message: dict) -> dict:
         """The message with its content in a form that the template takes: a string or a list of parts."""
@@ -177,14 +187,18 @@ class _Chat:
         """The text of messages; with `prompt` the generation prompt behind it."""
         return self._apply(messages, tokenize=False, add_generation_prompt=prompt)
 
-    def _prompted(self, count: int) -> str | None:
-        """The first `count` messages and the generation prompt; None where the template refuses them alone."""
-        if count not in self._with_prompt:
+    def _first(self, count: int, prompt: bool = False) -> str | None:
+        """The text of the first `count` messages; None where the template refuses them alone."""
+        if (count, prompt) not in self._texts:
             try:
-                self._with_prompt[count] = self._render(self.messages[:count], prompt=True) if count else None
+                self._texts[count, prompt] = self._render(self.messages[:count], prompt) if count else None
             except RowError:
-                self._with_prompt[count] = None
-        return self._with_prompt[count]
+                self._texts[count, prompt] = None
+        return self._texts[count, prompt]
+
+    def takes(self, count: int) -> bool:
+        """Whether the template takes the first `count` messages alone."""
+        return self._first(count) is not None
 
     def encode_last(self, i: int) -> Encoded:
         """The chat that ends with answer `i`, which alone is trained."""
@@ -242,33 +256,34 @@ class _Chat:
         Only the end of a turn may differ: of the last one, some templates write another.
         """
         if i + 1 < count:
-            alone = self._render(self.messages[: i + 1])
-            kept = tokens.common(alone)
-            return kept if tokens.only_ends(alone[kept:]) else None
-        goes_on = self._prompted(count)
+            alone = self._first(i + 1)
+            kept = 0 if alone is None else tokens.common(alone)
+            return None if alone is None or not tokens.only_ends(alone[kept:]) else kept
+        goes_on = self._first(count, prompt=True)
         kept = len(tokens.text) if goes_on is None else tokens.common(goes_on)
         return kept if tokens.only_ends(tokens.text[kept:]) else len(tokens.text)
 
     def _begin(self, i: int, count: int, text: str) -> int:
         """Where in the text of the first `count` messages answer `i` begins: behind its generation prompt."""
-        before, has_prompt = self._prompted(i), "add_generation_prompt" in self.template
+        before, plain = self._first(i, prompt=True), self._first(i)
+        has_prompt = "add_generation_prompt" in self.template
+        prompted = self._first(count, prompt=True) or text
+        header = prompted[_common(prompted, text) :]  # the generation prompt alone; "" where there is none
         if has_prompt and before is not None and text.startswith(before):
-            header = self._header(count, text)  # which some templates write behind a tool's answer only
+            # Some templates write it behind a tool's result only where an answer follows.
             return len(before) + (len(header) if text.startswith(header, len(before)) else 0)
-        strange = {"role": "assistant", "content": _parts(_STRANGE) if self.forms == ("parts",) else _STRANGE}
-        content = _common(self._render([*self.messages[:i], strange, *self.messages[i + 1 : count]]), text)
-        if has_prompt and before is not None:  # the prompt opens a block, of reasoning, that this answer does not have
-            return min(content, _common(before, text))
+        content = self._content(i, count, text)
+        if has_prompt and before is not None and (common := _common(before, text)) >= _common(before, plain or ""):
+            return min(content, common)  # the prompt opens a block, of reasoning, that this answer does not have
         if before is not None and text.startswith(before) and not text[len(before) : content].strip():
             return len(before)
-        header = self._header(count, text)
-        place = text.rfind(header, 0, content)
+        place = text.rfind(header, self._content(i - 1, count, text) if i else 0, content)
         return place + len(header) if header and place >= 0 else content
 
-    def _header(self, count: int, text: str) -> str:
-        """The generation prompt alone, as it stands behind the text of the first `count` messages; "" if unknown."""
-        prompted = self._prompted(count) or text
-        return prompted[_common(prompted, text) :]
+    def _content(self, i: int, count: int, text: str) -> int:
+        """Where the words of message `i` begin in the text of the first `count` messages."""
+        strange = [*self.messages[:i], _strange(self.messages[i]), *self.messages[i + 1 : count]]
+        return _common(self._render(strange), text)
 
     def _marked_owners(self, count: int, answers: list[int]) -> tuple[list[int], list[int | None]] | None:
         marked = self._apply(
