@@ -54,6 +54,7 @@ class File(NamedTuple):
     def write(self, folder: Path) -> Path:
         content = {
             "rows.jsonl": _lines,
+            "rows.ndjson": _lines,
             "rows.json": lambda: json.dumps(ROWS, indent=1).encode(),
             "rows.jsonl.gz": lambda: gzip.compress(_lines()),
             "rows.jsonl.zst": lambda: _zst(_lines()),
@@ -68,6 +69,7 @@ class File(NamedTuple):
 
 FILES = [
     File("rows.jsonl", "JSON, an object a line; so is read what ends in nothing known, too", "rows.jsonl:2"),
+    File("rows.ndjson", "the same", "rows.ndjson:2"),
     File("rows.json", "JSON, an object a line or one array of objects", "rows.json, row 1"),
     File("rows.jsonl.gz", "any of these but Parquet, packed", "rows.jsonl.gz:2"),
     File("rows.jsonl.zst", "the same; needs no package", "rows.jsonl.zst:2"),
