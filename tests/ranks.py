@@ -295,10 +295,10 @@ def make_trainer(directory, **settings):
 
 
 def held_out_loss(directory, even_batches, **settings):
-    """Of seven rows, which two ranks have to fill up where their batches have to be even."""
+    """Of seven rows with a response, which two ranks have to fill up where their batches have to be even."""
     accelerator = {"even_batches": even_batches}
     trainer = make_trainer(directory, method="full", accelerator_config=accelerator, **settings)
-    return trainer.evaluate(trainer_rows()[:7])["eval_loss"]
+    return trainer.evaluate([row for row in trainer_rows() if (row["labels"] != -100).any()][:7])["eval_loss"]
 
 
 def run_trainer(directory, **settings):

@@ -363,7 +363,7 @@ def test_a_number_of_rows_that_is_none_is_refused(tmp_path, count):
     with pytest.raises(
         ValueError, match=f"record_samples must be a number of training rows, 0 for none; got {count!r}"
     ):
-        make_trainer(tmp_path, record_samples=count)
+        make_trainer(tmp_path, method="random", record_samples=count)
 
 
 def test_the_command_makes_a_page_of_several_runs(run, tmp_path, capsys):

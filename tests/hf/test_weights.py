@@ -135,14 +135,15 @@ def test_held_out_rows_are_not_weighed(tmp_path, capsys):
     make_model(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = make_rows(8, seed=1)
-    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "weighted.jsonl").write_text("".join(json.dumps(row | {"weight": -3}) + "\n" for row in rows))
+    for name, more in (("plain", {}), ("weighted", {"weight": -3})):
+        for file in (name, f"held {name}"):
+            (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
     losses = []
     for name, more in (("plain", []), ("weighted", ["--prompt_weight", "0.5"]), ("weighted", ["--packing", "true"])):
         settings = {
             "model_name_or_path": tmp_path / "model",
             "dataset_name": tmp_path / f"{name}.jsonl",
-            "eval_dataset_name": tmp_path / f"{name}.jsonl",
+            "eval_dataset_name": tmp_path / f"held {name}.jsonl",
             "output_dir": tmp_path / f"run{len(losses)}",
             "max_length": 64,
             "learning_rate": 0,
