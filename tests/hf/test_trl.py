@@ -133,6 +133,16 @@ def test_lora_trains_the_adapter_against_the_base_as_history(tmp_path):
     assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()
 
 
+def test_a_second_trainer_of_a_model_trains_as_if_it_were_the_first(tmp_path):
+    """As where the cell of a notebook that makes the trainer runs again; the first one's evaluation works, too."""
+    model = build()
+    first = make(tmp_path, model=model, method="attention", eval_dataset=COMPLETIONS)
+    second = make(tmp_path, model=model, method="full")
+    assert first.evaluate()["eval_loss"] == make(tmp_path, eval_dataset=COMPLETIONS).evaluate()["eval_loss"]
+    second.train()
+    assert losses(second) == losses(run(tmp_path, method="full"))
+
+
 # Evaluation and metrics
 
 
