@@ -19,10 +19,8 @@ LAYOUTS = {
     "completions": (COMPLETIONS, {}),
     "split words": (SPLIT, {}),
     "all of the completions": (COMPLETIONS, {"completion_only_loss": False}),
-    "packed": (COMPLETIONS, {"packing": True, "per_device_train_batch_size": 1}),
     "packed and cut": (COMPLETIONS, {"packing": True, "max_length": 40}),
     "cut": (COMPLETIONS, {"max_length": 40}),
-    "padding-free": (COMPLETIONS, {"padding_free": True, "max_length": None}),
     "chats": (CHATS, {"assistant_only_loss": True}),
     "text": (TEXTS, {}),
 }
