@@ -85,6 +85,15 @@ def test_an_average_moves_by_its_decay():
     assert largest_difference(expected, before) > 1e-4
 
 
+def test_a_threshold_moves_after_its_second_step():
+    selection = Selection(methods.get("ada_eslm", alpha=0.3, speed=2.0))
+    model, batch, alphas = patched(), padded(samples()), []
+    for _ in range(2):
+        loop(model, batch, selection)
+        alphas.append(float(selection.method.rule.alpha))
+    assert alphas[0] == pytest.approx(0.3) and abs(alphas[1] - 0.3) > 1e-4
+
+
 def test_last_seen_knows_the_step_before_and_holds_no_batches():
     model, batch, history = patched(), padded(samples()), LastSeen()
     first, second = loop(model, batch, Selection(methods.get("rel"), history=history), steps=2)
