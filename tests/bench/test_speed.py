@@ -57,6 +57,7 @@ def exact_nll(s):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`make bench-gpu` runs the real suite")
+@pytest.mark.slow
 def test_the_gpu_suite_runs_through_in_the_interpreter(tmp_path):
     output = tmp_path / "new" / "smoke.json"
     done = pytest_benchmarks("--set", "smoke", "--results", output, "--benchmark-disable", TRITON_INTERPRET="1")
@@ -287,6 +288,7 @@ def _extra_memory(work, way):
     return measured["extra_mib"], (inputs.hidden.nbytes + inputs.weight.nbytes) / 2**20
 
 
+@pytest.mark.slow
 def test_gradients_are_not_counted_as_a_ways_memory():
     logits = 64 * 32000 * 4 / 2**20
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:

@@ -23,11 +23,17 @@ pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 # The backward
 
 
-@pytest.mark.parametrize("weights", ["bool", "real", "one", "all"])
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7}], ids=str)
-def test_gradients_of_kept_rows(options, dtype, tma, weights, monkeypatch):
+WEIGHTS, OPTIONS = ("bool", "real", "one", "all"), ({}, {"softcap": 6.0, "logit_scale": 0.7})
+# every type with every kind of weights; among these any two of type, weights, options and way of loading meet
+CASES = [
+    pytest.param(dtype, weights, OPTIONS[(d + w) % 2], (d + w // 2) % 2 == 1, id=f"{dtype}-{weights}")
+    for d, dtype in enumerate(DTYPES)
+    for w, weights in enumerate(WEIGHTS)
+]
+
+
+@pytest.mark.parametrize("dtype, weights, options, tma", CASES)
+def test_gradients_of_kept_rows(dtype, weights, options, tma, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_COLUMNS", 64)  # three blocks of the vocabulary
         small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")

@@ -130,8 +130,11 @@ def test_strided_inputs():
 # The chunked implementation on a GPU
 
 
-@pytest.mark.parametrize("options, dtype", CASES, ids=str)
-@pytest.mark.parametrize("workspace_mib", [256, 0.006], ids=["all rows", "blocks of rows"])
+@pytest.mark.parametrize(
+    "workspace_mib, options, dtype",
+    [(256, {}, DTYPES[0]), (256, OPTIONS[-1], DTYPES[-1]), *((0.006, *case) for case in CASES[-len(DTYPES) :])],
+    ids=str,
+)
 def test_library_products_of_both_models_are_read_once(workspace_mib, options, dtype, gpu_chunked):
     hidden, weight, labels, bias = make(dtype=dtype)
     old_hidden, old_weight = make(D=24, dtype=dtype)[:2]
