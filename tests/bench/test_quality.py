@@ -239,6 +239,7 @@ def test_a_world_that_fails_costs_its_own_runs(run_study, monkeypatch, capsys):
     assert "unfinished" not in table
 
 
+@pytest.mark.slow
 def test_every_failure_in_a_worker_comes_back_as_its_reason():
     results = dict(runner.run_all(math.sqrt, {"four": (4.0,), "minus": (-1.0,)}, "roots"))
     assert results["four"] == 2 and results["minus"]["failed"].startswith("ValueError: ")

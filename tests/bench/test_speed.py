@@ -298,6 +298,7 @@ def test_gradients_are_not_counted_as_a_ways_memory():
         assert logits < extra  # no gradient is left, none is taken off
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_unless_it_is_of_another_state(tmp_path):
     output = tmp_path / "results.json"
     smoke = ("--set", "smoke", "--results", output, "--benchmark-disable")

@@ -114,7 +114,8 @@ def test_scoring_and_evaluation_are_no_part_of_the_progress():
 
 
 def test_a_compiled_model_is_not_compiled_anew_in_every_step():
-    model, batch, selection = patched(), padded(samples()), Selection(methods.get("random"))
+    model = patched(causal_lm(dtype=torch.float32, num_hidden_layers=1))
+    batch, selection = padded(samples()), Selection(methods.get("random"))
     expected = [kept(model, batch, selection)]
     for _ in range(5):
         selection.step()

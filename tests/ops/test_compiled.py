@@ -18,7 +18,10 @@ PRODUCTS = {"hidden_stats", "logits_gradient", "hidden_gradient", "head_gradient
 MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+CHIPS = [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.slow) for arch in ARCHITECTURES]
+
+
+@pytest.fixture(scope="module", params=CHIPS)
 def reports(request, tmp_path_factory):
     """What `tokensel kernels` writes; in a process of its own, where kernels are compiled and not interpreted."""
     file = tmp_path_factory.mktemp("kernels") / "report.json"
