@@ -22,6 +22,7 @@ def check_directory(setting: str, name_or_path: str | os.PathLike[str] | None) -
     path = Path(name_or_path or "")
     only_a_path = isinstance(name_or_path, os.PathLike) or path.is_absolute() or len(path.parts) > 2
     only_a_path = only_a_path or str(name_or_path).startswith((".", "~"))
+    only_a_path = only_a_path or str(name_or_path).endswith(os.sep)
     if only_a_path and not path.is_dir():
         what = "it is a file" if path.is_file() else "no such directory"
         raise FileNotFoundError(errno.ENOENT, f"{setting}: {what}; give a model's directory or its hub name", str(path))

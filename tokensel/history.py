@@ -364,3 +364,4 @@ class LastSeen(LiveHistory):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         parts = state["nll"].split(state["length"].tolist())
         self._seen = dict(zip(state["key"].tolist(), parts, strict=True))
+        self._visits = []  # of a step that did not end

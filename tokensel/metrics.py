@@ -22,7 +22,7 @@ from tokensel.step import SelectionOutput
 @torch.no_grad()
 def selection_sums(inputs: dict, output: SelectionOutput) -> dict[str, Tensor]:
     """Sums of one micro-batch, scalars on its device: they add up over micro-batches and ranks."""
-    response, kept = output.response, output.weights > 0
+    response, kept = output.response, output.response & (output.weights > 0)
     dropped = response & ~kept
     mask = inputs.get("attention_mask")
     sums = {

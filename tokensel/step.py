@@ -82,7 +82,8 @@ class Selection:
         optimizer.step()
         selection.step()
 
-    The copies that `dataclasses.replace` makes share what advances: method, history and progress.
+    The copies that `dataclasses.replace` makes share what advances: method, history and progress. What runs under
+    `torch.no_grad()` is an evaluation, and moves none of it.
 
     Attributes:
         method: from `tokensel.methods.get`.
@@ -137,11 +138,12 @@ class Selection:
         With several processes each calls it: what a history or a rule has seen is joined over the default group.
 
         Args:
-            samples: trained on in this optimizer step, in all processes. None = the rows of this process's batches
-                since the last step; packed rows count as one each.
+            samples: trained on in this optimizer step, in all processes. None = the rows of the batches since the last
+                step, added up over processes; packed rows count as one each. Give it where processes share rows, as
+                under tensor parallelism.
         """
         self.progress.steps += 1
-        self.progress.samples += self.progress.rows if samples is None else samples
+        self.progress.samples += sum(gather_over_ranks([self.progress.rows])) if samples is None else samples
         self.progress.rows = 0
         if self.history is not None:
             self.history.after_step(gather_over_ranks)
@@ -179,6 +181,12 @@ class Selection:
                     f"state belongs to {name} {state[name]!r}, but this selection has {own[name]!r}; resume with "
                     f"{state[name]!r}, or start anew"
                 )
+        names = [{n for n in of["tensors"] if n.startswith("rule.")} for of in (own, state)]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"state belongs to another rule of method {own['method']!r}: it has {sorted(names[1])}, this selection "
+                f"{sorted(names[0])}; resume with the parameters that it was made with"
+            )
         for part, owner in self._owners():
             tensors = {n.removeprefix(f"{part}."): t for n, t in state["tensors"].items() if n.startswith(f"{part}.")}
             owner.load_state_dict(tensors)
@@ -209,7 +217,8 @@ class Selection:
             given = torch.where(layout.predictable, given, 0)
             trained_labels = torch.where(~response & (given != 0), layout.input_ids, trained_labels)
         next_labels = to_rows(trained_labels, IGNORE_INDEX)
-        training = patched.model.training and not self.score_only
+        # not by the model's mode: it may be trained without dropout, as it is after from_pretrained
+        training = torch.is_grad_enabled() and not self.score_only
         if training:
             self.progress.rows += len(layout.labels)
 

@@ -103,10 +103,11 @@ def test_neither_scoring_nor_evaluation_is_a_visit():
     apply_to(model)
     model.train()
     model(**batch, selection=Selection(methods.get("rel"), history=history, score_only=True))
-    model.eval()(**batch, selection=Selection(methods.get("rel"), history=history))
+    with torch.no_grad():
+        model(**batch, selection=Selection(methods.get("rel"), history=history))
     history.after_step()
     assert documents_seen(history) == 0
-    model.train()(**batch, selection=Selection(methods.get("rel"), history=history))
+    model.eval()(**batch, selection=Selection(methods.get("rel"), history=history))
     assert documents_seen(history) == 0  # not before the optimizer step
     history.after_step()
     assert documents_seen(history) == 4

@@ -104,10 +104,13 @@ def test_last_seen_knows_the_step_before_and_holds_no_batches():
 def test_scoring_and_evaluation_are_no_part_of_the_progress():
     model, batch, selection = patched(), padded(samples()), Selection(methods.get("random"))
     model(**batch, selection=replace(selection, score_only=True))
-    model.eval()(**batch, selection=selection)
-    assert selection.progress.rows == 0
+    threshold = Selection(methods.get("ada_eslm"))
+    with torch.no_grad():
+        model(**batch, selection=selection)
+        model(**batch, selection=threshold)
+    assert selection.progress.rows == 0 and threshold.method.rule._sums.tolist() == [0, 0]
     copy = replace(selection, denominator=7.0)  # shares what advances
-    model.train()(**batch, selection=copy)
+    model.eval()(**batch, selection=copy)  # trained as from_pretrained gives it, without dropout
     assert selection.progress.rows == 4
     copy.step(samples=16)
     assert (selection.progress.steps, selection.progress.samples, selection.progress.rows) == (1, 16, 0)
@@ -183,6 +186,31 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
         assert other.progress.steps == 0
     with pytest.raises(ValueError, match="state lacks 'samples'"):
         seen.load_state_dict({name: value for name, value in state.items() if name != "samples"})
+
+
+@pytest.mark.parametrize("kind", ["last_seen", "ada_eslm"])
+def test_going_back_to_a_state_forgets_a_step_that_did_not_end(kind):
+    model, rows = patched(), samples()
+    history = LastSeen() if kind == "last_seen" else None
+    selection = Selection(methods.get("rel" if history else "ada_eslm"), history=history)
+    loop(model, padded(rows[:2]), selection)
+    state = {name: value for name, value in selection.state_dict().items()}
+    model(**padded(rows[2:]), selection=selection)  # and no step
+    selection.load_state_dict(state)
+    selection.step()
+    assert selection.progress.samples == 2
+    for name, tensor in selection.state_dict()["tensors"].items():
+        torch.testing.assert_close(tensor, state["tensors"][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_state_without_its_rule_changes_nothing():
+    model, batch = patched(), padded(samples())
+    selection = Selection(methods.get("ada_eslm"))
+    loop(model, batch, selection, steps=2)
+    state = selection.state_dict() | {"tensors": {}}
+    with pytest.raises(ValueError, match=r"another rule of method 'ada_eslm': it has \[\], this selection \['rule.alpha'"):
+        selection.load_state_dict(state | {"steps": 99})
+    assert selection.progress.steps == 2
 
 
 # The trainers use the same

@@ -296,7 +296,8 @@ class AdaptiveThreshold:
         quota = torch.zeros(score.numel(), dtype=torch.int64, device=score.device)
         quota[0] = self._kept(signals.response.sum())
         keep = top_quota(score, signals.response, torch.zeros_like(signals.sample), quota)
-        self._sums += torch.stack([torch.where(keep, score, 0).sum(dtype=torch.float64), keep.sum().double()])
+        if torch.is_grad_enabled():  # else it is an evaluation
+            self._sums += torch.stack([torch.where(keep, score, 0).sum(dtype=torch.float64), keep.sum().double()])
         return keep
 
     def count(self, response: Tensor, sample: Tensor) -> Tensor:
@@ -317,6 +318,7 @@ class AdaptiveThreshold:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.alpha, self.cvar = state["alpha"], state["cvar"]
+        self._sums = torch.zeros_like(self._sums)  # of a step that did not end
 
     def _kept(self, n: Tensor) -> Tensor:
         # alpha = 0.1 must keep 9 of 10, not 10 after rounding up
