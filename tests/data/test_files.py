@@ -207,6 +207,19 @@ def test_a_stream_gives_what_is_read_at_once_and_counts_it(tmp_path):
     assert stream.num_shards == len(paths)
 
 
+def test_a_stream_has_the_fields_that_its_first_row_lacks(tmp_path):
+    asked = {"instruction": "a", "output": "b"}
+    drifting = [asked, asked | {"input": "c"}, {"text": "d", "id": {"x": 1}}, asked | {"input": "", "weight": 0.0}]
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, drifting))
+    made = datasets.IterableDataset.from_generator(drifting.__iter__)
+    texts = ["<user> a <bot> b </s>", "<user> a \n c <bot> b </s>", "<s> d </s>", "<user> a <bot> b </s>"]
+    for rows in (load_rows(path), load_rows(path, streaming=True), made):
+        found = list(encode_rows(rows, make_tokenizer(), 8, prompt_weight=0.5)[0])
+        assert [row["input_ids"] for row in found] == list(map(ids, texts))
+        assert found[1]["token_weights"] == [0, 0.5, 0.5, 0.5, 0.5, 1, 1] and found[3]["token_weights"][-2:] == [0, 0]
+    assert list(load_rows(path, streaming=True, columns=["text"]))[1:3] == [{"text": None}, {"text": "d"}]
+
+
 def test_workers_share_a_stream(tmp_path):
     from torch.utils.data import DataLoader
 

@@ -198,17 +198,22 @@ def _encoded_stream(
     rows: datasets.IterableDataset, encoder: _Encoder, keep_columns: Sequence[str]
 ) -> datasets.IterableDataset:
     columns = rows.column_names
-    if columns is None:
-        columns = list(next(iter(rows), ()))
+    if untyped := columns is None:  # each row may have columns of its own
+        rows, columns = rows.map(_one_column).select_columns(["row"]), ["row"]
     else:
         rows = rows.select_columns(_read(columns, keep_columns))
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        filled = [{name: value for name, value in row.items() if value is not None} for row in _rows_of(batch)]
+        every = batch["row"] if untyped else _rows_of(batch)
+        filled = [{name: value for name, value in row.items() if value is not None} for row in every]
         return encoder.batch(filled, indices, [*keep_columns, "input_ids", "labels", "token_weights"])
 
     features = None if keep_columns else _features({}, weighted=True)
     return rows.map(encode, batched=True, with_indices=True, remove_columns=columns, features=features)
+
+
+def _one_column(row: dict[str, Any]) -> dict[str, dict]:
+    return {"row": row}
 
 
 def _read(columns: list[str], keep_columns: Sequence[str]) -> list[str]:

@@ -46,8 +46,8 @@ def load_rows(
         name_or_path: a file, a list of files, a directory of files whose names tell their splits (or are all of
             "train"), one that `save_to_disk` wrote, or what `datasets.load_dataset` takes.
         split: files that are named one by one are all of "train".
-        streaming: an `IterableDataset`, which reads as it goes. Of files it has `columns`, or those of each
-            file's first row.
+        streaming: an `IterableDataset`, which reads as it goes. Of files its rows have `columns`; else the fields of
+            each file's first row, and their own.
         columns: those that are read from files; the others are None, and cannot stop the reading. None = all.
     Raises:
         FileNotFoundError: it looks like a path, and nothing is there.
@@ -58,9 +58,10 @@ def load_rows(
     if files is None:
         return _load_named(told(name_or_path), split, streaming)
     if streaming:
-        if columns is None:
-            columns = dict.fromkeys(name for file in files for name in next(_rows_of([file], None), ()))
-        return datasets.IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files, "columns": tuple(columns)})
+        first = columns or dict.fromkeys(name for file in files for name in next(_rows_of([file], None, ()), ()))
+        return datasets.IterableDataset.from_generator(
+            _rows_of, gen_kwargs={"files": files, "columns": columns and tuple(columns), "fields": tuple(first)}
+        )
     names, rows = [], []
     for file in files:
         for name, row in read_file(file, columns):
@@ -167,10 +168,10 @@ def _load_named(name: str, split: str, streaming: bool) -> datasets.Dataset | da
     return splits[split].to_iterable_dataset() if streaming else splits[split]
 
 
-def _rows_of(files: list[Path], columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+def _rows_of(files: list[Path], columns: Collection[str] | None, fields: Collection[str]) -> Iterator[dict[str, Any]]:
     for file in files:
         for _, row in read_file(file, columns):
-            yield row if columns is None else {column: row.get(column) for column in columns}
+            yield dict.fromkeys(fields) | {name: row[name] for name in row if columns is None or name in columns}
 
 
 def as_dataset(rows: list[dict], names: Sequence[str]) -> datasets.Dataset:
