@@ -112,7 +112,10 @@ def test_a_damaged_weights_file_is_named(tmp_path, model_dir, data, capsys):
     assert f"{damaged} holds a damaged weights file" in error_of(capsys)
 
 
-@pytest.mark.parametrize("name", ["{}/no-model", "./no-model", "../no/model", "~/model", "a/b/c", "no-model/", "{}/rows.jsonl"])
+NOT_THERE = ["{}/no-model", "./no-model", "../no/model", "~/model", "a/b/c", "no-model/", "{}/rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", NOT_THERE)
 def test_a_model_that_is_not_there_is_named_before_a_hub_is_asked(tmp_path, data, capsys, monkeypatch, name):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("a hub was asked"))
     name = name.format(tmp_path)

@@ -208,7 +208,9 @@ def test_a_state_without_its_rule_changes_nothing():
     selection = Selection(methods.get("ada_eslm"))
     loop(model, batch, selection, steps=2)
     state = selection.state_dict() | {"tensors": {}}
-    with pytest.raises(ValueError, match=r"another rule of method 'ada_eslm': it has \[\], this selection \['rule.alpha'"):
+    with pytest.raises(
+        ValueError, match=r"another rule of method 'ada_eslm': it has \[\], this selection \['rule.alpha'"
+    ):
         selection.load_state_dict(state | {"steps": 99})
     assert selection.progress.steps == 2
 
