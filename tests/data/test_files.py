@@ -202,8 +202,7 @@ def test_a_stream_gives_what_is_read_at_once_and_counts_it(tmp_path):
     whole, counts = encode_rows(load_rows(paths), tokenizer, 8, keep_columns=["prompt"])
     stream, counted = encode_rows(load_rows(paths, streaming=True), tokenizer, 8, keep_columns=["prompt"])
     read = list(stream)
-    assert [{name: row[name] for name in row if name != "token_weights"} for row in read] == list(whole)
-    assert all(set(row["token_weights"]) <= {0, 1} for row in read) and counted == counts
+    assert read == list(whole) and counted == counts
     assert stream.num_shards == len(paths)
 
 
@@ -218,6 +217,38 @@ def test_a_stream_has_the_fields_that_its_first_row_lacks(tmp_path):
         assert [row["input_ids"] for row in found] == list(map(ids, texts))
         assert found[1]["token_weights"] == [0, 0.5, 0.5, 0.5, 0.5, 1, 1] and found[3]["token_weights"][-2:] == [0, 0]
     assert list(load_rows(path, streaming=True, columns=["text"]))[1:3] == [{"text": None}, {"text": "d"}]
+
+
+ROW, WEIGHED = {"text": "a"}, {"text": "b", "weight": 0.5}
+CHATS = [{"messages": [{"role": "user", "content": "a"}, CHAT | more]} for more in ({}, {"weight": 0.5})]
+
+
+def test_a_stream_has_weights_where_its_columns_or_its_first_row_or_a_setting_do(tmp_path):
+    paths = [write(tmp_path / f"{i}.jsonl", json.dumps(row)) for i, row in enumerate([ROW, WEIGHED])]
+    typed = datasets.Dataset.from_list([WEIGHED, ROW]).to_iterable_dataset()
+    chats = datasets.IterableDataset.from_generator(CHATS[::-1].__iter__)
+    tokenizer = make_tokenizer()
+    for rows in (load_rows(paths, streaming=True), load_rows(paths[0], streaming=True, columns=COLUMNS), typed, chats):
+        assert all("token_weights" in row for row in encode_rows(rows, tokenizer, 8)[0])
+    for rows in (load_rows(paths[0], streaming=True), load_rows(paths[0]).to_iterable_dataset()):
+        assert list(encode_rows(rows, tokenizer, 8)[0]) == [{"input_ids": [1, 7, 2], "labels": [-100, 7, 2]}]
+        assert list(encode_rows(rows, tokenizer, 8, response_weight=2.0)[0])[0]["token_weights"] == [0, 2, 2]
+
+
+def test_a_stream_without_weights_goes_through_collators(tmp_path):
+    from transformers import DataCollatorForSeq2Seq
+
+    stream, _ = encode_rows(load_rows(FILES[0].write(tmp_path), streaming=True), make_tokenizer(), 8)
+    assert stream.column_names == ["input_ids", "labels"]
+    assert set(DataCollatorForSeq2Seq(make_tokenizer())(list(stream))) == {"input_ids", "labels", "attention_mask"}
+
+
+@pytest.mark.parametrize("rows", [[ROW, WEIGHED], CHATS], ids=["row", "message"])
+def test_a_weight_in_a_stream_without_is_refused_with_its_row(rows, tmp_path):
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, rows))
+    stream, _ = encode_rows(load_rows(path, streaming=True), make_tokenizer(), 8)
+    with pytest.raises(RowError, match="row 1: it gives a weight, but the first row of the stream gives none"):
+        list(stream)
 
 
 def test_workers_share_a_stream(tmp_path):

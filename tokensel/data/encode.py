@@ -115,11 +115,13 @@ def encode_rows(
         role_names: a role in the messages -> the chat template's name for it.
     Returns:
         (Dataset with `input_ids` and `labels`, lists of int64 of one length a row, and, where anything gives weights,
-        `token_weights`, float32 of that length; `EncodingCounts`). A stream has weights always.
+        `token_weights`, float32 of that length; `EncodingCounts`). What comes later in a stream is not known: it has
+        weights if a setting gives some, or if its columns or, where they are not known, its first row has any.
     Raises:
         ValueError: no rows, or no row with a response token. RowError, which is one, with the row's number: no layout,
             a column that is missing, empty or of the wrong type, an unknown role, a token id that the tokenizer does
-            not have, weights that are not finite or of another length, or a chat template that refuses the row.
+            not have, weights that are not finite or of another length, a weight in a stream that has none, or a chat
+            template that refuses the row.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a response token); got {max_length}")
@@ -135,10 +137,11 @@ def encode_rows(
     encoder.chat = {"turns": turns, "chat_template": chat_template}
     has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
     encoder.reading = Reading(has_template, role_names or {}, rejected_weight)
+    encoder.weighted = (prompt_weight, response_weight, rejected_weight) != (0, 1, 0)
     if isinstance(rows, datasets.IterableDataset):
         return _encoded_stream(rows, encoder, keep_columns), encoder.counts
     rows = _checked(rows, keep_columns)
-    encoder.weighted = (prompt_weight, response_weight, rejected_weight) != (0, 1, 0) or _has_weights(rows)
+    encoder.weighted = encoder.weighted or _has_weights(rows)
     encoded = _encoded(rows, encoder, keep_columns)
     if not len(encoded):
         raise ValueError(
@@ -198,18 +201,19 @@ def _encoded_stream(
     rows: datasets.IterableDataset, encoder: _Encoder, keep_columns: Sequence[str]
 ) -> datasets.IterableDataset:
     columns = rows.column_names
+    rows = rows if columns is None else rows.select_columns(_read(columns, keep_columns))
+    encoder.weighted = encoder.weighted or _weighs(next(iter(rows), {}))
     if untyped := columns is None:  # each row may have columns of its own
         rows, columns = rows.map(_one_column).select_columns(["row"]), ["row"]
-    else:
-        rows = rows.select_columns(_read(columns, keep_columns))
+    features = _features({}, encoder.weighted)
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         every = batch["row"] if untyped else _rows_of(batch)
         filled = [{name: value for name, value in row.items() if value is not None} for row in every]
-        return encoder.batch(filled, indices, [*keep_columns, "input_ids", "labels", "token_weights"])
+        return encoder.batch(filled, indices, [*keep_columns, *features])
 
-    features = None if keep_columns else _features({}, weighted=True)
-    return rows.map(encode, batched=True, with_indices=True, remove_columns=columns, features=features)
+    typed = {} if keep_columns else {"features": features}
+    return rows.map(encode, batched=True, with_indices=True, remove_columns=columns, **typed)
 
 
 def _one_column(row: dict[str, Any]) -> dict[str, dict]:
@@ -230,6 +234,14 @@ def _has_weights(rows: datasets.Dataset) -> bool:
     if {"weight", "token_weights"} & {*rows.column_names}:
         return True
     return any(_may_weigh(rows, name, feature) for name, feature in rows.features.items() if name in COLUMNS)
+
+
+def _weighs(row: dict[str, Any]) -> bool:
+    """Whether a row of a stream has a place for weights."""
+    lists = [value for name, value in row.items() if name in COLUMNS and isinstance(value, list)]
+    return bool({"weight", "token_weights"} & row.keys()) or any(
+        isinstance(message, dict) and "weight" in message for messages in lists for message in messages
+    )
 
 
 def _may_weigh(rows: datasets.Dataset, name: str, feature: Any) -> bool:
@@ -280,6 +292,12 @@ class _Encoder:
             encoded = self._encode(part, row, index)
             self.counts.answers_as_rows += max(len(encoded) - 1, 0)
             for document in encoded:
+                if not self.weighted and (row.get("weight") is not None or {*document.weights} - {None}):
+                    raise RowError(
+                        index,
+                        "it gives a weight, but the first row of the stream gives none, and so the stream has none; "
+                        "give the first row one, too (1 changes nothing)",
+                    )
                 self.counts.untrained_answers += document.untrained
                 if (cut := self._cut(document, weight * getattr(part, "weight", 1.0))) is not None:
                     yield cut
