@@ -52,6 +52,20 @@ def test_a_directory_has_the_splits_that_its_files_names_tell(tmp_path):
     assert place_of_row(directory, 1, "test") == f"{directory}/test.tsv:3"
 
 
+def test_a_directory_of_files_of_which_some_cannot_be_read_is_refused(tmp_path):
+    directory = write_directory(tmp_path)
+    for name in ("LICENSE", "make.py", "test-1.csv.xz", "notes.md", ".hidden.txt"):
+        (directory / name).write_text("a")
+    assert len(load_rows(directory)) == len(ROWS) * 8
+    with pytest.raises(ValueError, match=r"split 'test' that are not read, beside test.tsv .*: test-1.csv.xz. Unpack"):
+        load_rows(directory, "test")
+    for name in ("train-1.jsonl.bz2", "train-2.arrow"):
+        (directory / name).write_text("a")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"split 'train' .*: train-1.jsonl.bz2, train-2.arrow. Unpack"):
+            load_rows(directory, streaming=streaming)
+
+
 def test_a_directory_that_says_how_it_is_read_is_read_so(tmp_path):
     directory = write_directory(tmp_path)
     files = "data_files:\n  - split: train\n    path: test.tsv\n"

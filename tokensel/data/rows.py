@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard
 
 from tokensel.data.readers import READERS, kind_of, read_file
 
-DATA_SUFFIXES = {*READERS, ".txt", ".arrow", ".gz", ".zst"}
+DATA_SUFFIXES = {*READERS, *".txt .arrow .gz .zst .bz2 .xz .lz4 .zip .tar".split()}
 Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 # What pyarrow raises for values that it has no column for: mixed types, huge integers, halves of surrogate pairs.
@@ -87,7 +87,8 @@ def files_of(name_or_path: Names, split: str) -> list[Path] | None:
 
     Raises:
         FileNotFoundError: it looks like a path, and nothing is there.
-        ValueError: no name, or a split other than "train" of files that are named one by one.
+        ValueError: no name, a split other than "train" of files that are named one by one, or a directory with data
+            of kinds that are read and of others.
     """
     names = [name_or_path] if isinstance(name_or_path, (str, os.PathLike)) else list(name_or_path)
     if not names:
@@ -142,14 +143,21 @@ def _looks_like_path(name: str | os.PathLike) -> bool:
 
 
 def _files_of_split(directory: Path, split: str) -> list[Path] | None:
-    """None where `datasets` knows better: saved by it, configured in README.md, slices of splits, other files."""
+    """None where `datasets` knows better: saved by it, configured in README.md, slices of splits, other files alone."""
     card = directory / "README.md"
     described = card.is_file() and card.read_bytes().startswith(b"---")
     if _is_saved(directory) or (described and DatasetCard.load(card).data.get("configs")):
         return None
     patterns = {str(name): found for name, found in get_data_patterns(str(directory)).items()}
-    files = DataFilesList.from_patterns(patterns.get(split, []), str(directory))
-    return [Path(file) for file in files if kind_of(Path(file)) in READERS] or None
+    files = [Path(file) for file in DataFilesList.from_patterns(patterns.get(split, []), str(directory))]
+    read = [file for file in files if kind_of(file) in READERS]
+    others = [file.name for file in files if kind_of(file) not in READERS and DATA_SUFFIXES & {*file.suffixes}]
+    if read and others:
+        raise ValueError(
+            f"{directory} has files of the split {split!r} that are not read, beside {read[0].name} and others that "
+            f"are: {', '.join(others)}. Unpack or convert them, or give the list of files to read"
+        )
+    return read or None
 
 
 def _is_saved(directory: Path) -> bool:
