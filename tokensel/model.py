@@ -62,33 +62,36 @@ class _PastHooks:
 
 
 class _Forward:
-    """A function in the place of a module's forward. It copies and pickles with its module, as a method does.
+    """A function in the place of a module's forward, called as `function(module, forward, ...)` with the one before it.
 
-    An instance attribute hides the class's forward; one that was already there (accelerate's) is kept for later.
+    It copies and pickles with its module, as a method does. An instance attribute hides the class's forward; one that
+    was already there (accelerate's) is kept for later.
     """
 
-    __wrapped__: Any
-
     def __init__(self, module: nn.Module, function: Callable) -> None:
-        """Args: function: called as `function(module, forward, ...)`, with the forward that was there before."""
         self.function, self.__self__ = function, module
-        self.before = module.__dict__.get("forward")
-        functools.update_wrapper(self, module.forward, updated=())  # the signature; makes it `__wrapped__`
+        self.before, self.inner = module.__dict__.get("forward"), cast(Any, module.forward)
         module.forward = self
 
     def __call__(self, *args, **kwargs):
-        return self.function(self.__self__, self.__wrapped__, *args, **kwargs)
+        return self.function(self.__self__, self.inner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
 
     @property
     def __func__(self) -> Callable:
         """As a method's, of any module: accelerate wraps it and binds it again, to a copy too."""
-        function, forward = self.function, self.__wrapped__.__func__  # of a method; else there is none here either
+        function, forward = self.function, self.inner.__func__  # of a method; else there is none here either
 
-        @functools.wraps(forward)
         def unbound(module: nn.Module, *args, **kwargs):
             return function(module, functools.partial(forward, module), *args, **kwargs)
 
+        unbound.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         return unbound
+
+    __wrapped__ = __func__  # and nothing below: where accelerate takes off mixed precision, it binds the last of them
 
     def undo(self) -> None:
         """Puts back what was there before."""
@@ -204,10 +207,8 @@ class PatchedModel:
     def token_nll(self, inputs: dict, labels: Tensor, *, impl: str = "auto") -> Tensor:
         """Negative log-likelihood of label-aligned `labels` [B, S], nats, 0 where ignored -> [B, S] float32."""
         next_labels = to_rows(labels, IGNORE_INDEX)
-        stats = self.with_whole_head(
-            lambda h, w, b: token_stats(h, w, next_labels, bias=b, impl=impl, **self.head_options),
-            self.backbone(inputs),
-        )
+        hidden, options = self.backbone(inputs), {"impl": impl, **self.head_options}
+        stats = self.with_whole_head(lambda h, w, b: token_stats(h, w, next_labels, bias=b, **options), hidden)
         return to_labels(stats.nll)
 
     def install(self) -> None:
@@ -294,9 +295,8 @@ class PatchedModel:
         """Of what the config may mean, takes what reproduces the model's own logits [1, 8, V]."""
         logits = logits.double()
         expected = logits.logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0]  # (1, 8)
-        allowed = (
-            4 * torch.finfo(self._head.weight.dtype).eps * logits.abs().max() + 64 * torch.finfo(torch.float32).eps
-        )
+        eps = torch.finfo(self._head.weight.dtype).eps
+        allowed = 4 * eps * logits.abs().max() + 64 * torch.finfo(torch.float32).eps
         name, width = type(self.model).__name__, self._head.weight.shape[1]
         if hidden.shape[-1] != width:
             raise ValueError(

@@ -10,6 +10,7 @@ import types
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from oracles import next_token_nll
 from tiny import VOCABULARY, causal_lm, lora
@@ -115,6 +116,18 @@ def test_a_copy_under_mixed_precision_computes_itself(batch):
     assert torch.equal(loss_of(other, batch), before)
     grow(other, 0)
     assert float(loss_of(other, batch)) == pytest.approx(torch.tensor(float(VOCABULARY)).log().item(), rel=1e-6)
+
+
+def test_the_selection_stays_where_accelerate_takes_off_mixed_precision(batch):
+    model = causal_lm(dtype=torch.float32)
+    expected, own = loss_of(apply_to(model).model, batch, "random"), own_loss(model, batch)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    assert "_original_forward" not in vars(model)
+    assert torch.equal(loss_of(model, batch, "random"), expected) and torch.equal(own_loss(model, batch), own)
+    assert abs(float(expected.detach() - own)) > 0.05
+    remove(model)
+    assert torch.equal(own_loss(model, batch), own) and "forward" not in vars(model)
 
 
 def test_a_model_whose_forward_was_wrapped_says_why_it_is_not_saved_whole(batch):
