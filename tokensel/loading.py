@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tokensel.arguments import parse_mapping
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
 from tokensel.data.layouts import COLUMNS
-from tokensel.data.rows import Names, are_files, sources, told
+from tokensel.data.rows import Names, are_files, shared, told
 from tokensel.files import check_directory
 from tokensel.settings import DataArguments, RunArguments, ScoreArguments
 from tokensel.store import tokenizer_fingerprint
@@ -104,10 +104,10 @@ def held_out(settings: RunArguments) -> tuple[Names, str] | None:
         return None
     name: Names = settings.eval_dataset_name or settings.dataset_name
     split = settings.eval_dataset_split or ("train" if are_files(name) else settings.dataset_split)
-    if both := sources(settings.dataset_name, settings.dataset_split) & sources(name, split):
+    if both := shared((settings.dataset_name, settings.dataset_split), (name, split)):
         raise ValueError(
-            f"{sorted(both)[0]} would be trained and held out; set eval_dataset_split to another split, or "
-            "eval_dataset_name to other rows"
+            f"{both} would be trained and held out; set eval_dataset_split to another split, or to a slice where the "
+            "trained one has ended (train[:90%] and train[90%:]), or eval_dataset_name to other rows"
         )
     return name, split
 

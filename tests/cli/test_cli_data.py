@@ -59,6 +59,43 @@ def test_training_rows_are_not_held_out(tmp_path, model_dir, splits, capsys, no_
     assert error_of(capsys).startswith(f"{named} would be trained and held out; set eval_dataset_split to another")
 
 
+SLICES = [
+    ("train", "train[:3]", True),
+    ("train[:3]", "train", True),
+    ("train[:3]", "train[2:]", True),
+    ("train[:90%]", "train[89%:]", True),
+    ("train[:90%]", "train[3:]", True),
+    ("train[:-10%]", "train[90%:]", True),  # of 5 rows all, and the last
+    ("train[:90%](pct1_dropremainder)", "train[90%:]", True),
+    ("test+train[:3]", "train[2:4]", True),
+    ("train", "all", True),
+    ("train[:3]", "train[3:]", False),
+    ("train[:90%]", "train[90%:]", False),
+    ("train[90%:]", "train[:90%]", False),
+    ("train[:-10%]", "train[-10%:]", False),
+    ("train[:2]", "test+train[2:3]", False),
+    ("train", "test[:3]", False),
+]
+
+
+@pytest.mark.parametrize("trained, tried, both", SLICES)
+@pytest.mark.parametrize("named", [False, True], ids=["directory", "name"])
+def test_slices_of_a_split_are_held_out_only_where_no_row_is_trained(trained, tried, both, named, splits):
+    name = ["owner/name" if named else str(splits)]
+    settings = RunArguments(dataset_name=name, dataset_split=trained, eval_dataset_split=tried)
+    if both:
+        with pytest.raises(ValueError, match=r"would be trained and held out; .*train\[:90%\] and train\[90%:\]"):
+            held_out(settings)
+    else:
+        assert held_out(settings) == (name, tried)
+
+
+def test_a_slice_of_a_directory_is_not_held_out_beside_its_file(splits):
+    file, place = [str(splits / "train.jsonl")], [str(splits / ".." / "data")]
+    with pytest.raises(ValueError, match="train.jsonl would be trained and held out"):
+        held_out(RunArguments(dataset_name=file, eval_dataset_name=place, eval_dataset_split="train[:3]"))
+
+
 def test_a_file_has_no_other_split_to_hold_out(tmp_path, model_dir, splits, capsys, no_loading):
     settings = {"method": "random", "eval_dataset_split": "test"}
     assert train(model_dir, splits / "train.jsonl", tmp_path / "run", **settings) == 2

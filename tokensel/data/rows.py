@@ -119,10 +119,45 @@ def are_files(name_or_path: Names) -> bool:
     return all(Path(name).expanduser().is_file() for name in names)
 
 
-def sources(name_or_path: Names, split: str) -> set[str]:
-    """What the rows of a split are read from; those of two datasets that share one are the same."""
+def shared(one: tuple[Names, str], other: tuple[Names, str]) -> str | None:
+    """What two (name, split) both read rows from, for errors; None where they cannot have a row in common.
+
+    Slices of one split have none where one ends before the other begins: "train[:90%]", "train[90%:]".
+    """
+    if "all" in (one[1], other[1]) and _place(one[0]) == _place(other[0]):
+        return f"{told(one[0])} (all)"
+    for (files, slice_), (others, other_slice) in itertools.product(_sources(*one), _sources(*other)):
+        both = {*files} & {*others}
+        apart = _ends_before(slice_, other_slice) or _ends_before(other_slice, slice_)
+        if both and not (files == others and apart):
+            return min(both)
+    return None
+
+
+def _sources(name_or_path: Names, split: str) -> Iterator[tuple[list[str], Any]]:
+    """(what a split is read from, the slice of that) of each split of a sum of splits."""
     files = files_of(name_or_path, split)
-    return {f"{told(name_or_path)} ({split})"} if files is None else {str(file.resolve()) for file in files}
+    try:
+        slices = datasets.ReadInstruction.from_spec(split)._relative_instructions
+    except ValueError:  # no name that `datasets` gives a split
+        slices = datasets.ReadInstruction(split)._relative_instructions
+    for slice_ in slices:
+        found = files_of(name_or_path, slice_.splitname) if files is None else files
+        named = [f"{_place(name_or_path)} ({slice_.splitname})"]
+        yield (named if found is None else [str(file.resolve()) for file in found]), slice_
+
+
+def _place(name_or_path: Names) -> str:
+    name = told(name_or_path)
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+
+
+def _ends_before(one: Any, other: Any) -> bool:
+    """Whether it does so for every length of the split. Percents of the start and of the end round differently."""
+    end, begin = one.to, other.from_
+    if end is None or begin is None or (one.unit, one.rounding) != (other.unit, other.rounding):
+        return False
+    return (end < 0) == (begin < 0) and end <= begin
 
 
 def told(name_or_path: Names) -> str:
