@@ -26,6 +26,8 @@ def check_directory(setting: str, name_or_path: str | os.PathLike[str] | None) -
     if only_a_path and not path.is_dir():
         what = "it is a file" if path.is_file() else "no such directory"
         raise FileNotFoundError(errno.ENOENT, f"{setting}: {what}; give a model's directory or its hub name", str(path))
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(errno.ENOENT, f"{setting}: no model's directory, for it has no config.json", str(path))
 
 
 @contextlib.contextmanager

@@ -115,6 +115,13 @@ class Selection:
     progress: Progress = field(default_factory=Progress, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, SelectionMethod):
+            raise TypeError(f"method must be what tokensel.methods.get(NAME) gives; got {self.method!r}")
+        if self.history is not None and not isinstance(self.history, LiveHistory):
+            raise TypeError(
+                "history must be None or a live history: tokensel.auto_history(model), AdapterOff(model), "
+                f"ModelCopy(model), ...; got {self.history!r}"
+            )
         if self.method.scope == "dataset":
             raise ValueError(
                 f"method {self.method.name!r} ranks the whole dataset: run `tokensel select --method "
@@ -141,7 +148,14 @@ class Selection:
             samples: trained on in this optimizer step, in all processes. None = the rows of the batches since the last
                 step, added up over processes; packed rows count as one each. Give it where processes share rows, as
                 under tensor parallelism.
+        Raises:
+            ValueError: no forward has used this selection since the last step.
         """
+        if not self.progress.rows:
+            raise ValueError(
+                "no forward has used this selection since the last step(), so nothing was selected. Call it once after "
+                "each optimizer.step(); is the model patched (tokensel.apply_to(model)) and called with selection=?"
+            )
         self.progress.steps += 1
         self.progress.samples += sum(gather_over_ranks([self.progress.rows])) if samples is None else samples
         self.progress.rows = 0
@@ -225,6 +239,7 @@ class Selection:
         # 2. history forward, only if the history is live and the method looks at it
         history_hidden = None
         if self.history is not None and self.history.signal in self.method.needs:
+            self.history.check(patched)
             if self.history.shares_head:
                 history_hidden = self.history.hidden(patched, batch)  # (B, S, D)
             else:

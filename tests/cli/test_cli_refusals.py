@@ -127,6 +127,11 @@ def test_a_model_that_is_not_there_is_named_before_a_hub_is_asked(tmp_path, data
     assert expected in error_of(capsys)
 
 
+def test_a_directory_without_a_model_says_so(tmp_path, data, capsys):
+    assert score(tmp_path, data, tmp_path / "h.parquet") == 2
+    assert f"model_name_or_path: no model's directory, for it has no config.json: '{tmp_path}'" in error_of(capsys)
+
+
 @pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
 def test_a_device_that_is_not_there_is_named(tmp_path, model_dir, data, capsys, device):
     assert score(model_dir, data, tmp_path / "h.parquet", device=device) == 2

@@ -188,19 +188,42 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
         seen.load_state_dict({name: value for name, value in state.items() if name != "samples"})
 
 
+def test_a_step_without_a_forward_is_an_error():
+    selection = Selection(methods.get("full"))
+    with pytest.raises(ValueError, match="no forward has used this selection since the last step.*apply_to"):
+        selection.step()
+    model, batch = causal_lm(), padded(samples())
+    model(**batch, selection=selection).loss.backward()  # not patched: transformers swallows the keyword
+    with pytest.raises(ValueError, match="no forward has used this selection"):
+        selection.step()
+    loop(patched(), batch, selection)
+    with pytest.raises(ValueError, match="no forward has used this selection"):
+        selection.step()
+
+
+def test_a_name_is_no_method_and_no_history():
+    with pytest.raises(TypeError, match=r"method must be what tokensel.methods.get\(NAME\) gives; got 'sstoken'"):
+        Selection("sstoken")
+    with pytest.raises(TypeError, match="history must be None or a live history: .*; got 'frozen'"):
+        Selection(methods.get("rel"), history="frozen")
+
+
 @pytest.mark.parametrize("kind", ["last_seen", "ada_eslm"])
 def test_going_back_to_a_state_forgets_a_step_that_did_not_end(kind):
-    model, rows = patched(), samples()
-    history = LastSeen() if kind == "last_seen" else None
-    selection = Selection(methods.get("rel" if history else "ada_eslm"), history=history)
-    loop(model, padded(rows[:2]), selection)
-    state = {name: value for name, value in selection.state_dict().items()}
-    model(**padded(rows[2:]), selection=selection)  # and no step
-    selection.load_state_dict(state)
-    selection.step()
-    assert selection.progress.samples == 2
-    for name, tensor in selection.state_dict()["tensors"].items():
-        torch.testing.assert_close(tensor, state["tensors"][name], rtol=0, atol=0, equal_nan=True)
+    rows, ends = samples(), []
+    for interrupted in (False, True):
+        model, history = patched(), LastSeen() if kind == "last_seen" else None
+        selection = Selection(methods.get("rel" if history else kind), history=history)
+        loop(model, padded(rows[:2]), selection)
+        if interrupted:
+            state = selection.state_dict()
+            model(**padded(rows[2:]), selection=selection)  # and no step
+            selection.load_state_dict(state)
+        loop(model, padded(rows[:2]), selection)
+        ends.append(selection.state_dict())
+    tensors = [end.pop("tensors") for end in ends]
+    assert ends[0] == ends[1] and ends[0]["samples"] == 4
+    torch.testing.assert_close(tensors[0], tensors[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_state_without_its_rule_changes_nothing():
