@@ -125,6 +125,19 @@ def without_prompt(row: dict, first_token: int) -> dict:
     return {"input_ids": [first_token, *response], "labels": [IGNORE_INDEX, *response]}
 
 
+def _refuse_other_responses(identity: Identity, document: Callable[[int], dict], row_of: numpy.ndarray) -> None:
+    """Two prompts of the same tokens, cut, leave two documents; one set of losses cannot be of both."""
+    equal = identity.keys.argsort(kind="stable")
+    for one, other in itertools.pairwise(equal):
+        if identity.keys[one] == identity.keys[other]:
+            a, b = ([label != IGNORE_INDEX for label in document(int(n))["labels"]] for n in (one, other))
+            if a != b:
+                raise ValueError(
+                    f"rows {row_of[one]} and {row_of[other]} have the same token ids and different response tokens, so "
+                    "without their prompts they are two documents, which a store does not tell apart; leave one out"
+                )
+
+
 def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, labels: Tensor, impl: str) -> Tensor:
     """Negative log-likelihood under softmax(2 z_positive - z_negative) (cDPO, arXiv 2411.19943).
 
@@ -297,7 +310,8 @@ def record_losses(
     Raises:
         TypeError: rows that cannot be read by number, as a stream.
         ValueError: a path that exists, no row, a row without token ids, a token that the model has no embedding for, a
-            loss that is not finite, an unfinished run of other settings, a model that `apply_to` refuses.
+            loss that is not finite, an unfinished run of other settings, a model that `apply_to` refuses, or, with
+            `first_token`, rows of equal token ids and different labels.
     """
     check_positive("batch_size", batch_size)
     refuse_existing(path)
@@ -322,6 +336,12 @@ def record_losses(
     identity = identify(all_documents())
     row_of = numpy.repeat(numpy.arange(len(counts)), counts)
     first = numpy.cumsum(counts) - counts
+
+    def document(number: int) -> dict:
+        return documents_of(rows[int(row_of[number])])[number - first[row_of[number]]]
+
+    if first_token is not None:
+        _refuse_other_responses(identity, document, row_of)
     for what, scored in {"the model": model, "the negative model": negative}.items():
         table: Any = None if scored is None else unwrap(scored).get_input_embeddings().weight
         if table is not None and identity.largest_id >= table.shape[0]:
@@ -351,9 +371,7 @@ def record_losses(
         other = None if negative is None else stack.enter_context(_scoring(negative))
         losses = response_losses(patched, impl, first_token, other)
         started = time.perf_counter()
-        tokens = score_documents(
-            shards, lambda n: documents_of(rows[int(row_of[n])])[n - first[row_of[n]]], identity, losses, batch_size
-        )
+        tokens = score_documents(shards, document, identity, losses, batch_size)
         seconds = time.perf_counter() - started
         writer = HistoryWriter(
             path,

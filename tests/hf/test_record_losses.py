@@ -120,3 +120,16 @@ def test_a_store_is_not_written_over(tmp_path):
 def test_two_kinds_of_store_are_not_made_at_once(tmp_path):
     with pytest.raises(ValueError, match="first_token and negative"):
         tokensel.record_losses(build(), SOME, tmp_path / "h.parquet", first_token=1, negative=build(seed=2))
+
+
+def test_without_prompts_rows_of_equal_tokens_and_different_labels_are_refused(tmp_path):
+    row = SOME[2]
+    other = row | {"labels": [-100, *row["input_ids"][1:]]}
+    assert other["labels"] != row["labels"]
+    for rows in ([SOME[0], row, row, other], [strung_together([SOME[0], row]), row, other]):
+        message = f"rows {len(rows) - 2} and {len(rows) - 1} have the same token ids and different response tokens"
+        with pytest.raises(ValueError, match=message):
+            tokensel.record_losses(build(), rows, tmp_path / "h.parquet", first_token=1)
+    assert list(tmp_path.iterdir()) == []
+    summary = tokensel.record_losses(build(), [row, row], tmp_path / "h.parquet", first_token=1)
+    assert summary["documents"] == 1
