@@ -10,6 +10,7 @@ import pytest
 from commands import error_of, make_tokenizer_with_chat, score, train, write
 from transformers import AutoTokenizer
 
+from tokensel.cli import main
 from tokensel.testing import make_model, make_rows
 
 
@@ -125,6 +126,11 @@ def test_a_model_that_is_not_there_is_named_before_a_hub_is_asked(tmp_path, data
     assert expected in error_of(capsys)
     assert train(name, data, tmp_path / "run") == 2
     assert expected in error_of(capsys)
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert error_of(capsys) == f"{tmp_path / 'run'}: no such directory; give the output_dir of a training"
 
 
 def test_a_directory_without_a_model_says_so(tmp_path, data, capsys):

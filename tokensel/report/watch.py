@@ -207,6 +207,8 @@ def load_run(folder: Path) -> dict:
     """
     file, state = folder / SELECTION_FILE, folder / "trainer_state.json"
     if not file.is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such directory; give the output_dir of a training")
         raise FileNotFoundError(f"{folder} holds no {SELECTION_FILE}; train with --record_samples 8 to have one")
     if not state.is_file():
         raise FileNotFoundError(f"{folder} holds no trainer_state.json; the run has not ended yet")
