@@ -195,6 +195,27 @@ def test_cells_are_text_and_a_weight_is_a_number(tmp_path):
     assert load_rows(tmp_path / "y.csv")[:] == {"prompt": ["a"], "completion": ["b" * 200_000]}
 
 
+def test_empty_cells_are_of_the_layouts_of_other_rows(tmp_path):
+    header = "messages,prompt,completion,question,answer,instruction,input,output,text,tools,weight"
+    cells = [
+        ",a,b,,,,,,,,",
+        ",,,a,b,,,,,,2",
+        ",,,,,a,,b,,,",
+        ",,,,,a,c,b,,,",
+        ",,,,,,,,a,,",
+        ",a,,,,,,,,,",
+        ",,b,,,,,,,,",
+    ]
+    texts = "<s> a b </s>", "<s> a \n b </s>", "<user> a <bot> b </s>", "<user> a \n c <bot> b </s>", "<s> a </s>"
+    path = write(tmp_path / "x.csv", header, *cells, ",,,,,,,,,,")
+    for streaming in (False, True):
+        found, counts = encode_rows(load_rows(path, streaming=streaming), make_tokenizer(), 16)
+        assert [row["input_ids"] for row in found] == list(map(ids, [*texts, "<s> b </s>"]))
+        assert (counts.rows, counts.without_response) == (8, 2)
+    assert counts.layouts == {"prompt and completion": 4, "question and answer": 1, "Alpaca": 2, "text": 1}
+    assert load_rows(path)[0] | {"messages": None, "tools": None, "weight": None} == load_rows(path)[0]
+
+
 def test_splits_and_names_that_are_not_there(tmp_path):
     path = FILES[0].write(tmp_path)
     with pytest.raises(ValueError, match=r"rows.jsonl is a file, whose rows are all of the split 'train'; got 'test'"):

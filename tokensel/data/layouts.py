@@ -64,16 +64,18 @@ class Layout(NamedTuple):
 
 
 def read_row(row: dict[str, Any], index: int, reading: Reading) -> tuple[str, list[Tokens] | list[Text | Chat]]:
-    """(name of the layout, documents that the row makes). A column that is None is as good as none.
+    """(name of the layout, documents that the row makes). A column that is None is as good as none, and so are those
+    of a layout if all of them are empty, where the row has another.
 
     Raises:
         RowError: no layout has these columns, or a column of it is missing, empty or of the wrong type.
     """
     names = sorted(LAYOUTS, key="pair".__ne__) if reading.rejected_weight else list(LAYOUTS)
     filled = {column for column, value in row.items() if value is not None}
-    for name in names:
-        if filled.issuperset(LAYOUTS[name].columns):
-            return name, LAYOUTS[name].read(row, index, reading)
+    full = [name for name in names if filled.issuperset(LAYOUTS[name].columns)]
+    if full:  # In a table of several layouts, one whose cells are all empty is that of other rows.
+        name = min(full, key=lambda name: all(row[column] == "" for column in LAYOUTS[name].columns))
+        return name, LAYOUTS[name].read(row, index, reading)
     # What comes nearest says what is wrong with it.
     near = max(names, key=lambda name: (len(filled & {*LAYOUTS[name].columns}), row.keys() >= {*LAYOUTS[name].columns}))
     columns = LAYOUTS[near].columns

@@ -15,6 +15,11 @@ import pyarrow.parquet as pq
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# An empty cell of one of these holds nothing; of others, it is a text without letters.
+_NO_TEXT = {
+    *("messages", "conversations", "tools", "chat_template_kwargs"),
+    *("input_ids", "labels", "attention_mask", "token_weights"),
+}
 
 
 def kind_of(path: Path) -> str:
@@ -26,7 +31,8 @@ def kind_of(path: Path) -> str:
 def read_file(path: Path, columns: Collection[str] | None = None) -> Rows:
     """(place, row) of every row. A place is "FILE:LINE", or "FILE, row 7" from 0, where rows are not lines.
 
-    A name that ends in none of `READERS` is read as JSON. Cells of CSV are text, but for a `weight`.
+    A name that ends in none of `READERS` is read as JSON. Cells of CSV are text, but for a `weight`. An
+    empty one is an empty text, or None where its column is of lists or objects.
 
     Args:
         columns: those to read, so that no other can stop it: the others are None. None = all.
@@ -105,6 +111,7 @@ def _read_csv(path: Path, columns: Collection[str] | None) -> Rows:
                         f"{place}: {len(cells)} cells, but the header has {len(names)}; text with a delimiter, a "
                         "quote or a newline in it needs quotes"
                     )
+                row |= {name: None for name in row if name in _NO_TEXT and not row[name]}
                 yield place, row | ({"weight": _number(place, row["weight"])} if "weight" in row else {})
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error  # behind the last whole row
