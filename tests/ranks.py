@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tokensel
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.documents import BatchLayout
+from tokensel.history import LiveHistory
 from tokensel.step import Progress
 from tokensel.store import HistoryWriter
 from tokensel.trainer import SelectiveTrainer
@@ -129,7 +130,7 @@ def tensor_parallel(model, **head):
     return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
 
 
-class Shrunken:
+class Shrunken(LiveHistory):
     """A live history that runs the model: its hidden states, smaller."""
 
     signal, shares_head = "history_nll", True

@@ -16,6 +16,15 @@ _BASE = ("base_layer", "original_module")  # where an adapter layer keeps what i
 _INSTEAD = "use history 'recorded', scored under the base model, or 'frozen', the model as this run begins"
 
 
+def quick_look(model: nn.Module) -> tuple[list[nn.Module], Any]:
+    """(adapter layers, what two looks differ by: those, adapters, merges, trained parameters), of milliseconds."""
+    modules = list(model.modules())
+    layers = [m for m in modules if "_disable_adapters" in m.__dict__ or hasattr(type(m), "_disable_adapters")]
+    trained = [id(p) for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    adapters = set(getattr(unwrap(model), "peft_config", ()))
+    return layers, (trained, adapters, [(id(layer), getattr(layer, "merged", False)) for layer in layers])
+
+
 def adapter_layers(model: nn.Module, name: str, instead: str) -> list[nn.Module]:
     """The adapter layers of a PEFT model that trains nothing but them.
 

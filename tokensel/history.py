@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokensel.adapters import adapter_layers, refuse_rewritten_base
+from tokensel.adapters import adapter_layers, quick_look, refuse_rewritten_base
 from tokensel.documents import BatchLayout
 from tokensel.files import check_directory
 from tokensel.model import PatchedModel, apply_to, eval_mode, refuse_patched, remove, unwrap
@@ -33,6 +33,13 @@ class LiveHistory:
     name: str
     signal: str = "history_nll"
     shares_head: bool = False
+
+    def check(self, patched: PatchedModel) -> None:
+        """Called before each pass, with the model that asks.
+
+        Raises:
+            ValueError: it is not the history of that model, or no longer.
+        """
 
     def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D], of one that shares the head."""
@@ -74,31 +81,43 @@ class AdapterOff(LiveHistory):
                 adapters are merged into them, or the adapters' initialisation rewrote them (PiSSA and the like).
         """
         self.model = model
-        self.switches = adapter_layers(model, "adapter_off", "history 'recorded' or 'frozen'")
-        refuse_rewritten_base(model, self.switches)
+        self._seen: Any = None  # the last look at the model that found nothing wrong
+        self._switches()
+
+    def _switches(self) -> list[nn.Module]:
+        """The adapter layers of now: some may have been added, merged or joined by trained base weights since."""
+        layers, look = quick_look(self.model)
+        if look != self._seen:
+            adapter_layers(self.model, "adapter_off", "history 'recorded' or 'frozen'")
+            refuse_rewritten_base(self.model, layers)
+            self._seen = look
+        return layers
+
+    def check(self, patched: PatchedModel) -> None:
+        _refuse_other(patched, self.model)
 
     def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
-        _refuse_other(patched, self.model)
         with self():
             return patched.backbone(batch)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """The model is its history inside: adapters disabled, eval mode, no gradient."""
-        before = [switch._disable_adapters for switch in self.switches]
-        for switch in self.switches:
-            switch._disable_adapters = True  # type: ignore[assignment]
+        switches: list[Any] = self._switches()
+        before = [switch._disable_adapters for switch in switches]
+        for switch in switches:
+            switch._disable_adapters = True
         try:
             with eval_mode(self.model), torch.no_grad():
                 yield
         finally:
-            for switch, off in zip(self.switches, before, strict=True):
-                switch._disable_adapters = off  # type: ignore[assignment]
+            for switch, off in zip(switches, before, strict=True):
+                switch._disable_adapters = off
 
 
 def _refuse_other(patched: PatchedModel, source: nn.Module) -> None:
-    """A history that shares the head is of that model alone: a copy of the model has other weights."""
+    """A state of a model is the history of that model alone: a copy of the model has other weights."""
     if patched.model is not unwrap(source):
         raise ValueError(
             f"the history is of another model than this {type(patched.model).__name__}, such as the one that it is a "
@@ -224,7 +243,7 @@ class ModelCopy(OtherModel):
             raise ValueError(
                 f"history_decay must be in [0, 1], the share of itself that the history keeps; got {decay}"
             )
-        self.decay, self.source = decay, unwrap(model)
+        self.decay, self.source, self._seen = decay, unwrap(model), None
         self.name = "frozen" if decay == 1 else "ema"
         home = torch.device("cpu") if offload else None if device is None else torch.device(device)
         self.values: dict[str, Tensor] = {}  # the history's trained weights
@@ -248,10 +267,23 @@ class ModelCopy(OtherModel):
         super().__init__(twin, "history_nll", device, offload)
         self.shares_head = home is None and not any(p.requires_grad for p in head.parameters())
 
+    def check(self, patched: PatchedModel) -> None:
+        _refuse_other(patched, self.source)
+        if (look := quick_look(self.source)[1]) == self._seen:
+            return
+        own = {id(p) for p in self.model.parameters()}
+        for name, parameter in self.source.named_parameters():
+            # a frozen copy goes without the weights that it shares with nobody
+            if parameter.requires_grad and name not in self.values and (self.decay < 1 or id(parameter) in own):
+                raise ValueError(
+                    f"history={self.name!r} has no copy of {name}, which was frozen or not there when it was made and "
+                    "is trained now; make the history after all parameters that are trained have requires_grad"
+                )
+        self._seen = look
+
     @torch.no_grad()
     def hidden(self, patched: PatchedModel, batch: dict[str, Any]) -> Tensor:
         """Final hidden states under the history, [B, S, D]."""
-        _refuse_other(patched, self.source)
         return self.patched.backbone(batch)
 
     def after_step(self, gather: Callable[[list[Any]], list[Any]] = list) -> None:

@@ -18,6 +18,7 @@ import tokensel
 from benchmarks.speed.cases import Case
 from benchmarks.speed.inputs import AttentionInputs, HeadInputs, LogitsInputs, ModelInputs, eager_mass
 from benchmarks.speed.losses import HEAD_WAYS, OTHER_LOSSES, Tokensel, available, need_gpu
+from tokensel.history import LiveHistory
 from tokensel.model import PatchedModel
 
 # From hidden states and head.
@@ -138,7 +139,7 @@ def _plain_step(make: Callable | None, s: ModelInputs) -> Callable:
     return run
 
 
-class _SameModel:
+class _SameModel(LiveHistory):
     """A live history that is the model itself, so that it costs what every live history does: a forward."""
 
     signal, shares_head = "history_nll", True

@@ -168,11 +168,67 @@ def test_adapters_that_were_off_stay_off(batch):
 
 def test_merged_adapters_are_refused(batch):
     model = lora(causal_lm())
+    earlier = AdapterOff(model)
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"adapters are merged into it; call model.unmerge_adapter\(\) first"):
-        AdapterOff(model)
+    for make in (lambda: AdapterOff(model), lambda: history_nll(model, batch, earlier)):
+        with pytest.raises(ValueError, match=r"adapters are merged into it; call model.unmerge_adapter\(\) first"):
+            make()
     model.unmerge_adapter()
-    torch.testing.assert_close(history_nll(model, batch, AdapterOff(model)), nll_of(causal_lm(), batch))
+    for history in (AdapterOff(model), earlier):
+        torch.testing.assert_close(history_nll(model, batch, history), nll_of(causal_lm(), batch))
+
+
+# What changes after the history was made
+
+
+def test_adapters_that_are_added_later_are_off_too(batch):
+    base = nll_of(causal_lm(dtype=torch.float32), batch)
+    model = lora(causal_lm(dtype=torch.float32), ["q_proj"])
+    history = AdapterOff(model)
+    model.add_adapter("later", peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
+    model.set_adapter("later")
+    assert torch.equal(history_nll(model, batch, history), base)
+    assert (nll_of(model, batch) - base).abs().max() > 0.1
+    model.add_adapter("worse", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="adapter 'worse' was initialised by 'pissa'"):
+        history_nll(model, batch, history)
+
+
+def unfrozen_layer(model):
+    """Of which the last layer is trained alone."""
+    model.requires_grad_(False).model.layers[-1].requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, history, message",
+    [
+        (lora, AdapterOff, "needs the base model frozen, but .*embed_tokens.weight is trained"),
+        (lora, ModelCopy, "'frozen' has no copy of .*embed_tokens.weight, .* make the history after"),
+        (unfrozen_layer, ModelCopy, "'frozen' has no copy of model.embed_tokens.weight, .* make the history after"),
+        (unfrozen_layer, lambda model: ModelCopy(model, 0.5, device="cpu"), "'ema' has no copy of model.embed_tokens"),
+    ],
+)
+def test_weights_that_are_trained_later_are_refused(batch, make, history, message):
+    model = make(causal_lm())
+    made = history(model)
+    before = history_nll(model, batch, made)
+    embeddings = model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match=message):
+        history_nll(model, batch, made)
+    embeddings.requires_grad_(False)
+    assert torch.equal(history_nll(model, batch, made), before)
+
+
+def test_a_frozen_copy_of_everything_stays_what_it_was(batch):
+    model = causal_lm()
+    made, base = ModelCopy(model), nll_of(causal_lm(), batch)
+    assert torch.equal(history_nll(lora(model), batch, made), base)
+    made = ModelCopy(unfrozen_layer(model := causal_lm()), device="cpu")
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    assert torch.equal(history_nll(model, batch, made), base)
 
 
 # A reference of another size

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32
 from oracles import next_token_nll
 from tiny import VOCABULARY, causal_lm, lora
@@ -118,7 +119,8 @@ def test_a_copy_under_mixed_precision_computes_itself(batch):
     assert float(loss_of(other, batch)) == pytest.approx(torch.tensor(float(VOCABULARY)).log().item(), rel=1e-6)
 
 
-def test_the_selection_stays_where_accelerate_takes_off_mixed_precision(batch):
+def test_the_selection_stays_where_accelerate_takes_off_mixed_precision(batch, monkeypatch):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one for a process, of other tests
     model = causal_lm(dtype=torch.float32)
     expected, own = loss_of(apply_to(model).model, batch, "random"), own_loss(model, batch)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
@@ -149,15 +151,21 @@ def test_a_copy_of_the_head_alone_is_a_head_of_its_own():
     assert head.forward.__self__ is head and len(copy.deepcopy(vars(head))) == len(vars(head))
 
 
-@pytest.mark.parametrize("history", [AdapterOff, ModelCopy])
-def test_a_history_of_another_copy_is_refused(batch, history):
-    model = lora(causal_lm())
+def average(model):
+    return ModelCopy(model, 0.5)
+
+
+@pytest.mark.parametrize("wrap, history", [(lora, AdapterOff), (lora, ModelCopy), (lambda model: model, average)])
+def test_a_history_of_another_copy_is_refused(batch, wrap, history):
+    model = wrap(causal_lm())
     apply_to(model)
     selection = Selection(methods.get("rel"), history=history(model))
     other = copy.deepcopy(model)
     assert model(**batch, selection=selection).loss.isfinite()
     with pytest.raises(ValueError, match="history is of another model .* make one of this model"):
         other(**batch, selection=selection)
+    with pytest.raises(ValueError, match="history is of another model .* make one of this model"):
+        model(**batch, selection=copy.deepcopy(selection))
     own = Selection(methods.get("rel"), history=history(other))
     a, b = (m(**batch, selection=s).history_nll for m, s in ((model, selection), (other, own)))
     assert torch.equal(a, b)
