@@ -173,6 +173,13 @@ LAYOUTS = [
     Row("text", {"text": "a b c"}, "<s> a b c </s>", ". a b c </s>"),
     Row("pair", {"prompt": "a ", "chosen": "b", "rejected": "c"}, "<s> a b </s>", ". . b </s>"),
     Row("pair", {"chosen": "a b c", "rejected": "a b d"}, "<s> a b c </s>", ". . . c </s>"),
+    Row("pair", {"question": "a", "chosen": "b", "rejected": "c"}, "<user> a <bot> b </s>", ". . . b </s>"),
+    Row(
+        "pair",
+        {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+        "<user> a \n b <bot> c </s>",
+        ". . . . . c </s>",
+    ),
     Row(
         "pair",
         {"chosen": _turns("a") + _ANSWER, "rejected": _turns("a") + _WORSE},

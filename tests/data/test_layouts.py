@@ -51,7 +51,7 @@ def test_each_row_has_its_own_layout_and_they_are_counted(tmp_path):
     assert encoded["input_ids"][:] == [ids(tried.tokens) for tried in LAYOUTS]
     assert encoded["labels"][:] == [labels(tried.labels) for tried in LAYOUTS]
     assert counts.rows == counts.documents == len(LAYOUTS) == sum(counts.layouts.values())
-    assert "layouts: 2 prompt and completion, 1 question and answer, 1 chat, 1 ShareGPT, 2 Alpaca, 1 text, 4 pair" in (
+    assert "layouts: 2 prompt and completion, 1 question and answer, 1 chat, 1 ShareGPT, 2 Alpaca, 1 text, 6 pair" in (
         str(counts)
     )
 
@@ -159,6 +159,92 @@ def test_what_both_answers_begin_with_is_the_prompt_as_in_trl(pair):
     from trl.data_utils import extract_prompt
 
     assert read(pair, rejected_weight=-1) == read(extract_prompt(pair), rejected_weight=-1)
+
+
+BARE = make_tokenizer(chat_template=None)
+OPEN = {"chosen": "a b", "rejected": "a c"}  # what both begin with is no prompt where one is asked
+
+
+@pytest.mark.parametrize(
+    "asked, chat, text",
+    [
+        ({"question": "d"}, "<user> d <bot>", "<s> d \n"),
+        ({"question": "d", "input": "e"}, "<user> d \n e <bot>", "<s> d \n e \n"),
+        ({"input": "d", "instruction": "", "question": ""}, "<user> d <bot>", "<s> d \n"),
+        ({"prompt": "", "question": "d"}, "<user> d <bot>", "<s> d \n"),
+        ({"prompt": "d", "question": "e"}, "<s> d", "<s> d"),
+    ],
+)
+def test_the_question_of_a_pair_is_its_prompt(asked, chat, text):
+    for tokenizer, prompt in ((make_tokenizer(), chat), (BARE, text)):
+        chosen, rejected = encode_rows([asked | OPEN], tokenizer, 64, rejected_weight=-1)[0]
+        assert chosen["input_ids"] == ids(f"{prompt} a b </s>") and rejected["input_ids"] == ids(f"{prompt} a c </s>")
+        assert chosen["labels"] == [-100] * len(prompt.split(" ")) + ids("a b </s>")
+
+
+def test_the_instruction_of_a_pair_is_read_as_alpaca():
+    row = {"instruction": "d", "input": "e"}
+    for has_template in (True, False):
+        (alpaca,) = read(row | {"output": "a b"}, has_template=has_template)
+        assert read(row | OPEN, has_template=has_template) == [alpaca]
+
+
+def test_the_question_of_a_pair_of_answers_as_messages_is_theirs():
+    (chat,) = read({"question": "a", "chosen": [ANSWER], "rejected": [WORSE]})
+    assert (chat.messages, chat.prompt_messages) == ([USER, ANSWER], 1)
+    (told,) = read({"question": "x", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]})
+    assert told.messages == [USER, ANSWER]
+
+
+def test_cells_of_pairs_stand_beside_empty_ones_of_others():
+    rows = [{"question": "a", "answer": "", **OPEN}, {"question": "a", "answer": "b", "chosen": "", "rejected": ""}]
+    assert encode_rows(rows, make_tokenizer(), 64)[1].layouts == {"pair": 1, "question and answer": 1}
+
+
+# The column `system`
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "output": "b"},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"question": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    ],
+    ids=lambda row: " ".join(row),
+)
+def test_a_system_column_is_the_first_message_of_a_chat(row):
+    system = {"role": "system", "content": "s"}
+    plain = read(row, rejected_weight=-1)
+    for part, alone in zip(read(row | {"system": "s"}, rejected_weight=-1), plain, strict=True):
+        assert part == alone._replace(messages=[system, *alone.messages], prompt_messages=alone.prompt_messages + 1)
+    assert read(row | {"system": ""}, rejected_weight=-1) == read(row | {"system": None}, rejected_weight=-1) == plain
+    with pytest.raises(RowError, match="row 0: system must be a string; got int"):
+        read(row | {"system": 3})
+
+
+def test_a_system_column_reaches_the_template_or_is_refused(tmp_path):
+    row = {"system": "c", "instruction": "a", "output": "b"}
+    path = write(tmp_path / "x.jsonl", json.dumps(row))
+    shown = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}</s>"
+    chats = make_tokenizer(chat_template=shown.replace("{{ m.role }}", "{{ '<go>' if m.role == 'system' else '' }}"))
+    found, _ = encode_rows(load_rows(path, columns=COLUMNS), chats, 64)
+    assert found[0]["input_ids"] == ids("<go> c a b </s>")
+    for unlike in (row, {"system": "c", **PAIR}, {"system": "c", "question": "a", **OPEN}):
+        with pytest.raises(RowError, match="row 0: system is a message, .* but the row is text"):
+            encode(unlike, tokenizer=BARE)
+    assert encode({"system": "c", "text": "a"})["input_ids"] == ids("<s> a </s>")  # it may be anything there
+
+
+def test_messages_that_begin_with_their_own_system_message_keep_it():
+    for role in ("system", "developer"):
+        own = [{"role": role, "content": "own"}, USER, ANSWER]
+        assert read({"messages": own, "system": "s"}) == read({"messages": own})
+    (chat,) = read({"messages": [USER, ANSWER], "system": "s"}, role_names={"system": "developer"})
+    assert chat.messages[0] == {"role": "developer", "content": "s"}
 
 
 def test_answers_that_do_not_differ_have_no_response():

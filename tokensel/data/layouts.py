@@ -74,8 +74,9 @@ def read_row(row: dict[str, Any], index: int, reading: Reading) -> tuple[str, li
     filled = {column for column, value in row.items() if value is not None}
     full = [name for name in names if filled.issuperset(LAYOUTS[name].columns)]
     if full:  # In a table of several layouts, one whose cells are all empty is that of other rows.
-        name = min(full, key=lambda name: all(row[column] == "" for column in LAYOUTS[name].columns))
-        return name, LAYOUTS[name].read(row, index, reading)
+        of_pairs = PROMPTS if "pair" in full else ()
+        name = min(full, key=lambda name: all(row[c] == "" for c in LAYOUTS[name].columns if c not in of_pairs))
+        return name, _with_system(LAYOUTS[name].read(row, index, reading), name, row, index, reading)
     # What comes nearest says what is wrong with it.
     near = max(names, key=lambda name: (len(filled & {*LAYOUTS[name].columns}), row.keys() >= {*LAYOUTS[name].columns}))
     columns = LAYOUTS[near].columns
@@ -90,8 +91,42 @@ def read_row(row: dict[str, Any], index: int, reading: Reading) -> tuple[str, li
     raise RowError(index, f"its columns are {sorted(row)}; accepted are {accepted}")
 
 
+def _with_system(parts: list[Any], layout: str, row: dict, index: int, reading: Reading) -> list[Any]:
+    """Chats with the column `system` as their first message, unless they begin with one."""
+    chats = [part for part in parts if isinstance(part, Chat)]
+    if row.get("system") in (None, "") or not (chats or layout in ("Alpaca", "pair")):
+        return parts
+    if not chats:
+        raise RowError(
+            index,
+            "system is a message, which goes through the chat template, but the row is text; give messages, or "
+            "instruction or question to a tokenizer with a chat template, or leave the column out",
+        )
+    message = {"role": reading.role_names.get("system", "system"), "content": _string(row, index, "system")}
+    return [
+        chat
+        if chat.messages[0]["role"] in ("system", "developer", message["role"])
+        else Chat([message, *chat.messages], chat.prompt_messages + 1, chat.weight)
+        for chat in chats
+    ]
+
+
 def _string(row: dict, index: int, column: str) -> str:
     return _checked_string(row[column], index, column)
+
+
+def _asked(row: dict, index: int) -> tuple[str, str]:
+    """What the answers of a pair without `prompt` answer, and Alpaca's input to it; empty if there is none."""
+    instruction, question, given = (_optional(row, index, name) for name in ("instruction", "question", "input"))
+    return (instruction or question, given) if instruction or question else (given, "")
+
+
+def _user(instruction: str, given: str) -> dict:
+    return {"role": "user", "content": f"{instruction}\n{given}" if given else instruction}
+
+
+def _optional(row: dict, index: int, column: str) -> str:
+    return "" if row.get(column) is None else _string(row, index, column)
 
 
 def _checked_string(value: Any, index: int, name: str) -> str:
@@ -171,26 +206,33 @@ def _question(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
 
 def _alpaca(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
     instruction, output = _string(row, index, "instruction"), _string(row, index, "output")
-    given = "" if row.get("input") is None else _string(row, index, "input")
+    return [_answered(instruction, _optional(row, index, "input"), output, reading)]
+
+
+def _answered(instruction: str, given: str, answer: str, reading: Reading) -> Text | Chat:
     if reading.has_template:
-        question = f"{instruction}\n{given}" if given else instruction
-        return [Chat([{"role": "user", "content": question}, {"role": "assistant", "content": output}])]
+        return Chat([_user(instruction, given), {"role": "assistant", "content": answer}])
     paired = ", paired with an input that provides further context" if given else ""
     given = f"\n\n### Input:\n{given}" if given else ""
-    return [Text(ALPACA.format(paired=paired, instruction=instruction, given=given), output)]
+    return Text(ALPACA.format(paired=paired, instruction=instruction, given=given), answer)
 
 
 def _pair(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
     """The chosen answer and, if it has a weight, the rejected one. Without a prompt, it is what both begin with."""
-    answers = _pair_of_chats(row, index, reading) if isinstance(row["chosen"], list) else _pair_of_texts(row, index)
-    chosen, rejected = answers
+    of_kind = _pair_of_chats if isinstance(row["chosen"], list) else _pair_of_texts
+    chosen, rejected = of_kind(row, index, reading)
     return [chosen, rejected._replace(weight=reading.rejected_weight)] if reading.rejected_weight else [chosen]
 
 
-def _pair_of_texts(row: dict, index: int) -> list[Text]:
+def _pair_of_texts(row: dict, index: int, reading: Reading) -> list[Text | Chat]:
     answers = [_string(row, index, "chosen"), _string(row, index, "rejected")]
-    if row.get("prompt") is not None:
+    asked, given = _asked(row, index)
+    if row.get("prompt") is not None and not (asked and row["prompt"] == ""):
         return [Text(_string(row, index, "prompt"), answer) for answer in answers]
+    if asked and (reading.has_template or row.get("instruction")):
+        return [_answered(asked, given, answer, reading) for answer in answers]
+    if asked:
+        return [Text(_user(asked, given)["content"] + "\n", answer) for answer in answers]
     begin = _shared(*answers)
     if begin and answers[0][begin - 1] == " ":  # as TRL's extract_prompt: a space belongs to the word behind it
         begin -= 1
@@ -205,6 +247,10 @@ def _pair_of_chats(row: dict, index: int, reading: Reading) -> list[Chat]:
     begin = _shared(*answers)
     if row.get("prompt") is not None and not begin:  # else it is told again by the messages
         raise RowError(index, f"prompt must be a list of messages, as chosen is; got {describe(row['prompt'])}")
+    asked, given = _asked(row, index)
+    if asked and {answer[0]["role"] for answer in answers} == {"assistant"}:
+        prompt = [_user(asked, given)]
+        return [Chat(prompt + answer, 1) for answer in answers]
     return [Chat(answer, begin) for answer in answers]
 
 
@@ -227,7 +273,10 @@ LAYOUTS = {  # in the order of preference when a row fits more than one
     ),
     "question and answer": Layout(("question", "answer"), "text, a newline between them", _question),
     "pair": Layout(
-        ("chosen", "rejected"), "two answers to `prompt`, or to what both begin with; text or messages", _pair
+        ("chosen", "rejected"),
+        "two answers to `prompt`, or to what both begin with, text or messages; or to `question`, or to `instruction` "
+        "with or without `input`, as Alpaca",
+        _pair,
     ),
     "Alpaca": Layout(
         ("instruction", "output"),
@@ -237,9 +286,11 @@ LAYOUTS = {  # in the order of preference when a row fits more than one
     "ShareGPT": Layout(("conversations",), "[{from, value}, ...], through the chat template", _sharegpt),
     "text": Layout(("text",), "alone, all of it a response", _text),
 }
+PROMPTS = ("prompt", "question", "instruction")  # of a pair
 # All that is read of a row.
 COLUMNS = {column for layout in LAYOUTS.values() for column in layout.columns} | {
     "input",
+    "system",
     "tools",
     "chat_template_kwargs",
     "weight",
