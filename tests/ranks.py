@@ -7,6 +7,7 @@ Models are float64 and optimizers SGD, so that equal updates are equal to roundi
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from spread_ops import context, vocabulary, whole
-from tiny import causal_lm, padded, samples
+from tiny import causal_lm, packed, padded, samples
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -295,10 +296,16 @@ def make_trainer(directory, **settings):
     return Recording(model, arguments, data_collator=collate, train_dataset=trainer_rows())
 
 
-def held_out_loss(directory, even_batches, **settings):
-    """Of seven rows with a response, which two ranks have to fill up where their batches have to be even."""
+def held_out_loss(directory, even_batches, flat=False, documents=1, **settings):
+    """Of seven rows with a response, which two ranks have to fill up where their batches have to be even.
+
+    With `flat`, a batch is one row of them end to end, which may consist of several documents each.
+    """
     accelerator = {"even_batches": even_batches}
     trainer = make_trainer(directory, method="full", accelerator_config=accelerator, **settings)
+    if flat:
+        parts = lambda row: [(row["input_ids"], row["labels"])] * documents  # noqa: E731
+        trainer.data_collator = lambda rows: packed([part for row in rows for part in parts(row)])
     return trainer.evaluate([row for row in trainer_rows() if (row["labels"] != -100).any()][:7])["eval_loss"]
 
 
@@ -318,7 +325,14 @@ def trainers(directory):
     for name, settings in recorded_settings(directory).items():
         accumulation = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         found[name] = run_trainer(directory, ddp_backend="gloo", **accumulation, **settings)
-    found["held out"] = [held_out_loss(directory, even, ddp_backend="gloo") for even in (False, True)]
+    cases = itertools.product((False, True), repeat=2)
+    found["held out"] = [held_out_loss(directory, even, flat, ddp_backend="gloo") for even, flat in cases]
+    one = {"ddp_backend": "gloo", "per_device_eval_batch_size": 1}
+    found["held out"].append(held_out_loss(directory, True, True, documents=2, **one))
+    try:
+        held_out_loss(directory, True, True, documents=2, ddp_backend="gloo")
+    except ValueError as error:
+        found["packed rows"] = str(error)
     torch.save(found, directory / f"trainers-{dist.get_rank()}.pt")
 
 

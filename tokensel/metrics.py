@@ -144,10 +144,10 @@ class SelectionLog:
         """Adds a batch of an evaluation to its metrics.
 
         Args:
-            rows: [B] bool, which of them count.
+            rows: [B, 1] or [B, S] bool, which tokens count.
             router_weight: of the output's `aux_loss` in the loss.
         """
-        response = output.response & rows[:, None]
+        response = output.response & rows
         sums = {"responses": response.sum(), "nll": (output.nll * response).double().sum()}
         if output.entropy is not None and output.correct is not None:
             sums["entropy"] = (output.entropy * response).double().sum()

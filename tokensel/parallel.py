@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -50,6 +52,33 @@ def sum_over_ranks(x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def without_repeated_rows(sample: Tensor, size: int, accelerator: Any) -> Tensor:
+    """Tokens of rows that are no repetition, by which the last batch is filled where ranks have unequal numbers.
+
+    Args:
+        sample: [B, S] int64, the number of each token's document (`BatchLayout`).
+        size: rows in a batch of one rank; where B is 1, they may lie end to end in one.
+        accelerator: accelerate's, which is at the batch.
+    Returns:
+        [B, 1] bool, or [1, S] where the batch is one row of rows.
+    Raises:
+        ValueError: the rows that lie end to end are packed ones, whose ends cannot be seen.
+    """
+    state, number = accelerator.gradient_state, torch.arange(len(sample), device=sample.device)[:, None]
+    filled = state.end_of_dataloader and state.remainder > 0 and accelerator.even_batches
+    if not filled or accelerator.num_processes == 1 or len(sample) not in (1, size):
+        return number >= 0
+    if len(sample) != size:
+        number = torch.diff(sample, prepend=sample[:, :1]).ne(0).cumsum(-1)
+        documents = int(number[0, -1]) + 1
+        if documents != size:
+            raise ValueError(
+                f"the last batch of the evaluation repeats rows, which cannot be found among {documents} documents of "
+                f"{size} packed rows; set per_device_eval_batch_size=1, or do not pack them"
+            )
+    return accelerator.process_index * size + number < state.remainder
 
 
 def spreading_group(module: nn.Module) -> dist.ProcessGroup | None:

@@ -30,7 +30,7 @@ from tokensel.data.collators import CollatedRows, SelectionCollator, refuse_data
 from tokensel.documents import BatchLayout
 from tokensel.metrics import SelectionLog, selection_metrics, selection_sums
 from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
-from tokensel.parallel import check_ranks_agree
+from tokensel.parallel import check_ranks_agree, without_repeated_rows
 from tokensel.recording import record_losses
 from tokensel.report.watch import SampleRecorder
 from tokensel.select.across import choose_across
@@ -367,11 +367,8 @@ class TokenSelectionMixin(_Base):
         return result
 
     def _own_rows(self, batch: dict) -> Tensor:
-        """Rows that are no repetition, by which the last batch is filled where ranks have unequal numbers. [B] bool."""
-        ids, state = batch["input_ids"], self.accelerator.gradient_state
-        number = self.accelerator.process_index * len(ids) + torch.arange(len(ids), device=ids.device)
-        filled = state.end_of_dataloader and state.remainder > 0 and len(ids) == self.args.per_device_eval_batch_size
-        return number < state.remainder if filled and self.accelerator.num_processes > 1 else number >= 0
+        sample = BatchLayout.from_batch(batch).sample
+        return without_repeated_rows(sample, self.args.per_device_eval_batch_size, self.accelerator)
 
 
 class _Advance(TrainerCallback):

@@ -147,7 +147,8 @@ def test_each_rank_has_a_denominator_of_its_own_where_tokens_are_not_averaged_ac
 def test_rows_that_fill_the_last_batch_up_are_not_evaluated_twice(found, launched):
     alone = ranks.held_out_loss(launched[0], True)
     for rank in found:
-        assert rank["trainers"]["held out"] == pytest.approx([alone, alone], rel=1e-12)
+        assert rank["trainers"]["held out"] == pytest.approx([alone] * 5, rel=1e-12)
+        assert "among 4 documents of 2 packed rows; set per_device_eval_batch_size=1" in rank["trainers"]["packed rows"]
 
 
 def test_a_checkpoint_of_two_ranks_resumes_on_one(found, launched):
