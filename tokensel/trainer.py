@@ -75,8 +75,20 @@ class TokenSelectionMixin(_Base):
         given = dict(zip(("model", "args", "data_collator", "train_dataset"), args, strict=False)) | kwargs
         self._of_trl = is_of_trl(self)
         refuse_arguments(given.get("args"), method, self._of_trl)
-        if isinstance(given.get("model"), nn.Module) and hasattr(unwrap(given["model"]), "_tokensel_patched"):
-            remove(given["model"])  # an earlier trainer's, as in a notebook; that one takes it back when it trains
+        model = given.get("model")
+        earlier = getattr(unwrap(model), "_tokensel_patched", None) if isinstance(model, nn.Module) else None
+        if earlier is not None:
+            earlier.uninstall()  # another trainer's, as in a notebook; that one takes it back when it needs it
+        try:
+            self._construct(given, method, *args, **kwargs)
+        except BaseException:
+            if earlier is not None:
+                if hasattr(earlier.model, "_tokensel_patched"):
+                    remove(earlier.model)
+                earlier.install()
+            raise
+
+    def _construct(self, given: dict[str, Any], method: SelectionMethod | None, *args, **kwargs) -> None:
         columns = getattr(given.get("train_dataset"), "column_names", None) or ()
         if self._of_trl and given.get("data_collator") is None and "token_weights" in columns:
             raise ValueError(
@@ -103,16 +115,14 @@ class TokenSelectionMixin(_Base):
         files = parse_recorded(settings.recorded)
         if settings.history == "recorded":
             files["history"] = settings.history_store
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.live_history = history = live_history(
-            settings, self.model, self.processing_class, self.method.needs, sharded
-        )
+        needs, sharded = self.method.needs, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.live_history = history = live_history(settings, self.model, self.processing_class, needs, sharded)
         if history is not None and history.signal.removesuffix("_nll") in files:
             raise ValueError(f"recorded and history={settings.history!r} both give {history.signal}; drop one")
         available = {f"{name}_nll" for name in files} | ({history.signal} if history else set())
-        for name in sorted(self.method.needs & RECORDED.keys() - available):
+        for name in sorted(needs & RECORDED.keys() - available):
             raise ValueError(f"method {self.method.name!r} needs {RECORDED[name]}")
-        if "mass" in self.method.needs and self.train_dataset is not None:
+        if "mass" in needs and self.train_dataset is not None:
             collate = self._get_collator_with_removed_columns(self.data_collator)
             refuse_data_without_prompt(self.train_dataset, collate, settings.train_batch_size, self.method.name)
         self._selection = Selection(  # refuses settings that contradict each other before anything is loaded
@@ -321,14 +331,14 @@ class TokenSelectionMixin(_Base):
 
     def selection_totals(self) -> dict[str, float]:
         """The logged metrics over the whole run: kept_share, responses, tokens_per_second, rel_mean, ..."""
-        return selection_metrics(self._selection_log.totals) | {
-            "responses": self._selection_log.totals.get("responses", 0)
-        }
+        totals = self._selection_log.totals
+        return selection_metrics(totals) | {"responses": totals.get("responses", 0)}
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """The base trainer's, with the mean loss over all response tokens as the loss, as if they had no weights."""
+        self._patch()
         self._selection_log.begin_evaluation()
         result = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._of_trl:

@@ -101,6 +101,21 @@ def test_a_second_trainer_of_a_model_takes_the_patch_and_the_first_takes_it_back
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
 
+def test_a_trainer_that_is_refused_leaves_the_patch_of_the_first(tmp_path):
+    model, rows = build(), ROWS.select(range(3))
+    first = make_trainer(tmp_path, model, method="attention", eval_dataset=rows)
+    expected, patched = first.evaluate()["eval_loss"], model._tokensel_patched
+    for settings in ({"method": "rel", "history": "reference"}, {"method": "full", "record_samples": -1}):
+        with pytest.raises(ValueError):
+            make_trainer(tmp_path, model, **settings)
+        assert model._tokensel_patched is patched
+    for other in (lambda: make_trainer(tmp_path, model, method="full"), lambda: tokensel.remove(model)):
+        other()
+        assert first.evaluate()["eval_loss"] == expected == first.predict(rows).metrics["test_loss"]
+    assert model._tokensel_patched is first._patched
+    first.train()
+
+
 def test_a_loss_function_of_the_users_own_is_refused_rather_than_ignored(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func"):
         make_trainer(tmp_path, method="random", compute_loss_func=lambda outputs, labels, **_: outputs.logits.mean())
