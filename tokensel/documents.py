@@ -68,9 +68,14 @@ class BatchLayout:
         mask; with one, the model itself would let documents see each other, which is refused.
 
         Raises:
-            ValueError: a mask that is not [B, S], or packed documents under a mask (a device-side assertion
+            ValueError: no labels, a mask that is not [B, S], or packed documents under a mask (a device-side assertion
                 elsewhere than on a CPU).
         """
+        if batch.get("labels") is None:
+            raise ValueError(
+                "the batch has no labels (token ids, -100 off the response); give rows that have them, and a collator "
+                "that keeps and pads them, such as transformers.DataCollatorForSeq2Seq"
+            )
         attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
         if attention_mask is None:
             segments = None if position_ids is None else segments_from_positions(position_ids)

@@ -107,9 +107,9 @@ def _model_forward(model: Any, forward: Callable, *args, selection=None, **kwarg
         return forward(*args, **kwargs)
     if args:
         raise TypeError("with selection=, pass the model's inputs by keyword (input_ids=..., labels=...)")
-    missing = [name for name in ("input_ids", "labels") if kwargs.get(name) is None]
+    missing = kwargs.get("input_ids") is None
     if missing or kwargs.get("past_key_values") is not None:
-        needs = f"needs {' and '.join(missing)}" if missing else "takes no past_key_values"
+        needs = "needs input_ids" if missing else "takes no past_key_values"
         raise ValueError(
             f"with selection=, the model {needs}; adapters that hand over embeddings or keys (prompt and prefix "
             "tuning) are not supported"

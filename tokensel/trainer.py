@@ -351,7 +351,7 @@ class TokenSelectionMixin(_Base):
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Without logits where only the loss is asked for."""
         inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
-        if not prediction_loss_only:
+        if not prediction_loss_only or inputs.get("labels") is None:  # which has no loss either
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         return self._held_out_loss(model, self._prepare_inputs(inputs)), None, None
 

@@ -20,7 +20,7 @@ from training import (
     run,
     weights,
 )
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 
 def mean_nll(model, rows):
@@ -68,6 +68,15 @@ def test_the_loss_is_the_mean_over_tokens_however_they_are_batched(tmp_path, siz
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert trainer.evaluate(ROWS.select([4]))["eval_loss"] == pytest.approx(mean_nll(build(), [ROWS[4]]), rel=1e-6)
     assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("collator", [DataCollatorWithPadding, DataCollatorForSeq2Seq])
+def test_rows_without_labels_have_no_loss_and_cannot_be_trained(tmp_path, collator):
+    rows, extra = ROWS.remove_columns("labels").select(range(5)), {"collator": collator(TOKENIZER, return_tensors="pt")}
+    trainer = make_trainer(tmp_path, rows=rows, eval_dataset=rows, method="random", **extra)
+    assert "eval_runtime" in (found := trainer.evaluate()) and "eval_loss" not in found
+    with pytest.raises(ValueError, match="the batch has no labels .*DataCollatorForSeq2Seq"):
+        trainer.train()
 
 
 def test_each_held_out_set_has_its_own_loss(tmp_path):
