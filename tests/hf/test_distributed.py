@@ -192,7 +192,10 @@ def test_a_head_spread_over_two_ranks_selects_as_on_one(found, dtype, impl):
         torch.testing.assert_close(value, alone["stats"][name])
     assert torch.equal(first["loss"], second["loss"])
     torch.testing.assert_close(first["loss"], alone["loss"])
-    assert torch.equal(first["loss"], first["without stats"])
+    # where its tensors lie decides the order in which a processor without wide registers adds
+    torch.testing.assert_close(
+        first["loss"], first["without stats"], rtol=2 * torch.finfo(first["loss"].dtype).eps, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype, impl", spread_ops.VOCABULARY_CASES)
@@ -204,8 +207,9 @@ def test_the_gradients_of_a_spread_head_are_within_twice_the_error_of_eager_ones
     for rank in found:
         for name, expected in reference.items():
             error = (rank["vocabulary"][f"{dtype}-{impl}"][name].double() - expected).abs().max()
-            # float64 is the reference itself, to rounding
-            budget = 2 * (eager[name].double() - expected).abs().max() if dtype != "float64" else 1e-14
+            # float64 is the reference itself, to rounding; in a short sum eager may be right by luck
+            rounding = 2 * torch.finfo(getattr(torch, dtype)).eps * expected.abs().max()
+            budget = 2 * (eager[name].double() - expected).abs().max() + rounding if dtype != "float64" else 1e-14
             assert 0 < float(expected.abs().max()) and error <= budget, (name, float(error), float(budget))
 
 
