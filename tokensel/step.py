@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass
 class Selection:
-    """How to select in a step; pass it to a patched model, and let it advance with the optimizer.
+    """How to select in a step; pass it to a patched model, and let it advance with the optimizer::
 
         selection = Selection(method, history=history)
         model(**batch, selection=selection).loss.backward()
