@@ -25,6 +25,7 @@ def world(tmp_path_factory):
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_trains_by_changing_one_word(world, name):
     result = worlds.fine_tune(world, name, {}, steps=4)
@@ -245,6 +246,7 @@ def test_every_failure_in_a_worker_comes_back_as_its_reason():
     assert results["four"] == 2 and results["minus"]["failed"].startswith("ValueError: ")
 
 
+@pytest.mark.slow
 def test_a_larger_scale_is_in_the_steps_and_in_the_labels(run_study, capsys, tmp_path):
     run_study("feedback", "--scale", "2")
     assert {steps for _, _, steps in run_study.asked} == {120}
@@ -259,6 +261,7 @@ def test_a_larger_scale_is_in_the_steps_and_in_the_labels(run_study, capsys, tmp
     assert {steps for _, _, steps in run_study.asked} == {120}
 
 
+@pytest.mark.slow
 def test_a_larger_world_has_more_rows_and_steps_for_every_model(tmp_path, monkeypatch):
     taken = []
     really = worlds.train

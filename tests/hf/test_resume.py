@@ -92,6 +92,7 @@ def logged_losses(out):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(recorded, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted, process = start(recorded, whole), start(recorded, killed)
