@@ -43,7 +43,7 @@ def reload(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=False)  # a whole model is a pickle; these bytes were written just above
 
 
 def with_adapters(model):
