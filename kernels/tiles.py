@@ -10,6 +10,7 @@ chip's limit. `tokensel tune` writes such a file for the GPU at hand; TOKENSEL_T
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,6 +35,7 @@ class ProductTile:
     warps: int
     stages: int
     tma: bool = False
+    specialize: bool = False  # warps of their own for loads, products and epilogue (Blackwell)
     processors: int = 1  # of the device it runs on
     precision: str = "ieee"  # of float32 inputs
 
@@ -67,6 +69,7 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "gradient", "matmul")}
 KINDS |= {"attention": AttentionTile}
 SIZES = {"half": 2, "float32": 4}
+CHIPS_WITH = {"tma": ("sm_90", "sm_100"), "specialize": ("sm_100",)}  # fields that not every family may set
 SHIPPED = Path(__file__).with_name("tiles.json")
 
 
@@ -74,6 +77,11 @@ def file_fields(kind: str) -> list[str]:
     """What a tile of this kind consists of in a file; the rest is known where it runs."""
     fields = [field.name for field in dataclasses.fields(KINDS[kind])]
     return [name for name in fields if name not in ("processors", "precision")]
+
+
+def _entry(kind: str, tile: ProductTile | AttentionTile) -> dict:
+    fields = {name: getattr(tile, name) for name in file_fields(kind)}
+    return {name: value for name, value in fields.items() if name != "specialize" or value}
 
 
 def read_tiles(path: str | Path, below: Table | None = None) -> Table:
@@ -100,12 +108,13 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
         for kind, sizes in named(kinds, f"a kind of {family}", tuple(KINDS)).items():
             for size, entry in named(sizes, f"a size of {family} {kind}", tuple(SIZES)).items():
                 where, names = f"{family} {kind} {size}", file_fields(kind)
-                need(isinstance(entry, dict) and set(entry) == set(names), where, f"all of {', '.join(names)}", entry)
+                known = isinstance(entry, dict) and set(entry) | {"specialize"} == set(names) | {"specialize"}
+                need(known, where, f"all of {', '.join(names)}", entry)
                 for name, value in entry.items():
                     at = f"{name} of {where}"
-                    if name == "tma":
+                    if name in CHIPS_WITH:
                         need(isinstance(value, bool), at, "true or false", value)
-                        need(not value or family in ("sm_90", "sm_100"), at, "false: the chip has no such unit", value)
+                        need(not value or family in CHIPS_WITH[name], at, "false: the chip has no such unit", value)
                         continue
                     whole = isinstance(value, int) and not isinstance(value, bool)
                     need(whole and value > 0, at, "a positive whole number", value)
@@ -135,7 +144,7 @@ def write_tiles(path: str | Path, table: Table) -> None:
     for family, kinds in table.items():
         lines = []
         for kind, tiles in kinds.items():
-            entries = {sizes[n]: {name: getattr(tile, name) for name in file_fields(kind)} for n, tile in tiles.items()}
+            entries = {sizes[n]: _entry(kind, tile) for n, tile in tiles.items()}
             inner = ",\n".join(f'   "{size}": {json.dumps(entry)}' for size, entry in entries.items())
             lines.append(f'  "{kind}": {{\n{inner}\n  }}')
         families.append(f' "{family}": {{\n' + ",\n".join(lines) + "\n }")
@@ -188,6 +197,11 @@ def _gpu_family(device: torch.device) -> tuple[str, int]:
         )
     # 8.6, 8.9 and 12.x have little shared memory; their tile is the oldest family's
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80"), properties.multi_processor_count
+
+
+def on_device(like: Tensor) -> contextlib.AbstractContextManager:
+    """Within, kernels are launched on the tensor's own GPU, which need not be the current one."""
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 
 
 def product_tile(like: Tensor, kind: str) -> ProductTile:
