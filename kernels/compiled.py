@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tokensel_kernels.attention_mass import _attention_mass_kernel
+from tokensel_kernels.logits_stats import _logits_stats_kernel
 from tokensel_kernels.tiles import TILES, attention_rows, interpreting
 from tokensel_kernels.vocab_grad import (
     _block_gradient_kernel,
@@ -25,7 +26,7 @@ from tokensel_kernels.vocab_grad import (
     _hidden_gradient_kernel,
     _logits_gradient_kernel,
 )
-from tokensel_kernels.vocab_stats import _hidden_stats_kernel, _logits_stats_kernel
+from tokensel_kernels.vocab_stats import _hidden_stats_kernel
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,11 +1,9 @@
-"""Hidden states or logits -> per-token statistics of one or two models.
+"""Hidden states -> per-token statistics of one or two models.
 
-From hidden states, one launch serves both models. Each program owns a tile of rows and a share of the vocabulary: tile
+One launch serves both models. Each program owns a tile of rows and a share of the vocabulary: tile
 product, online softmax, target logit, all in registers; nothing of width V is written. Operations: 2 N V D a model.
 Bytes: a group of row tiles stays in L2 while the head streams by, so the head is read once a group, 2 V D bytes, and
 the results are a few floats a row and share. A fixed order of merging makes it deterministic.
-
-From logits, each is read once: N V elements a model.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import grouped_tile, head_logits, store_sums, take_logits, tile_logits
-from tokensel_kernels.tiles import aligned, product_tile, row_columns, tile_source
+from tokensel_kernels.primitives import grouped_tile, store_sums, take_logits, tile_logits
+from tokensel_kernels.tiles import aligned, product_tile, tile_source
 
 
 @triton.jit
@@ -88,61 +86,6 @@ def _hidden_stats_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _sweep_row(
-    z_ptr, bias_ptr, sums_ptr,  # pointers
-    row, label, V,  # shapes
-    field_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    COLUMNS: tl.constexpr,  # constants
-):  # fmt: skip
-    """Statistics of one row of logits."""
-    top = tl.full([1], -float("inf"), tl.float32)
-    target = tl.full([1], -float("inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    first = tl.zeros([1], tl.float32)
-    second = tl.zeros([1], tl.float32)
-    for column in range(0, V, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
-        inside = columns < V
-        z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        z = head_logits(z, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
-        top, total, target, first, second = take_logits(
-            z, columns, V, label + tl.zeros([1], tl.int64), top, total, target, first, second, ENTROPY
-        )
-    one = row + tl.zeros([1], tl.int32)
-    store_sums(sums_ptr, one, one >= 0, field_stride, top, total, target, first, second, ENTROPY)
-
-
-@triton.jit
-def _logits_stats_kernel(
-    z_ptr, history_z_ptr, bias_ptr, label_ptr, sums_ptr,  # pointers
-    first_column, V,  # shapes
-    z_stride, history_z_stride, field_stride, model_stride,  # strides
-    logit_scale, softcap, ignore_index, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, COLUMNS: tl.constexpr,  # constants
-):  # fmt: skip
-    row = tl.program_id(0)
-    label = tl.load(label_ptr + row)
-    if label == ignore_index:
-        return
-    label -= first_column
-    at = row.to(tl.int64)
-    _sweep_row(
-        z_ptr + at * z_stride, bias_ptr, sums_ptr,
-        row, label, V,
-        field_stride,
-        logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, COLUMNS,
-    )  # fmt: skip
-    if PAIR:
-        _sweep_row(
-            history_z_ptr + at * history_z_stride, bias_ptr, sums_ptr + model_stride,
-            row, label, V,
-            field_stride,
-            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, COLUMNS,
-        )  # fmt: skip
-
-
 def vocabulary_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
     """Into how many shares the vocabulary is split: for eight waves of programs, so that the last one costs little."""
     return max(1, min(column_tiles, triton.cdiv(8 * processors, row_tiles)))
@@ -194,37 +137,3 @@ def hidden_sums(
         logit_scale, softcap or 1.0, ignore_index, PAIR=len(models) == 2, **head, **tile.constants(),
     )  # fmt: skip
     return sums
-
-
-def write_logits_sums(
-    logits: list[Tensor],
-    labels: Tensor,
-    sums: Tensor,
-    *,
-    first_column: int = 0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int,
-) -> None:
-    """Sums of one or two models' logits over a share of the vocabulary, each read once.
-
-    Args:
-        logits: [N, C] of each model, any floating dtype: vocabulary columns from `first_column` on.
-        labels: [N] int64 in the whole vocabulary.
-        sums: [fields, models, N] float32 to write, the last dimension contiguous: one share of what `hidden_sums`
-            gives. Rows to ignore are left as they are.
-        bias: [C] or None.
-    """
-    N, C = logits[0].shape
-    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
-    z, history_z = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits[0], logits[-1]))
-    if N:
-        _logits_stats_kernel[(N,)](
-            z, history_z, bias, labels, sums,
-            first_column, C,
-            z.stride(0), history_z.stride(0), sums.stride(0), sums.stride(1),
-            logit_scale, softcap or 1.0, ignore_index, PAIR=len(logits) == 2,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ENTROPY=len(sums) == 5,
-            COLUMNS=row_columns(z), num_warps=8,
-        )  # fmt: skip

@@ -8,6 +8,7 @@ from kernel_inputs import DEVICE, NAMES, attention_inputs, make
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import tokensel_kernels.attention_mass
+import tokensel_kernels.logits_stats
 import tokensel_kernels.vocab_grad
 import tokensel_kernels.vocab_stats
 from tokensel import (
@@ -44,7 +45,7 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_has_no_likelihood():
     head = {"bias": bias, "softcap": None, "logit_scale": 1.0, "entropy": False, "ignore_index": -100}
     logits = [surrounded(x @ w.T) for x, w in models]
     of_logits = torch.full((3, 2, 1, len(labels)), torch.nan, device=DEVICE)
-    tokensel_kernels.vocab_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
+    tokensel_kernels.logits_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
     z, old = (z + bias for z in logits)
     for sums, expected in (
         (tokensel_kernels.vocab_stats.hidden_sums(models, labels, **head), (z, old)),

@@ -154,7 +154,7 @@ def hidden_stats_on_gpu(
 
     Ignored rows are multiplied too: to leave them out, the host would have to wait for their number.
     """
-    from tokensel_kernels.vocab_stats import write_logits_sums
+    from tokensel_kernels.logits_stats import write_logits_sums
 
     N, V = len(labels), models[0][1].shape[0]
     R, C = vocabulary_blocks(N, V, workspace_mib, columns=GPU_COLUMNS, models=len(models))

@@ -293,7 +293,7 @@ def token_stats_from_logits(
     y = labels.reshape(-1)
     flat = [z.reshape(-1, z.shape[-1]) for z in (logits, history_logits) if z is not None]  # (N, V)
     if impl == "fused" or (impl == "chunked" and on_gpu(logits)):
-        from tokensel_kernels.vocab_stats import write_logits_sums
+        from tokensel_kernels.logits_stats import write_logits_sums
 
         sums = torch.empty(5 if entropy else 3, len(flat), 1, len(y), dtype=torch.float32, device=y.device)
         write_logits_sums(flat, y, sums[:, :, 0], ignore_index=ignore_index)
