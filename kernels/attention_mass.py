@@ -5,97 +5,238 @@ sums under one maximum: 2 Hq d operations a visible pair, half of an attention f
 FlashAttention returned, only prompt columns are computed. Query heads of one key head share the key tile.
 
 What a query sees is three numbers: keys from `low` (its document and window begin there) to itself; keys that count as
-prompt end before `prompt_end` (its own turn begins there).
+prompt end before `prompt_end` (its own turn begins there). Most key tiles are inside these bounds for every row of a
+tile, and all prompt or all response: `attention_plan` finds them, and the sweep goes through them without a mask.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import multiply, tanh
-from tokensel_kernels.tiles import attention_tile
+from tokensel_kernels import tiles
+from tokensel_kernels.attention_plan import (
+    FAR,
+    FIELDS,
+    KINDS,
+    MIXED_SHIFT,
+    MIXED_SPLIT,
+    MIXED_STOP,
+    OTHER_SHIFT,
+    OTHER_SPLIT,
+    OTHER_STOP,
+    PROMPT_SHIFT,
+    PROMPT_STOP,
+    attention_plan,
+)
+from tokensel_kernels.primitives import multiply
 
-VISIBLE, PROMPT = 1, 2  # bits of a key's flags
+LOG2_E = math.log2(math.e)  # scores are in units of log 2, so that an exponential is one instruction
+LOWEST = tl.constexpr(-3e38)  # a pivot below every score, and finite: differences of pivots are never NaN
+PIVOT_FREE_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32
+
+
+@triton.jit
+def _key_tile(
+    k_source, k_ptr, batch, key_head, key, S, k_stride_s,
+    KEYS: tl.constexpr, FROM: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Keys from `key` on, their numbers from FROM on; zero outside (S, D). WHOLE: all keys exist. (KEYS, DEPTH)
+
+    `k_source` is a descriptor of (B, heads, S, D) with blocks of this size (TMA); `k_ptr` is where the head begins.
+    """
+    if TMA:
+        return tl.reshape(k_source.load([batch, key_head, key, FROM]), [KEYS, DEPTH])
+    else:
+        j = tl.arange(0, KEYS)
+        d = FROM + tl.arange(0, DEPTH)
+        at = k_ptr + key.to(tl.int64) * k_stride_s + (j[:, None] * k_stride_s + d[None, :])
+        if WHOLE:
+            if D % DEPTH == 0 or D == FROM + DEPTH:
+                return tl.load(at)
+            else:
+                return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(j < S - key)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _score_tile(
+    q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a key tile before their scale; softcapped ones after it, in units of log 2. (ROWS, KEYS)"""
+    z = tl.zeros([ROWS, KEYS], tl.float32)
+    k = _key_tile(k_source, k_ptr, batch, key_head, key, S, k_stride_s, KEYS, 0, D_MAIN, D, TMA, WHOLE)
+    z = multiply(q, k.T, z, PRECISION)
+    if D_REST > 0:
+        k = _key_tile(k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, KEYS, D_MAIN, D_REST, D, TMA, WHOLE)
+        z = multiply(q_rest, k.T, z, PRECISION)
+    if HAS_SOFTCAP:  # c tanh(x) = c - 2 c / (1 + exp(2 x))
+        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * scale))
+    return z
+
+
+@triton.jit
+def _sum_whole_tiles(
+    lists_ptr, stop, split, shift, next_shift,  # which tiles
+    q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, S, k_stride_s, scale, softcap, pivot, total,
+    FIXED_PIVOT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    D_MAIN: tl.constexpr, D_REST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(pivot, total = Σ 2^(z - pivot)) after key tiles that every row sees whole. (ROWS,) each."""
+    by = 1.0 if HAS_SOFTCAP else scale
+    for t in range(0, stop):
+        key = tl.load(lists_ptr + t + tl.where(t < split, shift, next_shift)) * KEYS
+        z = _score_tile(
+            q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, scale, softcap,
+            HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, True, PRECISION,
+        )  # fmt: skip
+        if FIXED_PIVOT:
+            total += tl.sum(tl.exp2(z * by - pivot[:, None]), 1)
+        else:
+            higher = tl.maximum(pivot, tl.max(z, 1) * by)
+            total = total * tl.exp2(pivot - higher) + tl.sum(tl.exp2(z * by - higher[:, None]), 1)
+            pivot = higher
+    return pivot, total
 
 
 @triton.jit
 def _attention_mass_kernel(
-    q_ptr, k_ptr, flags_ptr, query_ptr, low_ptr, prompt_end_ptr, lse_ptr, sinks_ptr, mass_ptr,  # pointers
-    S, heads,  # shapes
+    q_ptr, k_ptr, k_source, k_rest_source, seen_at_ptr, counted_at_ptr, lists_ptr, plan_ptr, query_ptr, low_ptr,
+    prompt_end_ptr, lse_ptr, sinks_ptr, mass_ptr,  # pointers
+    S, tiles, row_tiles, heads, batches,  # shapes
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,  # strides
-    scale, softcap, HAS_LSE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,  # constants
+    scale, softcap, log2_e, window, FIXED_PIVOT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MIXED_KEYS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
-    """One key head, ROWS queries of all its GROUP query heads: the mass, summed over them -> mass_ptr[b, head, row].
+    """One key head, ROWS rows: the mass of each -> mass_ptr[b, key head, row].
 
-    Row r of the score tile is query r // GROUP_PADDED of head r % GROUP_PADDED.
+    Row p is query p // GROUP of head p % GROUP. `scale` and `softcap` are in units of log 2. k_source and
+    k_rest_source have the first D_MAIN numbers of a key and the D_REST after them. Programs begin with the last rows,
+    which see most keys; those of one tile of rows are neighbours.
     """
-    first = tl.program_id(0) * ROWS
-    key_head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    queries = first + tl.arange(0, ROWS)
-    asked = tl.load(query_ptr + batch * S + queries, mask=queries < S, other=0) != 0
-    if tl.sum(asked.to(tl.int32)) == 0:  # a tile of prompt or padding costs nothing
+    key_heads = heads // GROUP
+    neighbours = key_heads * batches
+    row_tile = row_tiles - 1 - tl.program_id(0) // neighbours
+    key_head = tl.program_id(0) % key_heads
+    b = tl.program_id(0) % neighbours // key_heads
+    batch = b.to(tl.int64)
+    plan = plan_ptr + (batch * row_tiles + row_tile) * FIELDS
+    p = row_tile * ROWS + tl.arange(0, ROWS)
+    i = p // GROUP
+    head = key_head * GROUP + p % GROUP
+    real = i < S
+    mass_ptr += (batch * key_heads + key_head) * S * GROUP
+    mixed_stop = tl.load(plan + MIXED_STOP)
+    prompt_stop = tl.load(plan + PROMPT_STOP)
+    if mixed_stop + prompt_stop == 0:  # a tile of prompt or padding costs nothing
+        tl.store(mass_ptr + p, tl.zeros([ROWS], tl.float32), mask=real)
         return
 
-    r = tl.arange(0, ROWS * GROUP_PADDED)
-    i = first + r // GROUP_PADDED
-    member = r % GROUP_PADDED
-    head = key_head * GROUP + member
-    real = (i < S) & (member < GROUP)
-    d = tl.arange(0, D_PADDED)
-    q_at = batch * q_stride_b + head[:, None].to(tl.int64) * q_stride_h + i[:, None].to(tl.int64) * q_stride_s
-    q = tl.load(q_ptr + q_at + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    row_asked = tl.load(query_ptr + batch * S + i, mask=i < S, other=0) != 0
-    low = tl.load(low_ptr + batch * S + i, mask=i < S, other=0)
-    prompt_end = tl.load(prompt_end_ptr + batch * S + i, mask=i < S, other=0)
+    q_at = q_ptr + batch * q_stride_b + head[:, None].to(tl.int64) * q_stride_h + i[:, None].to(tl.int64) * q_stride_s
+    d = tl.arange(0, D_MAIN)
+    q = tl.load(q_at + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    q_rest = q
+    if D_REST > 0:
+        d = D_MAIN + tl.arange(0, D_REST)
+        q_rest = tl.load(q_at + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr += batch * k_stride_b + key_head.to(tl.int64) * k_stride_h
+    low = tl.zeros_like(i)
+    if window is not None:
+        low = i - window + 1
+    if low_ptr is not None:
+        low = tl.maximum(low, tl.load(low_ptr + batch * S + i, mask=real, other=0))
+    last_prompt = i
+    if prompt_end_ptr is not None:
+        last_prompt = tl.minimum(i, tl.load(prompt_end_ptr + batch * S + i, mask=real, other=0) - 1)
+    LOW: tl.constexpr = window is not None or low_ptr is not None
 
-    top = tl.full([ROWS * GROUP_PADDED], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
-    prompt = tl.zeros([ROWS * GROUP_PADDED], tl.float32)
-    if HAS_LSE:  # the denominator is known, so its logarithm is the pivot
-        top = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32)
-    begin = tl.min(tl.where((i < S) & row_asked, low, S)) // KEYS * KEYS
-    end = min(first + ROWS, S)
-    for key in range(begin, end, KEYS):
-        j = key + tl.arange(0, KEYS)
-        flags = tl.load(flags_ptr + batch * S + j, mask=j < S, other=0)
-        wanted = flags == 3 if HAS_LSE else flags > 0
-        if tl.sum(wanted.to(tl.int32)) > 0:
-            k_at = batch * k_stride_b + key_head.to(tl.int64) * k_stride_h + j[:, None].to(tl.int64) * k_stride_s
-            k = tl.load(k_ptr + k_at + d[None, :], mask=wanted[:, None] & (d < D)[None, :], other=0.0)
-            z = multiply(q, k.T, tl.zeros([ROWS * GROUP_PADDED, KEYS], tl.float32), PRECISION) * scale
-            if HAS_SOFTCAP:
-                z = softcap * tanh(z / softcap)
-            sees = (j[None, :] >= low[:, None]) & (j[None, :] <= i[:, None]) & (flags > 0)[None, :]
-            counts = sees & (flags == 3)[None, :] & (j[None, :] < prompt_end[:, None])
-            if HAS_LSE:
-                prompt += tl.sum(tl.where(counts, tl.exp(z - top[:, None]), 0.0), 1)
+    total = tl.zeros([ROWS], tl.float32)
+    pivot = tl.full([ROWS], 0.0 if FIXED_PIVOT else LOWEST, tl.float32)
+    if lse_ptr is not None:  # the denominator is known, so its logarithm is the pivot
+        pivot = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32) * log2_e
+        pivot = tl.where(tl.abs(pivot) < -LOWEST, pivot, -LOWEST)  # a row that sees nothing has no mass
+    lists_ptr += batch * KINDS * tiles
+    shift = tl.load(plan + PROMPT_SHIFT)
+    pivot, total = _sum_whole_tiles(
+        lists_ptr, prompt_stop, prompt_stop, shift, shift,
+        q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, S, k_stride_s, scale, softcap, pivot, total,
+        FIXED_PIVOT, HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
+    )  # fmt: skip
+    prompt = total
+    if lse_ptr is None:
+        before = pivot
+        pivot, total = _sum_whole_tiles(
+            lists_ptr, tl.load(plan + OTHER_STOP), tl.load(plan + OTHER_SPLIT), tl.load(plan + OTHER_SHIFT),
+            tl.load(plan + OTHER_SHIFT + 1),
+            q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, S, k_stride_s, scale, softcap, pivot, total,
+            FIXED_PIVOT, HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
+        )  # fmt: skip
+        prompt *= tl.exp2(before - pivot)
+
+    shift = tl.load(plan + MIXED_SHIFT)
+    split_1, shift_1 = tl.load(plan + MIXED_SPLIT), tl.load(plan + MIXED_SHIFT + 1)
+    split_2, shift_2 = tl.load(plan + MIXED_SPLIT + 1), tl.load(plan + MIXED_SHIFT + 2)
+    split_3, shift_3 = tl.load(plan + MIXED_SPLIT + 2), tl.load(plan + MIXED_SHIFT + 3)
+    split_4, shift_4 = tl.load(plan + MIXED_SPLIT + 3), tl.load(plan + MIXED_SHIFT + 4)
+    split_5, shift_5 = tl.load(plan + MIXED_SPLIT + 4), tl.load(plan + MIXED_SHIFT + 5)
+    PARTS: tl.constexpr = KEYS // MIXED_KEYS  # masks take registers
+    by = 1.0 if HAS_SOFTCAP else scale
+    for step in range(0, mixed_stop * PARTS):
+        t = step // PARTS
+        early = tl.where(t < split_1, shift, tl.where(t < split_2, shift_1, shift_2))
+        late = tl.where(t < split_4, shift_3, tl.where(t < split_5, shift_4, shift_5))
+        tile = tl.load(lists_ptr + t + tl.where(t < split_3, early, late))
+        key = tile * KEYS + step % PARTS * MIXED_KEYS
+        j = key + tl.arange(0, MIXED_KEYS)
+        counted_at = tl.load(counted_at_ptr + batch * S + j, mask=j < S, other=FAR)
+        z = _score_tile(
+            q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, key, S, k_stride_s, scale, softcap,
+            HAS_SOFTCAP, ROWS, MIXED_KEYS, D, D_MAIN, D_REST, False, False, PRECISION,
+        )  # fmt: skip
+        z = z * by
+        if lse_ptr is not None:
+            counts = counted_at[None, :] <= last_prompt[:, None]
+            if LOW:
+                counts = counts & (counted_at[None, :] >= low[:, None])
+            prompt += tl.sum(tl.where(counts, tl.exp2(z - pivot[:, None]), 0.0), 1)
+        else:
+            seen_at = tl.load(seen_at_ptr + batch * S + j, mask=j < S, other=FAR)
+            sees = seen_at[None, :] <= i[:, None]
+            if LOW:
+                sees = sees & (seen_at[None, :] >= low[:, None])
+            z = tl.where(sees, z, -float("inf"))
+            if not FIXED_PIVOT:
+                higher = tl.maximum(pivot, tl.max(z, 1))
+                rescale = tl.exp2(pivot - higher)
+                total *= rescale
+                prompt *= rescale
+                pivot = higher
+            e = tl.exp2(z - pivot[:, None])
+            total += tl.sum(e, 1)
+            if prompt_end_ptr is not None:
+                prompt += tl.sum(tl.where(counted_at[None, :] <= last_prompt[:, None], e, 0.0), 1)
             else:
-                z = tl.where(sees, z, -float("inf"))
-                new_top = tl.maximum(top, tl.max(z, 1))
-                pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-                shift = tl.where(top == -float("inf"), 0.0, top - pivot)
-                rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
-                u = z - pivot[:, None]
-                e = tl.exp(u)
-                total = total * rescale + tl.sum(e, 1)
-                prompt = prompt * rescale + tl.sum(tl.where(counts, e, 0.0), 1)
-                top = new_top
-    if HAS_LSE:
-        total = tl.full([ROWS * GROUP_PADDED], 1.0, tl.float32)
-    if HAS_SINKS:  # a sink only adds to the denominator
-        sink = tl.load(sinks_ptr + head, mask=member < GROUP, other=-float("inf")).to(tl.float32)
-        pivot = tl.where(top == -float("inf"), 0.0, top)
-        total += tl.exp(sink - pivot)
-    mass = tl.where(real & (total > 0), prompt / tl.where(total > 0, total, 1.0), 0.0)
-    summed = tl.sum(tl.reshape(mass, [ROWS, GROUP_PADDED]), 1)
-    at = (batch * tl.num_programs(1) + key_head) * S + queries
-    tl.store(mass_ptr + at, summed, mask=asked & (queries < S))
+                prompt += tl.sum(e * tl.where(counted_at < FAR, 1.0, 0.0)[None, :], 1)
+
+    if lse_ptr is not None:
+        total = tl.full([ROWS], 1.0, tl.float32)
+    if sinks_ptr is not None:  # a sink only adds to the denominator
+        sink = tl.load(sinks_ptr + head, mask=real, other=-float("inf")).to(tl.float32) * log2_e
+        higher = tl.maximum(pivot, sink)
+        total = total * tl.exp2(pivot - higher) + tl.exp2(sink - higher)
+        prompt *= tl.exp2(pivot - higher)
+    asked = tl.load(query_ptr + batch * S + i, mask=real, other=0) != 0
+    mass = tl.where(asked & (total > 0), prompt / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(mass_ptr + p, mass, mask=real)
 
 
 def attention_mass(
@@ -103,41 +244,73 @@ def attention_mass(
     k: Tensor,
     prompt_mask: Tensor,
     query_mask: Tensor,
-    key_mask: Tensor,
-    low: Tensor,
-    prompt_end: Tensor,
+    key_mask: Tensor | None,
+    low: Tensor | None,
+    prompt_end: Tensor | None,
     *,
     lse: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     """Mean over heads of the attention probability on prompt keys.
 
     Args:
         q: [B, Hq, S, d], k: [B, Hk, S, d], float16, bfloat16 or float32; the last dimension contiguous.
-        prompt_mask, query_mask, key_mask: [B, S] bool.
-        low: [B, S], first position that a query sees. prompt_end: [B, S], where its keys cease to count as prompt.
+        prompt_mask, query_mask, key_mask: [B, S] bool; no key_mask means no padding.
+        low: [B, S], first position that a query sees, never falling along S; None means 0.
+        prompt_end: [B, S], where its keys cease to count as prompt, never falling along S; None means never.
         lse: [B, Hq, S] or None. sinks: [Hq] or None.
+        window: a query sees the last `window` keys, itself included; None means all from `low` on.
     Returns:
         [B, S] float32; 0 on rows that are not asked for.
     """
     B, Hq, S, d = q.shape
     Hk = k.shape[1]
+    if scale < 0:  # the largest score is sought before the scale
+        q, scale = -q, -scale
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    flags = key_mask.to(torch.int8) * VISIBLE + (key_mask & prompt_mask).to(torch.int8) * PROMPT
-    low, prompt_end = low.to(torch.int32).contiguous(), prompt_end.to(torch.int32).contiguous()
-    sums = torch.zeros(B, Hk, S, dtype=torch.float32, device=q.device)
+    masks = [None if m is None else m.contiguous().view(torch.int8) for m in (prompt_mask, query_mask, key_mask)]
+    bounds = [None if t is None else t.to(torch.int32).contiguous() for t in (low, prompt_end)]
     group = Hq // Hk
-    padded = triton.next_power_of_2(group)
-    rows, constants = attention_tile(q, padded)
-    _attention_mass_kernel[(triton.cdiv(S, rows), Hk, B)](
-        q, k, flags.contiguous(), query_mask.to(torch.int8).contiguous(), low, prompt_end,
-        None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), sums,
-        S, Hq,
-        *q.stride()[:3], *k.stride()[:3],
-        scale, softcap or 1.0, HAS_LSE=lse is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
-        GROUP=group, GROUP_PADDED=padded, D=d, D_PADDED=max(16, triton.next_power_of_2(d)),
-        ROWS=rows, **constants,
-    )  # fmt: skip
-    return sums.sum(1) / Hq
+    rows, constants = tiles.attention_tile(q, 1)
+    keys = constants["KEYS"]
+    d_main = max(16, 1 << (d.bit_length() - 1))
+    d_rest = max(16, triton.next_power_of_2(d - d_main)) if d > d_main else 0
+    tma = _has_descriptors(k)
+    sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
+    row_tiles = triton.cdiv(S * group, rows)
+    masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
+    small = softcap is not None and softcap <= PIVOT_FREE_SOFTCAP
+    by = scale * LOG2_E if softcap is None else 2 * scale * LOG2_E / softcap
+    with tiles.on_device(q):
+        plan = attention_plan(
+            *masks, *bounds, window, only_prompt=lse is not None, group=group, rows=rows, keys=keys
+        )  # fmt: skip
+        _attention_mass_kernel[(row_tiles * Hk * B,)](
+            q, k, *sources, plan.seen_at, plan.counted_at, plan.lists, plan.rows, masks[1], *bounds,
+            None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), masses,
+            S, triton.cdiv(S, keys), row_tiles, Hq, B,
+            *q.stride()[:3], *k.stride()[:3],
+            by, (softcap or 1.0) * LOG2_E, LOG2_E, window,
+            FIXED_PIVOT=lse is not None or small, HAS_SOFTCAP=softcap is not None, GROUP=group,
+            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, MIXED_KEYS=max(16, keys // 2), TMA=tma, **constants,
+        )  # fmt: skip
+    return masses.sum((1, 3)) / Hq
+
+
+def _has_descriptors(k: Tensor) -> bool:
+    """Whether key tiles are loaded by tensor memory descriptors: strides and begin at multiples of 16 bytes."""
+    if tiles.chip_family(k.device)[0] not in tiles.CHIPS_WITH["tma"] or k.element_size() != 2:
+        return False
+    return not k.data_ptr() % 16 and not any(s * k.element_size() % 16 or s == 0 for s in k.stride()[:3])
+
+
+def _key_source(k: Tensor, keys: int, depth: int, tma: bool) -> object:
+    """What `_key_tile` reads (keys, depth) of k from; None where there is nothing to read."""
+    if not tma or not depth:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, keys, depth])
