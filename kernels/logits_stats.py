@@ -1,4 +1,9 @@
-"""Logits -> per-token statistics of one or two models. Each model's logits are read once: N V elements."""
+"""Logits -> per-token statistics of one or two models. Each model's logits are read once: N V elements.
+
+A program owns a row of one model. Each of its threads takes 16 bytes at a time and keeps sums of its own, so that the
+loop has neither a barrier nor an exchange between threads; they are joined once, at the end of the row. The label's
+logit is read by one load of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,122 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import head_logits, store_sums, take_logits
-from tokensel_kernels.tiles import row_columns
+from tokensel_kernels import tiles
+from tokensel_kernels.primitives import store_sums
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST_PIVOT = tl.constexpr(-1e38)  # finite, so that no difference of two pivots is NaN
+NOTHING = tl.constexpr(-1000.0)  # 2^-1000 is 0 in float32, and 0 · 1000² is 0, where 0 · inf is not
+BLOCKS_AT_ONCE = 2  # loads of 16 bytes that a thread has under way
+
+
+@triton.jit
+def _logit(
+    product, bias_ptr, column, mask, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The logits of products, elementwise; tanh |x| as (1 - e) / (1 + e), e = exp(-2 |x|), to an ulp or two of 1.
+
+    The one expression for the columns of the loop and for the label: the same numbers, so that they compare as equal.
+    """
+    z = product.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=mask).to(tl.float32)
+    if HAS_SCALE:
+        z *= logit_scale
+    if HAS_SOFTCAP:
+        e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E / softcap))
+        capped = softcap * ((1.0 - e) / (1.0 + e))
+        z = tl.where(z < 0, -capped, capped)
+    return z
+
+
+@triton.jit
+def _take(z, top, pivot, total, first, second, ENTROPY: tl.constexpr):
+    """Takes each thread's logits into its sums, relative to its own largest, in powers of two.
+
+    With p = top · log2 e: total = Σ 2^u, first = Σ 2^u u, second = Σ 2^u u², u = z · log2 e - p.
+    (THREADS, VECTOR), (THREADS,) -> (THREADS,) each.
+    """
+    top = tl.maximum(top, tl.max(z, 1))
+    before, pivot = pivot, tl.maximum(top * LOG2_E, LOWEST_PIVOT)
+    shift = tl.maximum(before - pivot, NOTHING)
+    rescale = tl.exp2(shift)
+    u = z * LOG2_E - pivot[:, None]
+    if ENTROPY:
+        u = tl.maximum(u, NOTHING, propagate_nan=tl.PropagateNan.ALL)  # a NaN among the logits must show
+    e = tl.exp2(u)
+    if ENTROPY:
+        second = rescale * (second + shift * (2.0 * first + shift * total))
+        first = rescale * (first + shift * total)
+        weighted = e * u
+        first += tl.sum(weighted, 1)
+        second += tl.sum(weighted * u, 1)
+    total = rescale * total + tl.sum(e, 1)
+    return top, pivot, total, first, second
 
 
 @triton.jit
 def _sweep_row(
     z_ptr, bias_ptr, sums_ptr,  # pointers
     row, label, V,  # shapes
-    field_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    COLUMNS: tl.constexpr,  # constants
+    z_stride, field_stride,  # strides
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr, BLOCKS: tl.constexpr,  # constants
 ):  # fmt: skip
     """Statistics of one row of logits."""
-    top = tl.full([1], -float("inf"), tl.float32)
-    target = tl.full([1], -float("inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    first = tl.zeros([1], tl.float32)
-    second = tl.zeros([1], tl.float32)
-    for column in range(0, V, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
-        inside = columns < V
-        z = tl.load(z_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        z = head_logits(z, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
-        top, total, target, first, second = take_logits(
-            z, columns, V, label + tl.zeros([1], tl.int64), top, total, target, first, second, ENTROPY
-        )
-    one = row + tl.zeros([1], tl.int32)
-    store_sums(sums_ptr, one, one >= 0, field_stride, top, total, target, first, second, ENTROPY)
+    VECTOR: tl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
+    BLOCK: tl.constexpr = THREADS * VECTOR
+    STEP: tl.constexpr = BLOCKS * BLOCK
+    top = tl.full([THREADS], -float("inf"), tl.float32)
+    pivot = tl.full([THREADS], LOWEST_PIVOT, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    first = tl.zeros([THREADS], tl.float32)
+    second = tl.zeros([THREADS], tl.float32)
+    at = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    offset = row.to(tl.int64) * z_stride
+    # a row that begins between two multiples of 16 bytes is read from the one before
+    begin = 0 if ALIGNED else (offset % VECTOR).to(tl.int32)
+    source = z_ptr + offset // VECTOR * VECTOR
+    stop = V + begin
+    start = 0
+    if not ALIGNED:
+        inside = (at >= begin) & (at < stop)
+        z = tl.load(source + at, mask=inside, other=0.0)
+        z = _logit(z, bias_ptr, at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        z = tl.where(inside, z, -float("inf"))
+        top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
+        start = BLOCK
+    whole = start + tl.maximum(stop - start, 0) // STEP * STEP
+    for column in range(start, whole, STEP):
+        for block in tl.static_range(BLOCKS):
+            c = column + block * BLOCK + at
+            z = tl.load(source + c)
+            z = _logit(z, bias_ptr, c - begin, None, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+            top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
+    for column in range(whole, stop, BLOCK):
+        inside = at < stop - column
+        z = tl.load(source + column + at, mask=inside, other=0.0)
+        z = _logit(z, bias_ptr, column + at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        z = tl.where(inside, z, -float("inf"))
+        top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
+
+    # relative to the row's largest, in nats
+    row_top = tl.max(top, 0)
+    shift = tl.maximum(pivot - tl.maximum(row_top * LOG2_E, LOWEST_PIVOT), NOTHING)
+    rescale = tl.exp2(shift)
+    row_first, row_second = 0.0, 0.0
+    if ENTROPY:
+        row_second = LN_2 * LN_2 * tl.sum(rescale * (second + shift * (2.0 * first + shift * total)), 0)
+        row_first = LN_2 * tl.sum(rescale * (first + shift * total), 0)
+    row_total = tl.sum(rescale * total, 0)
+    # a label that no column has reads nothing, and its target logit is -inf
+    real = (label >= 0) & (label < V)
+    target = tl.load(z_ptr + offset + label, mask=real, other=0.0)
+    target = _logit(target, bias_ptr, label, real, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+    target = tl.where(real, target, -float("inf"))
+    store_sums(sums_ptr, row, row >= 0, field_stride, row_top, row_total, target, row_first, row_second, ENTROPY)
 
 
 @triton.jit
@@ -41,28 +134,31 @@ def _logits_stats_kernel(
     z_ptr, history_z_ptr, bias_ptr, label_ptr, sums_ptr,  # pointers
     first_column, V,  # shapes
     z_stride, history_z_stride, field_stride, model_stride,  # strides
-    logit_scale, softcap, ignore_index, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, COLUMNS: tl.constexpr,  # constants
+    logit_scale, softcap, ignore_index, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # constants
 ):  # fmt: skip
-    row = tl.program_id(0)
+    MODELS: tl.constexpr = 2 if PAIR else 1
+    row, model = tl.program_id(0) // MODELS, tl.program_id(0) % MODELS
     label = tl.load(label_ptr + row)
     if label == ignore_index:
         return
     label -= first_column
-    at = row.to(tl.int64)
-    _sweep_row(
-        z_ptr + at * z_stride, bias_ptr, sums_ptr,
-        row, label, V,
-        field_stride,
-        logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, COLUMNS,
-    )  # fmt: skip
-    if PAIR:
+    if model == 0:
         _sweep_row(
-            history_z_ptr + at * history_z_stride, bias_ptr, sums_ptr + model_stride,
+            z_ptr, bias_ptr, sums_ptr,
             row, label, V,
-            field_stride,
-            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, COLUMNS,
+            z_stride, field_stride,
+            logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
         )  # fmt: skip
+    if PAIR:
+        if model == 1:
+            _sweep_row(
+                history_z_ptr, bias_ptr, sums_ptr + model_stride,
+                row, label, V,
+                history_z_stride, field_stride,
+                logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
+            )  # fmt: skip
 
 
 def write_logits_sums(
@@ -86,14 +182,19 @@ def write_logits_sums(
         bias: [C] or None.
     """
     N, C = logits[0].shape
+    if not N:
+        return
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     z, history_z = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits[0], logits[-1]))
-    if N:
-        _logits_stats_kernel[(N,)](
+    threads = 32 if tiles.interpreting() else 256  # few, so that a test of ragged shapes is more than one block
+    warps = 4 if tiles.chip_family(z.device)[0] == "gfx942" else 8  # whose warps have 64 threads
+    with tiles.on_device(z):
+        _logits_stats_kernel[(N * len(logits),)](
             z, history_z, bias, labels, sums,
             first_column, C,
             z.stride(0), history_z.stride(0), sums.stride(0), sums.stride(1),
             logit_scale, softcap or 1.0, ignore_index, PAIR=len(logits) == 2,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ENTROPY=len(sums) == 5,
-            COLUMNS=row_columns(z), num_warps=8,
+            HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, HAS_SOFTCAP=softcap is not None,
+            ENTROPY=len(sums) == 5, ALIGNED=not any(t.stride(0) * t.element_size() % 16 for t in (z, history_z)),
+            THREADS=threads, BLOCKS=BLOCKS_AT_ONCE, num_warps=warps,
         )  # fmt: skip
