@@ -134,3 +134,54 @@ def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, sec
     if ENTROPY:
         tl.store(sums_ptr + 3 * field_stride + row, first, mask=mask)
         tl.store(sums_ptr + 4 * field_stride + row, second, mask=mask)
+
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def log2_logits(
+    product, bias_ptr, column, columns, scale, slope,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of logits in units of log2, but for a constant, in one multiplication and addition; -inf past the columns.
+
+    Without a softcap product · scale, scale = logit_scale · log2 e. With one, tanh(t) = 1 - 2 / (1 + exp(2 t)) leaves
+    slope / (1 + 2^(product · scale)) and the constant -slope / 2, for scale = 2 logit_scale · log2 e / softcap and
+    slope = -2 softcap · log2 e: no series, and no cancellation against the constant. (ROWS, COLUMNS)
+    """
+    c = column + tl.arange(0, COLUMNS)
+    offset = tl.zeros([COLUMNS], tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32) * scale
+    edge = tl.where(c < columns, 0.0, -float("inf"))
+    if HAS_SOFTCAP:
+        r = 1.0 / (1.0 + tl.exp2(product * scale + offset[None, :]))
+        return r * slope + edge[None, :]
+    return product * scale + (offset + edge)[None, :]
+
+
+@triton.jit
+def online_log2_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
+    """Takes a tile of logits in units of log2 into the running sums of each row, relative to the running maximum `top`:
+
+        total = Σ 2^(u - top),  first = Σ 2^(u - top) (u - top),  second = Σ 2^(u - top) (u - top)²
+
+    Columns that do not exist are -inf in u. (ROWS, COLUMNS) -> (ROWS,) each.
+    """
+    new_top = tl.maximum(top, tl.max(u, 1))
+    pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # no column yet: 2^(-inf - 0) = 0, not NaN
+    shift = tl.where(top == -float("inf"), 0.0, top - pivot)  # <= 0
+    rescale = tl.where(top == -float("inf"), 0.0, tl.exp2(shift))
+    u = u - pivot[:, None]
+    e = tl.exp2(u)
+    if MOMENTS:
+        # (u + shift) replaces u in what was summed before
+        second = rescale * (second + 2.0 * shift * first + shift * shift * total)
+        first = rescale * (first + shift * total)
+        weighted = e * tl.maximum(u, -1e30)  # -inf · 0
+        first += tl.sum(weighted, 1)
+        second += tl.sum(weighted * tl.maximum(u, -1e30), 1)
+    total = rescale * total + tl.sum(e, 1)
+    return new_top, total, first, second

@@ -108,7 +108,7 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
         for kind, sizes in named(kinds, f"a kind of {family}", tuple(KINDS)).items():
             for size, entry in named(sizes, f"a size of {family} {kind}", tuple(SIZES)).items():
                 where, names = f"{family} {kind} {size}", file_fields(kind)
-                known = isinstance(entry, dict) and set(entry) | {"specialize"} == set(names) | {"specialize"}
+                known = isinstance(entry, dict) and set(names) - {"specialize"} <= set(entry) <= set(names)
                 need(known, where, f"all of {', '.join(names)}", entry)
                 for name, value in entry.items():
                     at = f"{name} of {where}"
@@ -245,3 +245,9 @@ def tile_source(matrix: Tensor, rows: int, columns: int, tile: ProductTile) -> o
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, as descriptors and wide loads need."""
+    size = matrix.element_size()
+    return matrix.stride(-1) == 1 and not (matrix.data_ptr() % 16 or matrix.stride(0) * size % 16)

@@ -20,7 +20,7 @@ from tokensel_kernels import tiles
 from tokensel_kernels.attention_mass import attention_mass
 from tokensel_kernels.tiles import AttentionTile, ProductTile
 from tokensel_kernels.vocab_grad import selected_gradients
-from tokensel_kernels.vocab_stats import hidden_sums
+from tokensel_kernels.vocab_stats import hidden_stats
 
 WORTH = 0.98  # a neighbour that saves less than 2 % is not told from noise
 
@@ -60,8 +60,8 @@ def calls(N: int, V: int, D: int, S: int, dtype: torch.dtype, device: str) -> di
         return selected_gradients(x, w, labels, coefficient, lse, want=(True, True, False), **plain)
 
     return {
-        "stats": lambda: hidden_sums(*pair, entropy=False, ignore_index=-100, **plain),
-        "full_stats": lambda: hidden_sums(*pair, entropy=True, ignore_index=-100, **full),
+        "stats": lambda: hidden_stats(*pair, entropy=False, ignore_index=-100, **plain),
+        "full_stats": lambda: hidden_stats(*pair, entropy=True, ignore_index=-100, **full),
         "gradient": gradients,
         "matmul": gradients,
         "attention": lambda: attention_mass(q, k, *masks, **scores),

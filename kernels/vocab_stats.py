@@ -1,97 +1,238 @@
-"""Hidden states -> per-token statistics of one or two models.
+"""Hidden states -> per-token statistics of one or two models, without logits.
 
-One launch serves both models. Each program owns a tile of rows and a share of the vocabulary: tile
-product, online softmax, target logit, all in registers; nothing of width V is written. Operations: 2 N V D a model.
-Bytes: a group of row tiles stays in L2 while the head streams by, so the head is read once a group, 2 V D bytes, and
-the results are a few floats a row and share. A fixed order of merging makes it deterministic.
+Rows that have a label are gathered, a slab at a time. One launch a slab then serves both models: each program owns a
+tile of rows and a share of the vocabulary, and keeps tile product and online softmax in registers; nothing of width V
+is written. Operations: 2 N V D a model. Bytes: a slab stays in L2 while the head streams by, so the head is read once a
+slab, 2 V D bytes, and the results are a few floats a row and share. A fixed order of merging makes it deterministic.
+
+Inside, logits are in units of log2, so that a softmax is one exp2 of one multiplication and addition.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import grouped_tile, store_sums, take_logits, tile_logits
-from tokensel_kernels.tiles import aligned, product_tile, tile_source
+from tokensel_kernels.kept_rows import kept_rows
+from tokensel_kernels.primitives import (
+    LN2,
+    LOG2E,
+    grouped_tile,
+    head_logits,
+    load_tile,
+    log2_logits,
+    multiply,
+    online_log2_softmax,
+)
+from tokensel_kernels.tiles import GROUP, ProductTile, interpreting, is_aligned, on_device, product_tile, tile_source
+
+FILL = 0.03  # of a tile's time: what a program waits for its first loads
+
+
+@triton.jit
+def _gather_row(
+    x_ptr, w_ptr, bias_ptr, out_ptr, target_ptr,  # pointers
+    label, V, D,  # shapes
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,  # constants
+):  # fmt: skip
+    """out = x; with TARGET also the logit of the label, whose row of the head is w. D elements each."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for d in range(0, D, BLOCK):
+        c = d + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + c, mask=c < D, other=0.0)
+        tl.store(out_ptr + c, x, mask=c < D)
+        if TARGET:
+            w = tl.load(w_ptr + c, mask=(c < D) & (label >= 0), other=0.0)
+            total += x.to(tl.float32) * w.to(tl.float32)
+    if TARGET:
+        product = tl.sum(total, 0) + tl.zeros([1, 1], tl.float32)
+        z = head_logits(product, bias_ptr, tl.maximum(label, 0), V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, 1)
+        z = tl.where(label >= 0, z, -float("inf"))  # a label outside the vocabulary has no logit
+        tl.store(target_ptr + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], z)
+
+
+@triton.jit
+def _gather_rows_kernel(
+    x_ptr, w_ptr, history_x_ptr, history_w_ptr, bias_ptr, label_ptr, order_ptr, count_ptr, out_ptr, history_out_ptr,
+    index_ptr, stats_ptr,  # pointers
+    first, V, D, history_D,  # shapes
+    x_stride, w_stride, history_x_stride, history_w_stride, out_stride, history_out_stride, field_stride,
+    model_stride,  # strides
+    logit_scale, softcap, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,  # constants
+):  # fmt: skip
+    """A slab of the rows that have a label, from the first one on: hidden states, labels and the labels' logits."""
+    place = tl.program_id(0)
+    if first + place >= tl.load(count_ptr):
+        return
+    row = tl.load(order_ptr + first + place).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    label = tl.where((label >= 0) & (label < V), label, -1)
+    head_row = tl.maximum(label, 0)
+    target_ptr = stats_ptr + field_stride + row
+    if tl.program_id(1) == 0:
+        tl.store(index_ptr + place, label.to(tl.int32))
+        _gather_row(
+            x_ptr + row * x_stride, w_ptr + head_row * w_stride, bias_ptr, out_ptr + place.to(tl.int64) * out_stride,
+            target_ptr,
+            label, V, D,
+            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, TARGET, BLOCK,
+        )  # fmt: skip
+    if PAIR:
+        if tl.program_id(1) == 1:
+            _gather_row(
+                history_x_ptr + row * history_x_stride, history_w_ptr + head_row * history_w_stride, bias_ptr,
+                history_out_ptr + place.to(tl.int64) * history_out_stride, target_ptr + model_stride,
+                label, V, history_D,
+                logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, TARGET, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
 def _sweep_vocabulary(
-    x, w, bias_ptr, label_ptr, sums_ptr,  # pointers
-    row, start, stop, N, V, D,  # shapes
+    x, w, bias_ptr, index_ptr, sums_ptr,  # pointers
+    row, start, stop, slab, V, D,  # shapes
     x_stride, w_stride, field_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    scale, slope, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
-    """Statistics of ROWS rows over the columns [start, stop) of one model's vocabulary."""
+    """Sums of ROWS gathered rows over the columns [start, stop) of one model's vocabulary."""
     rows = row + tl.arange(0, ROWS)
-    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    label = tl.load(index_ptr + rows, mask=rows < slab, other=-1)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first = tl.zeros([ROWS], tl.float32)
+    second = tl.zeros([ROWS], tl.float32)
+    target = tl.zeros([ROWS], tl.float32)
+    # flattened: the next tile's loads run under this one's epilogue. A branch on the product would serialise it
+    for column in tl.range(start, stop, COLUMNS, flatten=TMA and not SPECIALIZE, warp_specialize=SPECIALIZE):
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, D, DEPTH):
+            a = load_tile(x, row, k, slab, D, x_stride, ROWS, DEPTH, TMA)
+            b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+            product = multiply(a, b.T, product, PRECISION)
+        u = log2_logits(product, bias_ptr, column, V, scale, slope, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        if MOMENTS:  # from the tile itself, so that the label's logit can be told to be the largest
+            hit = tl.arange(0, COLUMNS)[None, :] == (label - column)[:, None]
+            target += tl.sum(tl.where(hit, u, 0.0), 1)
+        top, total, first, second = online_log2_softmax(u, top, total, first, second, MOMENTS)
+    tl.store(sums_ptr + rows, top, mask=rows < slab)
+    tl.store(sums_ptr + field_stride + rows, total, mask=rows < slab)
+    if MOMENTS:
+        inside = (label >= start) & (label < stop)
+        tl.store(sums_ptr + 2 * field_stride + rows, tl.where(inside, target, -float("inf")), mask=rows < slab)
+        tl.store(sums_ptr + 3 * field_stride + rows, first, mask=rows < slab)
+        tl.store(sums_ptr + 4 * field_stride + rows, second, mask=rows < slab)
+
+
+@triton.jit
+def _hidden_stats_kernel(
+    x, w, history_x, history_w, bias_ptr, index_ptr, count_ptr, sums_ptr,  # pointers
+    first_row, slab, V, D, history_D, share, splits,  # shapes
+    x_stride, w_stride, history_x_stride, history_w_stride, field_stride,  # strides
+    scale, slope, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,  # constants
+):  # fmt: skip
+    MODELS: tl.constexpr = 2 if PAIR else 1
+    # the two models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
+    tile, split = grouped_tile(tl.program_id(0), tl.cdiv(slab, ROWS) * MODELS, splits, GROUP)
+    row = tile // MODELS * ROWS
+    if first_row + row >= tl.load(count_ptr):
+        return
+    start = split * share
+    stop = min(start + share, V)
+    model = tile % MODELS
+    out = sums_ptr + (model * splits + split).to(tl.int64) * slab
+    if model == 0:
+        _sweep_vocabulary(
+            x, w, bias_ptr, index_ptr, out,
+            row, start, stop, slab, V, D,
+            x_stride, w_stride, field_stride,
+            scale, slope, HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+        )  # fmt: skip
+    if PAIR:
+        if model == 1:
+            _sweep_vocabulary(
+                history_x, history_w, bias_ptr, index_ptr, out,
+                row, start, stop, slab, V, history_D,
+                history_x_stride, history_w_stride, field_stride,
+                scale, slope, HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_shares_kernel(
+    sums_ptr, order_ptr, count_ptr, stats_ptr,  # pointers
+    first_row, slab, splits,  # shapes
+    sums_stride, field_stride, model_stride,  # strides
+    constant, MOMENTS: tl.constexpr, ROWS: tl.constexpr,  # constants
+):  # fmt: skip
+    """Statistics of ROWS rows of one model, in nats, from sums over shares of the vocabulary, in their order."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = (place < slab) & (first_row + place < tl.load(count_ptr))
+    model = tl.program_id(1)
+    sums_ptr += (model * splits).to(tl.int64) * slab
     top = tl.full([ROWS], -float("inf"), tl.float32)
     target = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
-    for column in range(start, stop, COLUMNS):
-        z = tile_logits(
-            x, w, bias_ptr,
-            row, column, N, V, D,
-            x_stride, w_stride,
-            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
-        )  # fmt: skip
-        columns = column + tl.arange(0, COLUMNS)
-        top, total, target, first, second = take_logits(
-            z, columns, stop, label, top, total, target, first, second, ENTROPY
-        )
-    store_sums(sums_ptr, rows, rows < N, field_stride, top, total, target, first, second, ENTROPY)
+    for split in range(0, splits):
+        at = sums_ptr + tl.cast(split, tl.int64) * slab + place
+        share_top = tl.load(at, mask=mask, other=-float("inf"))
+        share_total = tl.load(at + sums_stride, mask=mask, other=0.0)
+        new_top = tl.maximum(top, share_top)
+        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shift = tl.where(top == -float("inf"), 0.0, top - pivot)
+        share_shift = tl.where(share_top == -float("inf"), 0.0, share_top - pivot)
+        old, new = tl.exp2(shift), tl.exp2(share_shift)
+        if MOMENTS:
+            target = tl.maximum(target, tl.load(at + 2 * sums_stride, mask=mask, other=-float("inf")))
+            share_first = tl.load(at + 3 * sums_stride, mask=mask, other=0.0)
+            share_second = tl.load(at + 4 * sums_stride, mask=mask, other=0.0)
+            second = old * (second + 2.0 * shift * first + shift * shift * total)
+            second += new * (share_second + 2.0 * share_shift * share_first + share_shift * share_shift * share_total)
+            first = old * (first + shift * total) + new * (share_first + share_shift * share_total)
+        total = old * total + new * share_total
+        top = new_top
+    row = tl.load(order_ptr + first_row + place, mask=mask, other=0).to(tl.int64)
+    out = stats_ptr + model * model_stride + row
+    lse = (top + tl.log2(total) + constant) * LN2
+    if MOMENTS:
+        mean = first / total
+        tl.store(out + field_stride, (target + constant) * LN2, mask=mask)
+        tl.store(out + 2 * field_stride, (tl.log2(total) - mean) * LN2, mask=mask)
+        tl.store(out + 3 * field_stride, (second / total - mean * mean) * (LN2 * LN2), mask=mask)
+        tl.store(out + 4 * field_stride, (top + constant) * LN2, mask=mask)
+    else:  # the label's logit is another sum of the same products, and no likelihood is above 1
+        label_logit = tl.load(out + field_stride, mask=mask, other=0.0)
+        tl.store(out + field_stride, tl.minimum(label_logit, lse), mask=mask)
+    tl.store(out, lse, mask=mask)
 
 
-@triton.jit
-def _hidden_stats_kernel(
-    x, w, history_x, history_w, bias_ptr, label_ptr, sums_ptr,  # pointers
-    N, V, D, history_D, share, splits,  # shapes
-    x_stride, w_stride, history_x_stride, history_w_stride, field_stride,  # strides
-    logit_scale, softcap, ignore_index, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
-):  # fmt: skip
-    MODELS: tl.constexpr = 2 if PAIR else 1
-    # the two models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
-    tile, split = grouped_tile(tl.program_id(0), tl.cdiv(N, ROWS) * MODELS, splits, GROUP)
-    row = tile // MODELS * ROWS
-    rows = row + tl.arange(0, ROWS)
-    label = tl.load(label_ptr + rows, mask=rows < N, other=ignore_index)
-    if tl.sum((label != ignore_index).to(tl.int32)) == 0:  # a tile of prompt costs nothing
-        return
-    start = split * share
-    stop = min(start + share, V)
-    model = tile % MODELS
-    out = sums_ptr + (model * splits + split).to(tl.int64) * N
-    if model == 0:
-        _sweep_vocabulary(
-            x, w, bias_ptr, label_ptr, out,
-            row, start, stop, N, V, D,
-            x_stride, w_stride, field_stride,
-            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
-        )  # fmt: skip
-    if PAIR:
-        if model == 1:
-            _sweep_vocabulary(
-                history_x, history_w, bias_ptr, label_ptr, out,
-                row, start, stop, N, V, history_D,
-                history_x_stride, history_w_stride, field_stride,
-                logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
-            )  # fmt: skip
+def vocabulary_share(row_tiles: int, column_tiles: int, processors: int) -> int:
+    """Column tiles that a program sweeps, for the least time: whole waves of programs, each with a fill of its own."""
+
+    def time(share: int) -> tuple[float, int]:
+        programs = row_tiles * triton.cdiv(column_tiles, share)
+        return triton.cdiv(programs, processors) * (share + FILL), -share
+
+    return min(range(1, column_tiles + 1), key=time)
 
 
-def vocabulary_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
-    """Into how many shares the vocabulary is split: for eight waves of programs, so that the last one costs little."""
-    return max(1, min(column_tiles, triton.cdiv(8 * processors, row_tiles)))
+def _slab_rows(N: int, tile: ProductTile) -> int:
+    """Rows that are gathered and swept together: as many tiles as stay in L2, for each model."""
+    return min(triton.cdiv(N, tile.rows), GROUP) * tile.rows
 
 
-def hidden_sums(
+def hidden_stats(
     models: list[tuple[Tensor, Tensor]],
     labels: Tensor,
     *,
@@ -101,39 +242,64 @@ def hidden_sums(
     entropy: bool,
     ignore_index: int,
 ) -> Tensor:
-    """Sums of one or two models over shares of the vocabulary, from which statistics follow.
+    """Statistics of one or two models on the same labels.
 
     Args:
         models: (hidden [N, D], weight [V, D]) of each, float16, bfloat16 or float32; D may differ.
-        labels: [N] int64; rows that equal `ignore_index` may be left unwritten.
+        labels: [N] int64; rows that equal `ignore_index` are not read.
         bias: [V] or None.
     Returns:
-        [fields, models, splits, N] float32 sums over each share as `online_softmax` defines them: top, total, target
-        logit (-inf where the label is in another share) and, with `entropy`, first and second.
+        [fields, models, N] float32, the fields of TokenStats: lse, target logit and, with `entropy`, entropy, variance
+        of log p, largest logit. A label outside the vocabulary has the target logit -inf, an ignored row the lse, too.
     """
     (x, w), (history_x, history_w) = models[0], models[-1]
     N, V = len(x), len(w)
-    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
-    fields = 5 if entropy else 3
+    D, history_D = x.shape[1], history_x.shape[1]
+    device, MODELS = labels.device, len(models)
+    stats = torch.full((5 if entropy else 2, MODELS, N), -torch.inf, dtype=torch.float32, device=device)
+    stats[2:4].zero_()
     if not N:
-        return torch.empty(fields, len(models), 1, 0, dtype=torch.float32, device=labels.device)
-    plain = bias is None and softcap is None and not entropy
+        return stats
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
+    x, w, history_x, history_w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w, history_x, history_w))
+    plain = softcap is None and not entropy
     tile = product_tile(x, "stats" if plain else "full_stats")
-    x, w, history_x, history_w = (aligned(t) for t in (x, w, history_x, history_w))
-    strides = [t.stride(0) for t in (x, w, history_x, history_w)]
-    x, history_x = (tile_source(t, tile.rows, tile.depth, tile) for t in (x, history_x))
-    w, history_w = (tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w))
-    row_tiles = triton.cdiv(N, tile.rows) * len(models)
-    splits = vocabulary_splits(row_tiles, triton.cdiv(V, tile.columns), tile.processors)
-    share = triton.cdiv(triton.cdiv(V, tile.columns), splits) * tile.columns
+    if not (is_aligned(w) and is_aligned(history_w)):
+        tile = dataclasses.replace(tile, tma=False)
+    slab = _slab_rows(N, tile)
+    row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
+    share = vocabulary_share(row_tiles, column_tiles, tile.processors) * tile.columns
     splits = triton.cdiv(V, share)
-    sums = torch.empty(fields, len(models), splits, N, dtype=torch.float32, device=labels.device)
-    shapes = (N, V, models[0][0].shape[1], models[-1][0].shape[1], share, splits)
-    head = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None, "ENTROPY": entropy}
-    _hidden_stats_kernel[(row_tiles * splits,)](
-        x, w, history_x, history_w, bias, labels, sums,
-        *shapes,
-        *strides, sums.stride(0),
-        logit_scale, softcap or 1.0, ignore_index, PAIR=len(models) == 2, **head, **tile.constants(),
-    )  # fmt: skip
-    return sums
+    gathered = [torch.empty(slab, -(-d // 8) * 8, dtype=x.dtype, device=device)[:, :d] for d in (D, history_D)[:MODELS]]
+    index = torch.empty(slab, dtype=torch.int32, device=device)
+    sums = torch.empty(5 if entropy else 2, MODELS, splits, slab, dtype=torch.float32, device=device)
+    out, history_out = gathered[0], gathered[-1]
+    sources = [tile_source(t, tile.rows, tile.depth, tile) for t in (out, history_out)]
+    heads = [tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w)]
+    log2e = LOG2E.value
+    scale = logit_scale * log2e if softcap is None else 2 * logit_scale * log2e / softcap
+    slope = 0.0 if softcap is None else -2 * softcap * log2e
+    head = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
+    order, count = kept_rows(labels != ignore_index)
+    with on_device(x):
+        for first in range(0, N, slab):
+            _gather_rows_kernel[(min(slab, N - first), MODELS)](
+                x, w, history_x, history_w, bias, labels, order, count, out, history_out, index, stats,
+                first, V, D, history_D,
+                *(t.stride(0) for t in (x, w, history_x, history_w, out, history_out)), *stats.stride()[:2],
+                logit_scale, softcap or 1.0, PAIR=MODELS == 2, **head, TARGET=not entropy,
+                BLOCK=128 if interpreting() else 1024, num_warps=4,
+            )  # fmt: skip
+            _hidden_stats_kernel[(row_tiles * splits,)](
+                sources[0], heads[0], sources[1], heads[1], bias, index, count, sums,
+                first, slab, V, D, history_D, share, splits,
+                out.stride(0), w.stride(0), history_out.stride(0), history_w.stride(0), sums.stride(0),
+                scale, slope, PAIR=MODELS == 2, **head, MOMENTS=entropy, SPECIALIZE=tile.specialize, **tile.constants(),
+            )  # fmt: skip
+            _merge_shares_kernel[(triton.cdiv(slab, 32), MODELS)](
+                sums, order, count, stats,
+                first, slab, splits,
+                sums.stride(0), *stats.stride()[:2],
+                -slope / 2, MOMENTS=entropy, ROWS=32, num_warps=1,
+            )  # fmt: skip
+    return stats

@@ -94,6 +94,50 @@ def test_any_number_of_vocabulary_shares_merges_to_the_same(processors, monkeypa
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=2e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_more_rows_than_a_slab_holds(entropy, monkeypatch):
+    """Rows with a label are gathered a slab at a time; the last slab is not full, and one may be empty."""
+    monkeypatch.setattr(tokensel_kernels.vocab_stats, "GROUP", 1)
+    hidden, weight, labels, bias = make(N=70, dtype=torch.bfloat16)
+    old = make(D=24, dtype=torch.bfloat16)[1]
+    old_hidden = torch.randn(70, 24, device=DEVICE).bfloat16()
+    pair = token_stats_pair(
+        (hidden, weight), (old_hidden, old), labels, bias=bias, softcap=9.0, entropy=entropy, impl="fused"
+    )
+    for stats, inputs in zip(pair, ((hidden, weight), (old_hidden, old)), strict=True):
+        exact, eager = (truth(*inputs, labels, bias, softcap=9.0, dtype=d) for d in (torch.float64, torch.float32))
+        assert_within_budget(stats, exact, eager, labels, FIELDS if entropy else FIELDS[:3])
+
+
+def test_a_certain_token_has_no_negative_loss():
+    """Its logit and the log-sum-exp are sums of the same products in two orders."""
+    weight = torch.randn(150, 40, device=DEVICE).bfloat16()
+    hidden, labels = weight * 50, torch.arange(150, device=DEVICE)
+    assert (token_stats(hidden, weight, labels, impl="fused").nll >= 0).all()
+
+
+def test_the_label_s_logit_is_the_largest_where_it_is():
+    hidden, weight, labels, bias = make(dtype=torch.bfloat16)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    labels = torch.where(labels == -100, labels, logits.argmax(-1))
+    stats = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    assert torch.equal(stats.correct, labels != -100)
+
+
+@pytest.mark.parametrize("row_tiles, column_tiles", [(1, 1), (2, 501), (32, 501), (32, 1000), (7, 33)])
+def test_shares_of_the_vocabulary_fill_whole_waves(row_tiles, column_tiles):
+    from tokensel_kernels.vocab_stats import FILL, vocabulary_share
+
+    def time(share):
+        programs = row_tiles * -(-column_tiles // share)
+        return -(-programs // 132) * (share + FILL)
+
+    share = vocabulary_share(row_tiles, column_tiles, 132)
+    assert time(share) == min(map(time, range(1, column_tiles + 1)))
+    if row_tiles == 32:  # many waves: the last costs little
+        assert time(share) < 1.04 * row_tiles * column_tiles / 132
+
+
 def test_reruns_are_bitwise_equal_and_ignored_rows_are_never_read():
     hidden, weight, labels, bias = make(dtype=torch.bfloat16)
     first = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")

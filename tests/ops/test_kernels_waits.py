@@ -17,7 +17,7 @@ from tokensel import (
     token_stats_from_logits,
     token_stats_pair,
 )
-from tokensel.ops.token_stats import stats_of_sums
+from tokensel.ops.token_stats import TokenStats, stats_of_sums
 from tokensel_kernels import tiles
 
 pytest.importorskip("triton")
@@ -47,11 +47,12 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_has_no_likelihood():
     of_logits = torch.full((3, 2, 1, len(labels)), torch.nan, device=DEVICE)
     tokensel_kernels.logits_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
     z, old = (z + bias for z in logits)
-    for sums, expected in (
-        (tokensel_kernels.vocab_stats.hidden_sums(models, labels, **head), (z, old)),
-        (of_logits, (z, old)),
-    ):
-        for stats, truly in zip(stats_of_sums(sums, labels, -100), expected, strict=True):
+    found = [stats_of_sums(of_logits, labels, -100)]
+    for entropy in (False, True):
+        fields = tokensel_kernels.vocab_stats.hidden_stats(models, labels, **head | {"entropy": entropy})
+        found.append([TokenStats(*of_model) for of_model in fields.unbind(1)])
+    for pair in found:
+        for stats, truly in zip(pair, (z, old), strict=True):
             torch.testing.assert_close(stats.lse, truly.logsumexp(-1))
             assert (stats.nll[:-1] == torch.inf).all() and stats.nll[-1].isfinite()
 

@@ -225,10 +225,10 @@ def _compute_stats(
     """The fields of each model's TokenStats, one model after the other, (N,) each."""
     models, head = list(zip(hidden, weight, strict=True)), Head(bias, softcap, logit_scale)
     if impl == "fused":
-        from tokensel_kernels.vocab_stats import hidden_sums
+        from tokensel_kernels.vocab_stats import hidden_stats
 
-        sums = hidden_sums(models, labels, entropy=entropy, ignore_index=ignore_index, **head._asdict())
-        stats = stats_of_sums(sums, labels, ignore_index)
+        fields = hidden_stats(models, labels, entropy=entropy, ignore_index=ignore_index, **head._asdict())
+        stats = [TokenStats(*of_model) for of_model in fields.unbind(1)]
     elif impl == "chunked" and on_gpu(hidden[0]):
         stats = chunked.hidden_stats_on_gpu(models, labels, head, entropy, ignore_index, workspace_mib)
     elif impl == "chunked":
