@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_inputs import DEVICE, widened_product
 
+import tokensel.ops.block_shapes
 import tokensel.ops.chunked
 import tokensel.ops.loss
 import tokensel.ops.stats
@@ -17,8 +18,11 @@ collect_ignore_glob = [] if HAS_TRITON else ["test_kernels*.py"]
 
 @pytest.fixture
 def gpu_chunked(monkeypatch):
-    """Chunked as it runs on a GPU; without one, around products of the CPU."""
-    monkeypatch.setattr(tokensel.ops.chunked, "GPU_COLUMNS", 64)
+    """Chunked as it runs on a GPU, in small blocks; without one, around products of the CPU."""
+    chip = tokensel.ops.block_shapes.Chip(processors=3, cache_bytes=2**15)
+    monkeypatch.setattr(tokensel.ops.chunked, "chip_of", lambda device: chip)
+    for module in (tokensel.ops.block_shapes, tokensel.ops.chunked):
+        monkeypatch.setattr(module, "TILE", (8, 64))
     if DEVICE == "cpu":
         for module in (tokensel.ops.stats, tokensel.ops.loss):
             monkeypatch.setattr(module, "on_gpu", lambda like: True)

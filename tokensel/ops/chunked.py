@@ -1,7 +1,8 @@
 """Walks over blocks of the vocabulary, whose logits are float32 whatever the inputs are; nothing of width V is held.
 
-On a CPU plain PyTorch on blocks sized to the cache; on a GPU the library's products, behind each of which a Triton
-kernel reads the block once. Statistics of hidden states and of logits, and the gradients of kept rows.
+On a CPU plain PyTorch on blocks sized to the cache; on a GPU the library's products into a block that stays in L2,
+behind each of which a Triton kernel reads it once. Statistics of hidden states and of logits, and the gradients of
+kept rows. On a GPU the host waits for nothing, and no shape depends on a value: a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokensel.ops.block_shapes import TILE, chip_of, resident_block
 from tokensel.ops.products import add_product, exact_products, gradient_product_dtype, product
 from tokensel.ops.token_stats import TokenStats, no_stats, stats_of_sums
 
-GPU_COLUMNS = 8192  # of a block on a GPU: its product runs at full speed, and the head is read once a block of rows
 WORKSPACE_MIB = 256.0  # of the gradients' blocks
 CACHE_BYTES = 2**22  # of logits at once, which are read several times
 # exp of less than this is denormal, which costs a CPU twenty times as long, and adds nothing to a sum that holds exp(0)
@@ -141,6 +142,22 @@ def hidden_stats(
     return stats
 
 
+def _gpu_block(
+    N: int, V: int, like: Tensor, workspace_mib: float, *, blocks: int = 1, most_columns: int | None = None
+) -> tuple[int, int]:
+    """(rows, columns) of `blocks` blocks of float32 logits that share L2 and the workspace.
+
+    Raises:
+        ValueError: a workspace that is too small for one row.
+    """
+    chip = chip_of(like.device)
+    chip = chip._replace(cache_bytes=chip.cache_bytes // blocks)
+    most_bytes = workspace_mib * 2**20 / blocks
+    block = resident_block(N, V, most_bytes, chip, most_columns=most_columns, sums=most_columns is not None)
+    R, C = block or vocabulary_blocks(N, V, workspace_mib, columns=TILE[1], models=blocks)
+    return min(max(N, 1), R), C
+
+
 def hidden_stats_on_gpu(
     models: Models,
     labels: Tensor,
@@ -150,30 +167,35 @@ def hidden_stats_on_gpu(
     workspace_mib: float,
     contrast: float | None = None,
 ) -> list[TokenStats]:
-    """Blocks of all models' logits in one workspace, which a kernel reads once; with `contrast` those of two in one.
+    """Blocks of one model's logits after the other's, which a kernel reads once; with `contrast` those of two in one.
 
     Ignored rows are multiplied too: to leave them out, the host would have to wait for their number.
     """
     from tokensel_kernels.logits_stats import write_logits_sums
 
     N, V = len(labels), models[0][1].shape[0]
-    R, C = vocabulary_blocks(N, V, workspace_mib, columns=GPU_COLUMNS, models=len(models))
-    workspace = torch.empty(len(models), R * C, dtype=torch.float32, device=labels.device)
+    blocks = 1 if contrast is None else 2
+    R, C = _gpu_block(N, V, labels, workspace_mib, blocks=blocks)
+    workspace = torch.empty(blocks, R, C, dtype=torch.float32, device=labels.device)
     results = len(models) if contrast is None else 1
     sums = torch.empty(5 if entropy else 3, results, -(-V // C), N, dtype=torch.float32, device=labels.device)
     for first in range(0, N, R):
         rows = slice(first, min(first + R, N))
         for share, start in enumerate(range(0, V, C)):
-            block = []
-            for (hidden, weight), space in zip(models, workspace, strict=True):
-                x, w = hidden[rows], weight[start : start + C]
-                block.append(product(x, w.T, space[: len(x) * len(w)].view(len(x), len(w))))
-            part = head if head.bias is None else head._replace(bias=head.bias[start : start + C])
-            if contrast is not None:  # the kernel then reads logits, not products
-                positive, negative = (_to_logits(z, part) for z in block)
-                block, part = [_contrasted(positive, negative, contrast)], Head()
-            out, options = sums[:, :, share, rows], part._asdict()
-            write_logits_sums(block, labels[rows], out, first_column=start, ignore_index=ignore_index, **options)
+            columns = slice(start, min(start + C, V))
+            spaces = workspace[:, : rows.stop - first, : columns.stop - start]  # rows begin at multiples of 16 bytes
+            part = head if head.bias is None else head._replace(bias=head.bias[columns])
+            common = {"first_column": start, "ignore_index": ignore_index}
+            if contrast is None:
+                for model, (hidden, weight) in enumerate(models):
+                    z = product(hidden[rows], weight[columns].T, spaces[0])
+                    out = sums[:, model : model + 1, share, rows]
+                    write_logits_sums([z], labels[rows], out, **common, **part._asdict())
+            else:  # the kernel reads logits, not products
+                pairs = zip(models, spaces, strict=True)
+                logits = [_to_logits(product(x[rows], w[columns].T, space), part) for (x, w), space in pairs]
+                z = _contrasted(logits[0], logits[1], contrast)
+                write_logits_sums([z], labels[rows], sums[:, :, share, rows], **common)
     return stats_of_sums(sums, labels, ignore_index)
 
 
@@ -280,39 +302,38 @@ def gradients_on_gpu(
 ) -> Gradients:
     """`gradients` by the library's products, and a kernel that turns a block of them into its gradient.
 
-    The host waits once, for the number of kept rows.
+    The host does not know how many rows are kept, and the library has no product whose size is on the device and whose
+    result is float32 (`torch._grouped_mm` gives its inputs' type). So dropped rows are multiplied, too, as zeros:
+    3 · 2 N V D operations whatever is kept. impl="fused" stops at the kept rows.
     """
     from tokensel_kernels.vocab_grad import write_block_gradient
 
     want_hidden, want_weight, want_bias = want
-    V, D = weight.shape
-    kept = coefficient.nonzero()[:, 0]
-    K = len(kept)
-    R, C = vocabulary_blocks(K, V, WORKSPACE_MIB, columns=GPU_COLUMNS)
+    (N, D), V = hidden.shape, weight.shape[0]
+    most_columns = int(WORKSPACE_MIB * 2**20) // (max(N, 1) * hidden.element_size())
+    R, C = _gpu_block(N, V, hidden, WORKSPACE_MIB, most_columns=most_columns)
     workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
-    gradient = torch.empty(K, C, dtype=hidden.dtype, device=hidden.device)
-    x, y, c, log_z = (t[kept] for t in (hidden, labels, coefficient, lse))
-    d_x = torch.zeros(K, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
+    gradient = torch.empty(N, C, dtype=hidden.dtype, device=hidden.device)
+    # a dropped row may be anything; 0 · NaN would be NaN, and exp(z - inf) is 0
+    dropped = coefficient == 0
+    x, log_z = hidden.masked_fill(dropped[:, None], 0), lse.masked_fill(dropped, torch.inf)
+    d_x = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     for start in range(0, V, C):
-        w = weight[start : start + C]  # (C, D)
-        block = slice(start, start + len(w))
-        dz = gradient[:, : len(w)]  # (K, C)
+        block = slice(start, min(start + C, V))
+        w = weight[block]  # (C, D)
+        dz = gradient[:, : len(w)]  # (N, C)
         bias = None if head.bias is None else head.bias[block].contiguous()
         options = {"bias": bias, "first_column": start, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        for first in range(0, K, R):
-            rows = slice(first, min(first + R, K))
-            z = product(x[rows], w.T, workspace[: len(x[rows]), : len(w)])  # (R, C)
-            write_block_gradient(z, y[rows], c[rows], log_z[rows], dz[rows], **options)
+        for first in range(0, N, R):
+            rows = slice(first, min(first + R, N))
+            z = product(x[rows], w.T, workspace[: rows.stop - first, : len(w)])  # (R, C)
+            write_block_gradient(z, labels[rows], coefficient[rows], log_z[rows], dz[rows], **options)
         if d_x is not None:
             add_product(d_x, dz, w)
         if d_weight is not None:
             torch.mm(dz.T, x, out=d_weight[block])  # accumulated in float32, rounded once
         if d_bias is not None:
             d_bias[block] = dz.sum(0, dtype=torch.float32)
-    if d_x is None:
-        return None, d_weight, d_bias
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    d_hidden[kept] = d_x.to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
+    return None if d_x is None else d_x.to(hidden.dtype), d_weight, d_bias
