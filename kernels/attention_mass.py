@@ -37,6 +37,7 @@ from tokensel_kernels.primitives import multiply
 
 LOG2_E = math.log2(math.e)  # scores are in units of log 2, so that an exponential is one instruction
 LOWEST = tl.constexpr(-3e38)  # a pivot below every score, and finite: differences of pivots are never NaN
+MIXED_PARTS = 2  # of a tile, one at a time, where there are masks, which take registers
 PIVOT_FREE_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32
 
 
@@ -188,7 +189,7 @@ def _attention_mass_kernel(
     split_3, shift_3 = tl.load(plan + MIXED_SPLIT + 2), tl.load(plan + MIXED_SHIFT + 3)
     split_4, shift_4 = tl.load(plan + MIXED_SPLIT + 3), tl.load(plan + MIXED_SHIFT + 4)
     split_5, shift_5 = tl.load(plan + MIXED_SPLIT + 4), tl.load(plan + MIXED_SHIFT + 5)
-    PARTS: tl.constexpr = KEYS // MIXED_KEYS  # masks take registers
+    PARTS: tl.constexpr = KEYS // MIXED_KEYS
     by = 1.0 if HAS_SOFTCAP else scale
     for step in range(0, mixed_stop * PARTS):
         t = step // PARTS
@@ -274,14 +275,14 @@ def attention_mass(
     masks = [None if m is None else m.contiguous().view(torch.int8) for m in (prompt_mask, query_mask, key_mask)]
     bounds = [None if t is None else t.to(torch.int32).contiguous() for t in (low, prompt_end)]
     group = Hq // Hk
-    rows, constants = tiles.attention_tile(q, 1)
-    keys = constants["KEYS"]
-    d_main = max(16, 1 << (d.bit_length() - 1))
-    d_rest = max(16, triton.next_power_of_2(d - d_main)) if d > d_main else 0
+    tile, keys = _tile(q)
+    rows = tile.rows
     tma = _has_descriptors(k)
+    d_main, d_rest = _depths(d, tma)
     sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
     row_tiles = triton.cdiv(S * group, rows)
     masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
+    window = None if window is None or window >= S else window
     small = softcap is not None and softcap <= PIVOT_FREE_SOFTCAP
     by = scale * LOG2_E if softcap is None else 2 * scale * LOG2_E / softcap
     with tiles.on_device(q):
@@ -295,16 +296,34 @@ def attention_mass(
             *q.stride()[:3], *k.stride()[:3],
             by, (softcap or 1.0) * LOG2_E, LOG2_E, window,
             FIXED_PIVOT=lse is not None or small, HAS_SOFTCAP=softcap is not None, GROUP=group,
-            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, MIXED_KEYS=max(16, keys // 2), TMA=tma, **constants,
+            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // MIXED_PARTS),
+            TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return masses.sum((1, 3)) / Hq
 
 
+def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int]:
+    """(the table's tile, keys of it): half as many for large heads, so that two programs share a processor."""
+    tile = tiles.TILES[tiles.chip_family(q.device)[0]]["attention"][q.element_size()]
+    return tile, max(16, tile.keys // 2) if q.shape[-1] > 128 else tile.keys
+
+
+def _depths(d: int, tma: bool) -> tuple[int, int]:
+    """Powers of two that a head of size d is multiplied in: the second one is 0 where one product is enough."""
+    main = max(16, 1 << (d.bit_length() - 1))
+    if main >= d:
+        return main, 0
+    if tma and d <= 128:  # exponentials bound the time, and a second product would wait for the first
+        return 2 * main, 0
+    return main, max(16, triton.next_power_of_2(d - main))
+
+
 def _has_descriptors(k: Tensor) -> bool:
-    """Whether key tiles are loaded by tensor memory descriptors: strides and begin at multiples of 16 bytes."""
-    if tiles.chip_family(k.device)[0] not in tiles.CHIPS_WITH["tma"] or k.element_size() != 2:
+    """Whether key tiles are loaded by tensor memory descriptors: the head begins at multiples of 16 bytes."""
+    if tiles.chip_family(k.device)[0] not in tiles.CHIPS_WITH["tma"] or k.element_size() != 2 or not k.numel():
         return False
-    return not k.data_ptr() % 16 and not any(s * k.element_size() % 16 or s == 0 for s in k.stride()[:3])
+    steps = [stride * k.element_size() for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True) if size > 1]
+    return not k.data_ptr() % 16 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _key_source(k: Tensor, keys: int, depth: int, tma: bool) -> object:
@@ -313,4 +332,6 @@ def _key_source(k: Tensor, keys: int, depth: int, tma: bool) -> object:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, keys, depth])
+    # nothing is read along a dimension of one entry, whose stride may be anything
+    strides = [stride if size > 1 else 16 for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True)]
+    return TensorDescriptor(k, list(k.shape), [*strides, 1], [1, 1, keys, depth])

@@ -117,7 +117,7 @@ def _row_plan_kernel(
     if ONLY_PROMPT:
         stop = tl.minimum(stop, tl.cdiv(last_end, KEYS))
     begin = tl.minimum(first_low // KEYS, stop)
-    left = tl.minimum(tl.cdiv(last_low, KEYS), stop)
+    left = tl.minimum(tl.maximum(tl.cdiv(last_low, KEYS), begin), stop)
     right = tl.minimum(tl.maximum((first + 1) // KEYS, left), stop)
     agreed = tl.minimum(tl.maximum(first_end // KEYS, left), right)
     over = tl.minimum(tl.maximum(tl.cdiv(last_end, KEYS), agreed), right)

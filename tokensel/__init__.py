@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tokensel import _moved
 from tokensel.ops.loss import selected_cross_entropy
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
+from tokensel.ops.prompt_mass_varlen import prompt_attention_mass_varlen
 from tokensel.ops.stats import token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
 from tokensel.ops.token_stats import TokenStats
 from tokensel.select import methods
@@ -75,6 +76,7 @@ __all__ = [
     "auto_history",
     "methods",
     "prompt_attention_mass",
+    "prompt_attention_mass_varlen",
     "record_losses",
     "remove",
     "selected_cross_entropy",

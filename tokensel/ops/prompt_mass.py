@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,45 +62,70 @@ def prompt_attention_mass(
     B, Hq, S, d = q.shape
     if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (B, S, d):
         raise ValueError(f"k must have shape [B, Hk, S, d] = [{B}, Hk, {S}, {d}]; got {list(k.shape)}")
-    if Hq % k.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads, which does not divide the {Hq} heads of q")
-    if q.dtype != k.dtype:
-        raise TypeError(f"q is {q.dtype} but k is {k.dtype}; cast one of them")
-    for name, mask in (("prompt_mask", prompt_mask), ("query_mask", query_mask), ("key_mask", key_mask)):
-        if mask is not None:
-            check_shape(name, check_tensor(name, mask), (B, S), "[B, S]")
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name} must be torch.bool; got {mask.dtype}; convert with .bool()")
-    for name, ids in (("segment_ids", segment_ids), ("turn_ids", turn_ids)):
-        if ids is not None:
-            check_shape(name, check_tensor(name, ids), (B, S), "[B, S]")
-            if ids.is_floating_point() or ids.dtype == torch.bool:
-                raise TypeError(f"{name} must have an integer dtype; got {ids.dtype}")
-    if lse is not None:
-        check_shape("lse", check_tensor("lse", lse, floating=True), (B, Hq, S), "[B, Hq, S]")
-    if sinks is not None:
-        check_shape("sinks", check_tensor("sinks", sinks, floating=True), (Hq,), "[Hq]")
-    check_positive("softcap", softcap)
-    check_positive("window", window)
-    given_masks = {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask}
-    check_same_device(q=q, k=k, **given_masks, segment_ids=segment_ids, turn_ids=turn_ids, lse=lse, sinks=sinks)
-
-    impl = resolve_impl(impl, q)
-    if impl == "fused" and d > FUSED_HEAD_SIZE:
-        raise ValueError(
-            f"impl='fused' takes head sizes up to {FUSED_HEAD_SIZE} (64, 96, 128, 192 and 256 are compiled for every "
-            f"chip); q has {d}; use impl='chunked'"
-        )
+    impl = check_mass_options(
+        q,
+        k,
+        {"prompt_mask": prompt_mask, "query_mask": query_mask, "key_mask": key_mask},
+        {"segment_ids": segment_ids, "turn_ids": turn_ids},
+        ((B, S), "[B, S]"),
+        (lse, (B, Hq, S), "[B, Hq, S]"),
+        (sinks, (Hq,), "[Hq]"),
+        softcap,
+        window,
+        impl,
+    )
     scale = d**-0.5 if scale is None else scale
     position = torch.arange(S, device=q.device).expand(B, S)
-    # where the run of equal ids begins: from here on, equal numbers mean the same document (or turn)
-    segment_ids = None if segment_ids is None else _run_start(segment_ids, position)
-    turn_ids = None if turn_ids is None else _run_start(turn_ids, position)
+    segment_starts = None if segment_ids is None else run_start(segment_ids, position)
+    turn_starts = None if turn_ids is None else run_start(turn_ids, position)
     key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
     query_mask = ~prompt_mask & key_mask if query_mask is None else query_mask & key_mask
-    masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
+    masks = (prompt_mask, query_mask, key_mask, segment_starts, turn_starts)
     with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
-        return _compute_mass(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
+        return compute_mass(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
+
+
+def check_mass_options(
+    q: Tensor,
+    k: Tensor,
+    masks: dict[str, Any],
+    ids: dict[str, Tensor | None],
+    tokens: tuple[tuple[int, ...], str],
+    lse: tuple[Tensor | None, tuple[int, ...], str],
+    sinks: tuple[Tensor | None, tuple[int, ...], str],
+    softcap: float | None,
+    window: int | None,
+    impl: str,
+) -> str:
+    """Checks what both layouts of q and k have in common, by shapes and their names; `impl` resolved."""
+    heads, key_heads = sinks[1][0], k.shape[1]  # both layouts have heads second
+    if heads % key_heads:
+        raise ValueError(f"k has {key_heads} heads, which does not divide the {heads} heads of q")
+    if q.dtype != k.dtype:
+        raise TypeError(f"q is {q.dtype} but k is {k.dtype}; cast one of them")
+    for name, mask in masks.items():
+        if mask is not None or name == "prompt_mask":
+            check_shape(name, check_tensor(name, mask), *tokens)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{name} must be torch.bool; got {mask.dtype}; convert with .bool()")
+    for name, numbers in ids.items():
+        if numbers is not None:
+            check_shape(name, check_tensor(name, numbers), *tokens)
+            if numbers.is_floating_point() or numbers.dtype == torch.bool:
+                raise TypeError(f"{name} must have an integer dtype; got {numbers.dtype}")
+    for name, (value, shape, like) in {"lse": lse, "sinks": sinks}.items():
+        if value is not None:
+            check_shape(name, check_tensor(name, value, floating=True), shape, like)
+    check_positive("softcap", softcap)
+    check_positive("window", window)
+    check_same_device(q=q, k=k, **masks, **ids, lse=lse[0], sinks=sinks[0])
+    impl = resolve_impl(impl, q)
+    if impl == "fused" and q.shape[-1] > FUSED_HEAD_SIZE:
+        raise ValueError(
+            f"impl='fused' takes head sizes up to {FUSED_HEAD_SIZE} (64, 96, 128, 192 and 256 are compiled for every "
+            f"chip); q has {q.shape[-1]}; use impl='chunked'"
+        )
+    return impl
 
 
 def _empty_mass(q: Tensor, k: Tensor, prompt_mask: Tensor, *_: object) -> Tensor:
@@ -107,18 +134,18 @@ def _empty_mass(q: Tensor, k: Tensor, prompt_mask: Tensor, *_: object) -> Tensor
 
 @custom_operator(
     "prompt_mass",
-    "(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_ids, "
-    "Tensor? turn_ids, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
+    "(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_starts, "
+    "Tensor? turn_starts, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
     fake=_empty_mass,
 )
-def _compute_mass(
+def compute_mass(
     q: Tensor,
     k: Tensor,
     prompt_mask: Tensor,
     query_mask: Tensor,
     key_mask: Tensor,
-    segment_ids: Tensor | None,
-    turn_ids: Tensor | None,
+    segment_starts: Tensor | None,
+    turn_starts: Tensor | None,
     lse: Tensor | None,
     scale: float,
     softcap: float | None,
@@ -126,24 +153,21 @@ def _compute_mass(
     sinks: Tensor | None,
     impl: str,
 ) -> Tensor:
-    """The mass of checked arguments; ids are the positions where their runs begin."""
+    """The mass of checked arguments; of documents and turns, ids are where each token's begins."""
     B, _, S, _ = q.shape
     if impl == "reference":
-        masks = (prompt_mask, query_mask, key_mask, segment_ids, turn_ids)
+        masks = (prompt_mask, query_mask, key_mask, segment_starts, turn_starts)
         return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks)
     if impl == "fused":
         from tokensel_kernels.attention_mass import attention_mass
 
-        position = torch.arange(S, device=q.device).expand(B, S)
-        low = torch.zeros_like(position) if segment_ids is None else segment_ids
-        low = low if window is None else torch.maximum(low, position - window + 1)
-        prompt_end = torch.full_like(position, S) if turn_ids is None else turn_ids
-        bounds = (prompt_mask, query_mask, key_mask, low, prompt_end)
-        fused: Tensor = attention_mass(q, k, *bounds, lse=lse, scale=scale, softcap=softcap, sinks=sinks)
+        bounds = (prompt_mask, query_mask, key_mask, segment_starts, turn_starts)
+        scores = {"scale": scale, "softcap": softcap, "window": window}
+        fused: Tensor = attention_mass(q, k, *bounds, lse=lse, sinks=sinks, **scores)
         return fused
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
-        segments, turns, log_all = (None if t is None else t[b] for t in (segment_ids, turn_ids, lse))
+        segments, turns, log_all = (None if t is None else t[b] for t in (segment_starts, turn_starts, lse))
         masks = (prompt_mask[b], query_mask[b], key_mask[b], segments, turns)
         mass[b] = _chunked_row(q[b], k[b], *masks, log_all, scale, softcap, window, sinks)
     return mass
@@ -226,18 +250,18 @@ def uniform_prompt_mass(
     position = torch.arange(S, device=prompt_mask.device).expand(B, S)
     first = torch.zeros_like(position)
     if segment_ids is not None:
-        first = _run_start(segment_ids, position)
+        first = run_start(segment_ids, position)
     if window is not None:
         first = torch.maximum(first, position - window + 1)
     prompt = prompt_mask & key_mask
     visible_prompt, visible = visible_count(prompt), visible_count(key_mask)
     if turn_ids is not None:
-        first = torch.maximum(first, _run_start(turn_ids, position))
+        first = torch.maximum(first, run_start(turn_ids, position))
         visible_prompt = visible_prompt - visible_count(prompt)
     return torch.where(visible > 0, visible_prompt / visible.clamp(min=1), 0).float()
 
 
-def _run_start(ids: Tensor, position: Tensor) -> Tensor:
+def run_start(ids: Tensor, position: Tensor) -> Tensor:
     """Position where the run of equal ids that holds each entry begins: [B, S] -> [B, S]."""
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
