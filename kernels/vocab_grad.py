@@ -3,175 +3,242 @@
 The forward's lse is known, so a block of logits turns into its gradient in the registers that computed it:
 dz = c · (exp(z - lse) - onehot) · dz/du, the one-hot subtracted in float32 before dz is rounded to the inputs' type.
 Then dX += dz W_block (float32 buffer) and dW_block = dzᵀ X, each block of dW written once after full-length float32
-accumulation. Three products of 2 K V D operations for K kept rows, two with a frozen head; no atomics, deterministic.
+accumulation. Three products of 2 K V D operations for K kept rows, two with a frozen head. Deterministic: an element of
+dX gets exactly one addition a launch, and launches follow one another on the stream.
 
 How many rows are kept stays on the device: kept rows are gathered to the front, and every kernel stops at the count it
-reads there, so the host never waits.
+reads there, so the host never waits. Products are persistent: as many programs as the chip holds stride over the tiles,
+in one flattened loop, so that the next tile's loads run under what is done with the last.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import grouped_tile, head_logits, load_tile, multiply, tile_logits
-from tokensel_kernels.tiles import aligned, product_tile, row_columns, tile_source
+from tokensel_kernels.block_grad import (
+    _block_gradient_kernel,  # noqa: F401, as is write_block_gradient: imported from here
+    exponents,
+    logits_gradient,
+    write_block_gradient,  # noqa: F401
+)
+from tokensel_kernels.gather_rows import (
+    _gather_kept_kernel as _gather_rows_kernel,  # noqa: F401
+)
+from tokensel_kernels.gather_rows import gather_rows, scatter_rows
+from tokensel_kernels.primitives import grouped_tile, load_tile, multiply
+from tokensel_kernels.tiles import (
+    ProductTile,
+    aligned,
+    interpreting,
+    on_device,
+    product_tile,
+    tile_source,
+)
 
-BLOCK_COLUMNS = 8192  # of the vocabulary: dz of 8,192 kept rows is 128 MiB in bfloat16
-
-
-@triton.jit
-def _gather_rows_kernel(
-    x_ptr, order_ptr, count_ptr, out_ptr,  # pointers
-    D,  # shapes
-    x_stride, out_stride,  # strides
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # constants
-):  # fmt: skip
-    """out[i] = x[order[i]] for i < count, zeros to the end of the last tile of ROWS; the rest is not written."""
-    row = tl.program_id(0)
-    count = tl.load(count_ptr)
-    if row >= tl.cdiv(count, ROWS) * ROWS:
-        return
-    source = x_ptr + tl.load(order_ptr + row) * x_stride
-    target = out_ptr + row.to(tl.int64) * out_stride
-    for column in range(0, D, COLUMNS):
-        c = column + tl.arange(0, COLUMNS)
-        tl.store(target + c, tl.load(source + c, mask=(c < D) & (row < count), other=0.0), mask=c < D)
+BLOCK_BYTES = 2**28  # of dz: with 8,192 rows and D = 4,096 the backward holds 448 MiB beside the gradients
 
 
 @triton.jit
-def _logits_gradient(z, columns, label, lse, coefficient, softcap, HAS_SOFTCAP: tl.constexpr):
-    """c · (softmax(z) - onehot) · dz/du of a tile, u being the logits before the softcap. (ROWS, COLUMNS)"""
-    dz = tl.exp(z - lse[:, None]) - (columns.to(tl.int64)[None, :] == label[:, None]).to(tl.float32)
-    if HAS_SOFTCAP:
-        slope = z / softcap
-        dz *= 1.0 - slope * slope
-    return dz * coefficient[:, None]
-
-
-@triton.jit
-def _block_gradient_kernel(
-    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
-    first_column, C,  # shapes
-    z_stride, dz_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,  # constants
-):  # fmt: skip
-    """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
-    row = tl.program_id(0) + tl.arange(0, 1)
-    at = tl.program_id(0).to(tl.int64)
-    label = tl.load(label_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    coefficient = tl.load(coefficient_ptr + row)
-    for column in range(0, C, COLUMNS):
-        c = column + tl.arange(0, COLUMNS)
-        z = tl.load(z_ptr + at * z_stride + c, mask=c < C, other=0.0)[None, :]
-        z = head_logits(z, bias_ptr, column, C, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
-        dz = _logits_gradient(z, first_column + c, label, lse, coefficient, softcap, HAS_SOFTCAP)
-        tl.store(dz_ptr + at * dz_stride + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(c < C)[None, :])
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
 
 
 @triton.jit
 def _logits_gradient_kernel(
-    x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, count_ptr, dz_ptr,  # pointers
+    x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, count_ptr, dz,  # pointers
     first_column, N, V, D, width,  # shapes
     x_stride, w_stride, dz_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,  # constants
+    scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SPECIALIZE: tl.constexpr,  # constants
 ):  # fmt: skip
     """dz[:, j] of vocabulary columns first_column + j for j < width, of the first `count` rows.
 
-    Zero in the tiles' rows and columns past those: the products that follow may read whole tiles.
+    Zero in the tiles' rows and columns past those: the products that follow may read whole tiles. TAIL says that there
+    are such columns.
     """
+    HALF: tl.constexpr = COLUMNS // 2
     count = tl.load(count_ptr)
     row_tiles = tl.cdiv(count, ROWS)
     column_tiles = tl.cdiv(width, COLUMNS)
-    if tl.program_id(0) >= row_tiles * column_tiles:
-        return
-    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, column_tiles, GROUP)
-    row = row_tile * ROWS
-    column = first_column + column_tile * COLUMNS
-    z = tile_logits(
-        x, w, bias_ptr,
-        row, column, N, V, D,
-        x_stride, w_stride,
-        logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, DEPTH, TMA, PRECISION,
-    )  # fmt: skip
-    rows = row + tl.arange(0, ROWS)
-    kept = rows < count
-    label = tl.load(label_ptr + rows, mask=kept, other=-1)
-    lse = tl.load(lse_ptr + rows, mask=kept, other=0.0)
-    coefficient = tl.load(coefficient_ptr + rows, mask=kept, other=0.0)
-    columns = column + tl.arange(0, COLUMNS)
-    dz = _logits_gradient(z, columns, label, lse, coefficient, softcap, HAS_SOFTCAP)
-    dz = tl.where(kept[:, None] & (columns < V)[None, :], dz, 0.0)
-    at = rows.to(tl.int64)[:, None] * dz_stride + (columns - first_column)[None, :]
-    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=(rows < N)[:, None])
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZE
+    ):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * ROWS
+        local = column_tile * COLUMNS
+        column = first_column + local
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, D, DEPTH):
+            a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
+            b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
+            product = multiply(a, b.T, product, PRECISION)
+        rows = row + tl.arange(0, ROWS)
+        kept = rows < count
+        label = tl.load(label_ptr + rows, mask=kept, other=-1)
+        lse = tl.load(lse_ptr + rows, mask=kept, other=float("inf"))
+        coefficient = tl.load(coefficient_ptr + rows, mask=kept, other=0.0)
+        if TMA and not SPECIALIZE:  # in halves, so that what is stored leaves room for the loads
+            left, right = _halves(product, ROWS, COLUMNS)
+            left = logits_gradient(
+                left, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL, HALF
+            )
+            dz.store([row, local], left.to(dz.dtype))
+            right = logits_gradient(
+                right, column + HALF, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL,
+                HALF,
+            )  # fmt: skip
+            dz.store([row, local + HALF], right.to(dz.dtype))
+        else:
+            whole = logits_gradient(
+                product, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL, COLUMNS
+            )
+            if TMA:
+                dz.store([row, local], whole.to(dz.dtype))
+            else:
+                at = rows.to(tl.int64)[:, None] * dz_stride + (local + tl.arange(0, COLUMNS))[None, :]
+                tl.store(dz + at, whole.to(dz.dtype.element_ty), mask=(rows < N)[:, None])
 
 
 @triton.jit
 def _hidden_gradient_kernel(
-    dz, w, dx_ptr, count_ptr,  # pointers
+    dz, w, dx, count_ptr,  # pointers
     first_column, N, V, D, width,  # shapes
     dz_stride, w_stride, dx_stride,  # strides
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,  # constants
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,  # constants
 ):  # fmt: skip
-    """dx += dz W_block over `width` vocabulary columns: (K, C) · (C, D) -> (K, D) float32."""
+    """dx += dz W_block over `width` vocabulary columns: (K, C) · (C, D) -> (K, D) float32.
+
+    With REDUCE the memory adds, so that dx is not read into registers that the product fills; each of its elements is
+    one program's, so there is no order that could vary. Rows past `count` get zeros added.
+    """
+    QUARTER: tl.constexpr = COLUMNS // 4
     count = tl.load(count_ptr)
     row_tiles = tl.cdiv(count, ROWS)
     column_tiles = tl.cdiv(D, COLUMNS)
-    if tl.program_id(0) >= row_tiles * column_tiles:
-        return
-    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, column_tiles, GROUP)
-    row = row_tile * ROWS
-    column = column_tile * COLUMNS
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, width, DEPTH):
-        a = load_tile(dz, row, k, N, width, dz_stride, ROWS, DEPTH, TMA)
-        b = load_tile(w, first_column + k, column, V, D, w_stride, DEPTH, COLUMNS, TMA)
-        total = multiply(a, b, total, PRECISION)
-    rows = row + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    inside = (rows < count)[:, None] & (columns < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * dx_stride + columns[None, :]
-    tl.store(dx_ptr + at, tl.load(dx_ptr + at, mask=inside, other=0.0) + total, mask=inside)
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZE
+    ):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * ROWS
+        column = column_tile * COLUMNS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, width, DEPTH):
+            a = load_tile(dz, row, k, N, width, dz_stride, ROWS, DEPTH, TMA)
+            b = load_tile(w, first_column + k, column, V, D, w_stride, DEPTH, COLUMNS, TMA)
+            total = multiply(a, b, total, PRECISION)
+        if REDUCE:  # in quarters, so that what is added leaves room for the loads
+            left, right = _halves(total, ROWS, COLUMNS)
+            first, second = _halves(left, ROWS, COLUMNS // 2)
+            third, fourth = _halves(right, ROWS, COLUMNS // 2)
+            dx.atomic_add([row, column], first)
+            dx.atomic_add([row, column + QUARTER], second)
+            dx.atomic_add([row, column + 2 * QUARTER], third)
+            dx.atomic_add([row, column + 3 * QUARTER], fourth)
+        else:
+            rows = row + tl.arange(0, ROWS)
+            columns = column + tl.arange(0, COLUMNS)
+            inside = (rows < count)[:, None] & (columns < D)[None, :]
+            at = rows.to(tl.int64)[:, None] * dx_stride + columns[None, :]
+            tl.store(dx + at, tl.load(dx + at, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
 def _head_gradient_kernel(
-    dz, x, dw_ptr, dbias_ptr, count_ptr,  # pointers
+    dz, x, dw_ptr, count_ptr,  # pointers
     first_column, N, V, D, width,  # shapes
     dz_stride, x_stride, dw_stride,  # strides
-    WANT_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,  # constants
 ):  # fmt: skip
     """dW_block = dzᵀ X over the kept rows: (C, K) · (K, D) -> (C, D), written once, in the head's type."""
-    # with the bias alone there is one column tile
-    column_tiles = tl.cdiv(D, COLUMNS) if dw_ptr is not None else 1
-    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(width, ROWS), column_tiles, GROUP)
-    row = row_tile * ROWS  # of the block of the vocabulary
-    column = column_tile * COLUMNS
     count = tl.load(count_ptr)
+    row_tiles = tl.cdiv(width, ROWS)  # of the block of the vocabulary
+    column_tiles = tl.cdiv(D, COLUMNS)
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZE
+    ):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * ROWS
+        column = column_tile * COLUMNS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, count, DEPTH):
+            a = load_tile(dz, k, row, N, width, dz_stride, DEPTH, ROWS, TMA)
+            b = load_tile(x, k, column, N, D, x_stride, DEPTH, COLUMNS, TMA)
+            total = multiply(a.T, b, total, PRECISION)
+        rows = first_column + row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        real = (rows < min(V, first_column + width))[:, None] & (columns < D)[None, :]
+        at = rows.to(tl.int64)[:, None] * dw_stride + columns[None, :]
+        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _bias_gradient_kernel(
+    dz_ptr, dbias_ptr, count_ptr,  # pointers
+    width,  # shapes
+    dz_stride,  # strides
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # constants
+):  # fmt: skip
+    """dbias_block = Σ dz over the kept rows, a program for each COLUMNS of the block."""
+    count = tl.load(count_ptr)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    bias = tl.zeros([ROWS], tl.float32)
-    for k in range(0, count, DEPTH):
-        a = load_tile(dz, k, row, N, width, dz_stride, DEPTH, ROWS, TMA)
-        b = load_tile(x, k, column, N, D, x_stride, DEPTH, COLUMNS, TMA)
-        total = multiply(a.T, b, total, PRECISION)
-        if WANT_BIAS:
-            bias += tl.sum(a.to(tl.float32), 0)
-    rows = first_column + row + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    real = rows < min(V, first_column + width)
-    at = rows.to(tl.int64)[:, None] * dw_stride + columns[None, :]
-    if dw_ptr is not None:
-        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=real[:, None] & (columns < D)[None, :])
-    if WANT_BIAS:
-        if column == 0:
-            tl.store(dbias_ptr + rows, bias.to(dbias_ptr.dtype.element_ty), mask=real)
+    for row in range(0, count, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        inside = (rows < count)[:, None] & (columns < width)[None, :]
+        at = rows.to(tl.int64)[:, None] * dz_stride + columns[None, :]
+        total += tl.load(dz_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dbias_ptr + columns, tl.sum(total, 0).to(dbias_ptr.dtype.element_ty), mask=columns < width)
+
+
+def programs_of(tile: ProductTile) -> int:
+    """Programs that a chip holds at once: eight warps fill a processor's registers, at up to 255 a thread."""
+    return tile.processors * max(1, 8 // tile.warps)
+
+
+@functools.lru_cache
+def block_columns(N: int, V: int, D: int, tile: ProductTile, plain: ProductTile, most_bytes: int, size: int) -> int:
+    """How many columns of the vocabulary a block has: few enough for `most_bytes`, in whole waves of programs.
+
+    The host does not know how many of the N rows are kept. So each width, from the widest to half of it, is weighed by
+    what its waves take for a quarter of the rows, all of them, and shares between; a wave that is not full takes as
+    long as one that is. 128 by 256 on 132 processors: 33 column tiles are whole waves for every fourth row tile, and
+    their 66 row tiles of dW for every second column tile.
+
+    Args:
+        tile, plain: of the logits' gradient and of the products after it. size: of an element, in bytes.
+    """
+
+    def elements(rows: int, columns: int, cut: ProductTile) -> int:
+        tiles, programs = triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns), programs_of(cut)
+        return triton.cdiv(tiles, programs) * programs * cut.rows * cut.columns
+
+    def cost(width: int) -> int:
+        counts = [triton.cdiv(N * share, 16) for share in range(4, 17)]
+        blocks = [(width, V // width), (V % width, 1)]
+        return sum(
+            times * (elements(kept, block, tile) * D + elements(block, D, plain) * kept)
+            for block, times in blocks
+            for kept in counts
+            if block
+        )
+
+    most = max(1, min(triton.cdiv(V, tile.columns), most_bytes // (N * size * tile.columns)))
+    widths = [tiles * tile.columns for tiles in range(most, most // 2, -1)]
+    return min(widths, key=cost)  # the widest of equals
+
+
+def _memory_adds(tile: ProductTile) -> bool:
+    """Whether a float32 tile can be added to memory by the unit that moves tiles; the interpreter has none."""
+    return tile.tma and not interpreting()
 
 
 def selected_gradients(
@@ -202,82 +269,59 @@ def selected_gradients(
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     weight, bias = aligned(weight), None if bias is None else bias.contiguous()
     tile, plain = product_tile(hidden, "gradient"), product_tile(hidden, "matmul")
-    dropped = coefficient == 0
-    order = torch.argsort(dropped, stable=True)  # kept rows first, in their order
-    count = (~dropped).sum(dtype=torch.int32)
-    compact = aligned(torch.empty(N, D, dtype=hidden.dtype, device=hidden.device))
-    _gather_rows_kernel[(N,)](
-        hidden, order, count, compact,
-        D,
-        hidden.stride(0), compact.stride(0),
-        ROWS=tile.rows, COLUMNS=1024, num_warps=4,
-    )  # fmt: skip
-    y, log_z, c = labels[order], lse[order], coefficient[order] * logit_scale
-    width = min(BLOCK_COLUMNS, triton.cdiv(V, tile.columns) * tile.columns)
+    width = block_columns(N, V, D, tile, plain, BLOCK_BYTES, hidden.element_size())
+
+    specialize = tile.specialize and softcap is None  # Triton 3.7.1 finds no warps for the softcap
     dz = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
-    dx = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
+    dx = None
+    if want_hidden:  # rows at multiples of 16 bytes
+        dx = torch.zeros(N, triton.cdiv(D, 4) * 4, dtype=torch.float32, device=hidden.device)[:, :D]
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     db = torch.empty_like(bias) if want_bias else None
-    # the same matrices, cut as each kernel reads them
-    x, w = (tile_source(m, n, tile.depth, tile) for m, n in ((compact, tile.rows), (weight, tile.columns)))
-    dz_by_depth = tile_source(dz, plain.rows, plain.depth, plain)
-    w_by_depth = tile_source(weight, plain.depth, plain.columns, plain)
-    dz_by_row = tile_source(dz, plain.depth, plain.rows, plain)
-    x_by_row = tile_source(compact, plain.depth, plain.columns, plain)
-    for first in range(0, V, width):
-        block = min(width, V - first)
-        _logits_gradient_kernel[(triton.cdiv(N, tile.rows) * triton.cdiv(block, tile.columns),)](
-            x, w, bias, y, log_z, c, count, dz,
-            first, N, V, D, block,
-            compact.stride(0), weight.stride(0), dz.stride(0),
-            logit_scale, softcap or 1.0, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, **tile.constants(),
-        )  # fmt: skip
-        columns = triton.cdiv(D, plain.columns)
+    with on_device(hidden):
+        kept = gather_rows(hidden, labels, coefficient, lse, V, logit_scale, tile.rows)
+        x, count = kept.x, kept.count
+        # the same matrices, cut as each kernel reads them
+        x_by_row, w_by_row = (tile_source(m, n, tile.depth, tile) for m, n in ((x, tile.rows), (weight, tile.columns)))
+        dz_written = tile_source(dz, tile.rows, tile.columns if specialize else tile.columns // 2, tile)
+        dz_by_row, dz_by_column = (
+            tile_source(dz, *s, plain) for s in ((plain.rows, plain.depth), (plain.depth, plain.rows))
+        )
+        w_by_column, x_by_column = (tile_source(m, plain.depth, plain.columns, plain) for m in (weight, x))
+        reduce = want_hidden and _memory_adds(plain)
+        dx_added = tile_source(dx, plain.rows, plain.columns // 4, plain) if reduce else dx
+        for first in range(0, V, width):
+            block = min(width, V - first)
+            row_tiles, columns = triton.cdiv(N, plain.rows), triton.cdiv(D, plain.columns)
+            tiles = triton.cdiv(N, tile.rows) * triton.cdiv(block, tile.columns)
+            _logits_gradient_kernel[(min(programs_of(tile), tiles),)](
+                x_by_row, w_by_row, bias, kept.label, kept.lse, kept.coefficient, count, dz_written,
+                first, N, V, D, block,
+                x.stride(0), weight.stride(0), dz.stride(0),
+                *exponents(softcap, logit_scale), HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+                TAIL=block % tile.columns != 0, SPECIALIZE=specialize, **tile.constants(),
+            )  # fmt: skip
+            if want_hidden:
+                _hidden_gradient_kernel[(min(programs_of(plain), row_tiles * columns),)](
+                    dz_by_row, w_by_column, dx_added, count,
+                    first, N, V, D, block,
+                    dz.stride(0), weight.stride(0), dx.stride(0),
+                    REDUCE=reduce, SPECIALIZE=plain.specialize, **plain.constants(),
+                )  # fmt: skip
+            if want_weight:
+                _head_gradient_kernel[(min(programs_of(plain), triton.cdiv(block, plain.rows) * columns),)](
+                    dz_by_column, x_by_column, dw, count,
+                    first, N, V, D, block,
+                    dz.stride(0), x.stride(0), dw.stride(0),
+                    SPECIALIZE=plain.specialize, **plain.constants(),
+                )  # fmt: skip
+            if want_bias:
+                _bias_gradient_kernel[(triton.cdiv(block, 64),)](
+                    dz, db[first:], count,
+                    block,
+                    dz.stride(0),
+                    ROWS=64, COLUMNS=64, num_warps=8,
+                )  # fmt: skip
         if want_hidden:
-            _hidden_gradient_kernel[(triton.cdiv(N, plain.rows) * columns,)](
-                dz_by_depth, w_by_depth, dx, count,
-                first, N, V, D, block,
-                dz.stride(0), weight.stride(0), dx.stride(0),
-                **plain.constants(),
-            )  # fmt: skip
-        if want_weight or want_bias:
-            _head_gradient_kernel[(triton.cdiv(block, plain.rows) * (columns if want_weight else 1),)](
-                dz_by_row, x_by_row, dw, db, count,
-                first, N, V, D, block,
-                dz.stride(0), compact.stride(0), dw.stride(0) if want_weight else 0,
-                WANT_BIAS=want_bias, **plain.constants(),
-            )  # fmt: skip
-    if want_hidden:
-        gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        gradient[order] = dx.to(hidden.dtype)  # every row: those that were dropped are zero
-        dx = gradient
+            dx = scatter_rows(dx, kept.place, hidden)
     return dx, dw, db
-
-
-def write_block_gradient(
-    z: Tensor,
-    labels: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    dz: Tensor,
-    *,
-    first_column: int,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> None:
-    """Gradient of Σ coefficient · nll in the products of hidden states with a block of the head.
-
-    Args:
-        z: [K, C] float32 products with vocabulary rows from `first_column` on, last dimension contiguous.
-        labels: [K] int64 in the whole vocabulary. coefficient, lse: [K] float32. bias: [C] or None.
-        dz: [K, C] to write, in the type of the products that follow; last dimension contiguous.
-    """
-    K, C = z.shape
-    _block_gradient_kernel[(K,)](
-        z, bias, labels, lse, coefficient * logit_scale, dz,
-        first_column, C,
-        z.stride(0), dz.stride(0),
-        logit_scale, softcap or 1.0, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-        COLUMNS=row_columns(z), num_warps=8,
-    )  # fmt: skip

@@ -35,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize("dtype, weights, options, tma", CASES)
 def test_gradients_of_kept_rows(dtype, weights, options, tma, monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_COLUMNS", 64)  # three blocks of the vocabulary
+        monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_BYTES", 1)  # three blocks of the vocabulary
         small = tiles.ProductTile(16, 64, 16, 4, 1, tma=tma, precision="widened")
         for kind in ("gradient", "matmul"):
             monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)

@@ -1,0 +1,104 @@
+"""A block of products with the head to the gradient of the logits, by one formula wherever the products are.
+
+In registers behind a product of our own (`vocab_grad`), or read once where the library's product has written them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensel_kernels.gather_rows import LOG2_E
+from tokensel_kernels.tiles import on_device, row_columns
+
+
+@triton.jit
+def logits_gradient(
+    product, column, label, lse, coefficient, bias_ptr, columns, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """c · (softmax(z) - onehot) · dz/du of a tile of products, u being the logits before the softcap. (ROWS, COLUMNS)
+
+    Args:
+        column: of the tile in the bias and among the labels; with TAIL those from `columns` on give zero.
+        lse, scale, cap: in units of log 2, as `exponents` gives the last two. Where the coefficient is 0, lse is inf.
+    """
+    c = tl.arange(0, COLUMNS)
+    if HAS_BIAS:
+        product += tl.load(bias_ptr + column + c, mask=c < columns - column, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        # tanh(y) = 1 - 2 r with r = 1 / (1 + exp(2 y)), the reciprocal as a squared rsqrt: one operation of its unit
+        root = tl.rsqrt(1.0 + tl.exp2(product * scale))
+        r = root * root
+        p = tl.exp2(r * (-2.0 * cap) - (lse - cap)[:, None])
+    else:
+        p = tl.exp2(product * scale - lse[:, None])
+    if TAIL:
+        p = tl.where((c < columns - column)[None, :], p, 0.0)
+    onehot = tl.where(c[None, :] == (label - column)[:, None], coefficient[:, None], 0.0)
+    dz = p * coefficient[:, None] - onehot
+    if HAS_SOFTCAP:
+        dz *= 4.0 * (r - r * r)
+    return dz
+
+
+@triton.jit
+def _block_gradient_kernel(
+    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
+    first_column, C,  # shapes
+    z_stride, dz_stride,  # strides
+    scale, cap, LOG2_E: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,  # constants
+):  # fmt: skip
+    """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    at = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row) - first_column
+    label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+    lse = tl.load(lse_ptr + row) * LOG2_E
+    coefficient = tl.load(coefficient_ptr + row)
+    for column in range(0, C, COLUMNS):
+        c = column + tl.arange(0, COLUMNS)
+        z = tl.load(z_ptr + at * z_stride + c, mask=c < C, other=0.0)[None, :]
+        dz = logits_gradient(
+            z, column, label, lse, coefficient, bias_ptr, C, scale, cap, HAS_BIAS, HAS_SOFTCAP, False, COLUMNS
+        )
+        tl.store(dz_ptr + at * dz_stride + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(c < C)[None, :])
+
+
+def exponents(softcap: float | None, logit_scale: float) -> tuple[float, float]:
+    """(scale, cap) of `logits_gradient`: from a product to the exponent of 2, and the softcap in units of log 2."""
+    if softcap is None:
+        return logit_scale * LOG2_E, 0.0
+    return 2 * logit_scale * LOG2_E / softcap, softcap * LOG2_E
+
+
+def write_block_gradient(
+    z: Tensor,
+    labels: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    dz: Tensor,
+    *,
+    first_column: int,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Gradient of Σ coefficient · nll in the products of hidden states with a block of the head.
+
+    Args:
+        z: [K, C] float32 products with vocabulary rows from `first_column` on, last dimension contiguous.
+        labels: [K] int64 in the whole vocabulary. coefficient, lse: [K] float32. bias: [C] or None.
+        dz: [K, C] to write, in the type of the products that follow; last dimension contiguous.
+    """
+    K, C = z.shape
+    with on_device(z):
+        _block_gradient_kernel[(K,)](
+            z, bias, labels, lse, coefficient * logit_scale, dz,
+            first_column, C,
+            z.stride(0), dz.stride(0),
+            *exponents(softcap, logit_scale), LOG2_E=LOG2_E, HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None, COLUMNS=row_columns(z), num_warps=8,
+        )  # fmt: skip
