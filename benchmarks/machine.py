@@ -15,6 +15,9 @@ import torch
 import tokensel
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "flash-attn-3",
+)  # fmt: skip
 
 
 def machine(device: torch.device) -> dict:
@@ -30,7 +33,7 @@ def machine(device: torch.device) -> dict:
         "tokensel": tokensel.__version__,
         "commit": _commit() or "unknown",
     }
-    for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             values[package] = metadata.version(package)
     if device.type == "cuda":

@@ -32,8 +32,8 @@ def read(name: str) -> dict:
 
 @functools.cache
 def speed_results() -> dict[str, Results]:
-    """By device, what is committed."""
-    return load(sorted(RESULTS.glob("[cg]pu.json")))
+    """By machine, what is committed: cpu.json and a file of each GPU."""
+    return load(sorted(RESULTS.glob("[cg]pu*.json")))
 
 
 # The parts.
@@ -74,8 +74,9 @@ def step() -> str:
 
 
 def speed(device: str) -> str:
-    pictures = [f"![{alt}]({device}_{name}.svg)" for name, alt in PICTURES.items()]
-    return tables.page(speed_results(), device, "\n".join(pictures))
+    return tables.page(
+        speed_results(), device, lambda key: "\n".join(f"![{alt}]({key}_{name}.svg)" for name, alt in PICTURES.items())
+    )
 
 
 def quality(study: str) -> str:
@@ -178,10 +179,10 @@ def with_part(text: str, name: str, body: str) -> str:
 # The pictures: file -> the digest of what it shows, which is in its metadata.
 
 
-def draw_speed(device: str) -> None:
+def draw_speed(key: str) -> None:
     from benchmarks.speed import plots
 
-    plots.write(speed_results()[device], DOCS)
+    plots.write(speed_results()[key], DOCS)
 
 
 def draw_feedback() -> None:
@@ -197,8 +198,8 @@ def draw_long_rows() -> None:
 def pictures() -> list[tuple[list[str], str, Callable[[], None]]]:
     """(files, digest of what they show, how they are drawn)."""
     of_speed = [
-        ([f"{device}_{name}.svg" for name in PICTURES], results.digest, functools.partial(draw_speed, device))
-        for device, results in speed_results().items()
+        ([f"{key}_{name}.svg" for name in PICTURES], results.digest, functools.partial(draw_speed, key))
+        for key, results in speed_results().items()
     ]
     feedback, peaks = read("quality.feedback")["rows"], read("long_rows")["peak_mib"]
     return [

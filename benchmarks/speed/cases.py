@@ -23,7 +23,7 @@ from tokensel_kernels.roofline import Estimate, attention_estimates, estimates
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a model that matter here. The softcaps of Gemma are left out: few peers have them."""
+    """The sizes of a model that matter here. Gemma's softcap is a case's own: few peers have it."""
 
     vocabulary: int
     hidden: int
@@ -64,6 +64,7 @@ class Case:
     rho: float = 0.6
     batch: int = 1
     vocabulary: int | None = None
+    softcap: float | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +72,7 @@ class Case:
         parts.append(f"{self.batch}x{self.tokens}" if self.batch > 1 else str(self.tokens))
         parts += [f"V{self.vocabulary}"] if self.vocabulary else []
         parts += [f"rho{self.rho:g}"] if self.rho != 0.6 else []
+        parts += [f"softcap{self.softcap:g}"] if self.softcap else []
         return "/".join([*parts, self.dtype])
 
     @property
@@ -123,6 +125,7 @@ SETS: dict[str, list[Case]] = {
     "gpu": [
         *_cases("pair_stats", "pair_stats", REAL, [8192]),
         *_cases("kept_backward", "kept_backward", REAL, [8192]),
+        *[Case(work, work, "Gemma-2-2B", 8192, softcap=30.0) for work in ("pair_stats", "kept_backward")],
         *_cases("attention_mass", "attention_mass", ["Llama-3.1-8B"], [2048, 8192, 32768, 131072]),
         *_cases("step", "training_step", ["Llama-3.2-3B"], [2048], batch=4),
         *_cases("step", "selection_step", ["Llama-3.1-8B"], [8192]),
@@ -150,6 +153,7 @@ SETS: dict[str, list[Case]] = {
     "smoke": [
         *[Case(work, work, "tiny", 24, "float32") for work in ("stats_from_logits", "kept_backward")],
         Case("pair_stats", "pair_stats", "tiny", 24),
+        Case("kept_backward", "kept_backward", "tiny", 24, "float32", softcap=3.0),
         Case("attention_mass", "attention_mass", "tiny", 32, "float32"),
         Case("step", "training_step", "tiny", 16, "float32", batch=2),
         Case("memory", "selection_step", "tiny", 24, "float32"),

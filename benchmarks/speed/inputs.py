@@ -57,12 +57,17 @@ class Inputs:
             tensor.grad = None
 
 
+def capped(z: Tensor, softcap: float | None) -> Tensor:
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 class HeadInputs(Inputs):
     """Hidden states and head of two models; gradients are left in `hidden` and `weight`."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
         N, V, D = case.tokens, case.shape.vocabulary, case.shape.hidden
+        self.softcap = case.softcap
         self.hidden = self.normal(N, D)  # (N, D)
         self.weight = self.normal(V, D, std=2 / math.sqrt(D))  # (V, D): logits with a spread of 2
         self.history_hidden = (self.hidden + 0.05 * self.normal(N, D)).to(self.dtype)  # the model a little earlier
@@ -94,9 +99,9 @@ class HeadInputs(Inputs):
 
     def _exact_lse_and_nll(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         x, w = x.detach().double(), w.detach()
-        blocks = [(x @ part.double().T).logsumexp(1) for part in w.split(8192)]
+        blocks = [capped(x @ part.double().T, self.softcap).logsumexp(1) for part in w.split(8192)]
         lse = torch.stack(blocks).logsumexp(0)
-        return lse, lse - (x * w[self.labels].double()).sum(1)
+        return lse, lse - capped((x * w[self.labels].double()).sum(1), self.softcap)
 
     def errors(self, out: dict) -> dict[str, float]:
         lse, *exact = self.exact
@@ -110,8 +115,9 @@ class HeadInputs(Inputs):
 
         def d_logits(rows: Tensor, columns: Tensor) -> Tensor:
             """(softmax - onehot) / kept, of rows and columns of the logits."""
-            z = self.hidden.detach()[rows].double() @ self.weight.detach()[columns].double().T
-            return share * ((z - lse[rows, None]).exp() - (self.labels[rows, None] == columns).double())
+            z = capped(self.hidden.detach()[rows].double() @ self.weight.detach()[columns].double().T, self.softcap)
+            slope = 1.0 if self.softcap is None else 1 - (z / self.softcap) ** 2
+            return share * slope * ((z - lse[rows, None]).exp() - (self.labels[rows, None] == columns).double())
 
         rows = kept[:: max(1, len(kept) // CHECKED)][:CHECKED]
         V = len(self.weight)

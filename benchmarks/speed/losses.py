@@ -7,8 +7,10 @@ the first has computed and handed on (`first`). A way that cannot run here raise
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tokensel
-from benchmarks.speed.inputs import HeadInputs
+from benchmarks.speed.inputs import HeadInputs, capped
+
+TRL_COLUMNS = 32768  # of the vocabulary at once, as its trainers take
 
 
 class Absent(Exception):
@@ -26,6 +30,11 @@ class Absent(Exception):
 def need_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise Absent("needs a GPU")
+
+
+def no_softcap(softcap: float | None) -> None:
+    if softcap is not None:
+        raise Absent("has no softcap")
 
 
 def available(impl: str, device: torch.device) -> str:
@@ -39,23 +48,26 @@ def available(impl: str, device: torch.device) -> str:
 
 
 class Tokensel:
-    def __init__(self, impl: str) -> None:
-        self.impl = impl
+    def __init__(self, impl: str, softcap: float | None = None) -> None:
+        self.head = {"impl": impl, "softcap": softcap}
 
     def losses(self, s: HeadInputs) -> tuple[Tensor, Tensor, object]:
         models = ((s.hidden, s.weight), (s.history_hidden, s.history_weight))
-        current, history = tokensel.token_stats_pair(*models, s.labels, impl=self.impl)
+        current, history = tokensel.token_stats_pair(*models, s.labels, **self.head)
         return current.nll, history.nll, current
 
     def kept_loss(self, s: HeadInputs, keep: Tensor, first: object) -> Tensor:
-        return tokensel.selected_cross_entropy(s.hidden, s.weight, s.labels, keep, stats=first, impl=self.impl)
+        return tokensel.selected_cross_entropy(s.hidden, s.weight, s.labels, keep, stats=first, **self.head)
 
 
 class Published:
     """As the published code: [N, V] logits of both models, float32 cross-entropy, masked mean over all rows."""
 
+    def __init__(self, softcap: float | None = None) -> None:
+        self.softcap = softcap
+
     def _nll(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+        return F.cross_entropy(capped((hidden @ weight.T).float(), self.softcap), labels, reduction="none")
 
     def losses(self, s: HeadInputs) -> tuple[Tensor, Tensor, object]:
         with torch.no_grad():
@@ -85,50 +97,68 @@ class LinearLoss:
         return self.mean(s.hidden[keep], s.weight, s.labels[keep])
 
 
-def _torch(device: torch.device, chunked: bool) -> LinearLoss:
+def _mean_of(each: Callable[..., Tensor]) -> LinearLoss:
+    return LinearLoss(each, lambda *args: each(*args).mean())
+
+
+def _torch(device: torch.device, softcap: float | None, chunked: bool) -> LinearLoss:
+    no_softcap(softcap)
     if not hasattr(F, "linear_cross_entropy"):
         raise Absent(f"PyTorch {torch.__version__} has no linear_cross_entropy (2.13 has)")
     options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
     return LinearLoss(*(functools.partial(F.linear_cross_entropy, reduction=r, **options) for r in ("none", "mean")))
 
 
-def _compiled(device: torch.device) -> LinearLoss:
+def _compiled(device: torch.device, softcap: float | None) -> LinearLoss:
     """Row chunks of 1,024 through torch.compile, their logits computed again in the backward."""
 
     @torch.compile
     def chunk(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy((x @ weight.T).float(), y, reduction="none")
+        return F.cross_entropy(capped((x @ weight.T).float(), softcap), y, reduction="none")
 
     def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         pieces = zip(hidden.split(1024), labels.split(1024), strict=True)
         return torch.cat([checkpoint(chunk, x, weight, y, use_reentrant=False) for x, y in pieces])
 
-    return LinearLoss(each, lambda *args: each(*args).mean())
+    return _mean_of(each)
 
 
-def _liger(device: torch.device) -> LinearLoss:
+def _liger(device: torch.device, softcap: float | None, backend: str | None) -> LinearLoss:
+    """Liger's fused loss: its Triton kernels, or those that LIGER_KERNEL_IMPL would put in their place."""
     need_gpu(device)
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    name = "LigerFusedLinearCrossEntropyFunction"
+    package = f"liger_kernel.ops.{backend}.ops" if backend else "liger_kernel.ops"
+    kernels = getattr(importlib.import_module(f"{package}.fused_linear_cross_entropy"), name)
 
-    return LinearLoss(functools.partial(loss, reduction="none"), loss)
+    def loss(*args: Tensor, reduction: str) -> Tensor:
+        with mock.patch.object(functional, name, kernels):
+            return functional.liger_fused_linear_cross_entropy(*args, reduction=reduction, softcap=softcap)
+
+    return LinearLoss(*(functools.partial(loss, reduction=r) for r in ("none", "mean")))
 
 
-def _liger_scaled(device: torch.device) -> LinearLoss:
+def _liger_scaled(device: torch.device, softcap: float | None, backend: str | None) -> LinearLoss:
+    """Its newer loss: CuTe kernels on Hopper by its own choice, or cuTile's."""
     need_gpu(device)
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as loss
+    no_softcap(softcap)
+    package = f"liger_kernel.ops.{backend}.ops" if backend else "liger_kernel.ops"
+    module = importlib.import_module(f"{package}.fused_linear_scaled_cross_entropy")
+    return _mean_of(module.LigerFusedLinearScaledCrossEntropyFunction.apply)
 
-    return LinearLoss(loss.apply, lambda *args: loss.apply(*args).mean())
 
-
-def _cce(device: torch.device) -> LinearLoss:
+def _cce(device: torch.device, softcap: float | None) -> LinearLoss:
     need_gpu(device)
-    from cut_cross_entropy import linear_cross_entropy as loss
+    from cut_cross_entropy import linear_cross_entropy
 
-    return LinearLoss(functools.partial(loss, reduction="none"), loss)
+    return LinearLoss(
+        *(functools.partial(linear_cross_entropy, softcap=softcap, reduction=r) for r in ("none", "mean"))
+    )
 
 
-def _quack(device: torch.device) -> LinearLoss:
+def _quack(device: torch.device, softcap: float | None) -> LinearLoss:
     need_gpu(device)
+    no_softcap(softcap)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
 
     # not its fastest use: its chunked form gives no loss of each row, and this one holds bfloat16 logits, [N, V]
@@ -138,18 +168,38 @@ def _quack(device: torch.device) -> LinearLoss:
     return LinearLoss(each, chunked_linear_cross_entropy)
 
 
-OTHER_LOSSES: dict[str, Callable[[torch.device], LinearLoss]] = {
+def _trl(device: torch.device, softcap: float | None) -> LinearLoss:
+    need_gpu(device)
+    return trl_chunked(softcap)
+
+
+def trl_chunked(softcap: float | None) -> LinearLoss:
+    """TRL's chunked log-probabilities, log p alone: library products in the inputs' type, folded by a Triton kernel."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, TRL_COLUMNS, softcap, 1.0, ())[0]
+
+    return _mean_of(each)
+
+
+# What makes each loss, from the device and the softcap of the case.
+OTHER_LOSSES: dict[str, Callable[[torch.device, float | None], LinearLoss]] = {
     "torch": functools.partial(_torch, chunked=False),
     "torch chunked": functools.partial(_torch, chunked=True),
     "compiled chunks": _compiled,
-    "Liger": _liger,
-    "Liger scaled": _liger_scaled,
+    "Liger": functools.partial(_liger, backend=None),
+    "Liger, cuTile": functools.partial(_liger, backend="cutile"),
+    "Liger, CuTe": functools.partial(_liger, backend="cutedsl"),
+    "Liger scaled": functools.partial(_liger_scaled, backend=None),
+    "Liger scaled, cuTile": functools.partial(_liger_scaled, backend="cutile"),
+    "TRL chunked": _trl,
     "CCE": _cce,
     "QuACK": _quack,
 }
-HEAD_WAYS: dict[str, Callable[[torch.device], object]] = {
-    "tokensel chunked": lambda device: Tokensel("chunked"),
-    "tokensel fused": lambda device: Tokensel(available("fused", device)),
-    "published": lambda device: Published(),
+HEAD_WAYS: dict[str, Callable[[torch.device, float | None], object]] = {
+    "tokensel chunked": lambda device, softcap: Tokensel("chunked", softcap),
+    "tokensel fused": lambda device, softcap: Tokensel(available("fused", device), softcap),
+    "published": lambda device, softcap: Published(softcap),
     **OTHER_LOSSES,
 }

@@ -8,6 +8,7 @@ returns the function that is.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -25,12 +26,12 @@ from tokensel.model import PatchedModel
 
 
 def _pair_stats(make: Callable, s: HeadInputs) -> Callable:
-    way = make(s.device)
+    way = make(s.device, s.softcap)
     return torch.no_grad()(lambda: {"nll": way.losses(s)[:2]})
 
 
 def _kept_backward(make: Callable, s: HeadInputs) -> Callable:
-    way = make(s.device)
+    way = make(s.device, s.softcap)
     stats = way.losses(s)[2] if isinstance(way, Tokensel) else None
 
     def run() -> dict:
@@ -42,7 +43,7 @@ def _kept_backward(make: Callable, s: HeadInputs) -> Callable:
 
 
 def _selection_step(make: Callable, s: HeadInputs) -> Callable:
-    way = make(s.device)
+    way = make(s.device, s.softcap)
 
     def run() -> dict:
         nll, history_nll, first = way.losses(s)
@@ -100,11 +101,33 @@ def _mass_indicator(s: AttentionInputs) -> Callable:
     return run
 
 
+def _mass_varlen(with_lse: bool, s: AttentionInputs) -> Callable:
+    """From the layout of FlashAttention's variable-length functions: [T, H, d], documents one after the other."""
+    available("fused", s.device)
+    q, k = (t[0].transpose(0, 1) for t in (s.q, s.k))
+    borders = torch.tensor([0, len(q)], dtype=torch.int32, device=s.device)
+    lse = s.lse[0] if with_lse else None
+    mass = functools.partial(tokensel.prompt_attention_mass_varlen, q, k, s.prompt[0], borders, lse=lse, impl="fused")
+    return lambda: {"mass": mass()[None]}
+
+
 def _flash(s: AttentionInputs) -> Callable:
     """The attention itself: what the mass is measured against."""
 
     def run() -> None:
         s.flash()
+
+    return run
+
+
+def _flash_attention(module: str, s: AttentionInputs) -> Callable:
+    """The same by FlashAttention's own packages: 2 (PyTorch's is one, too) or 3, which is for Hopper."""
+    need_gpu(s.device)
+    attention = importlib.import_module(module).flash_attn_func
+    q, k = (t.transpose(1, 2) for t in (s.q, s.k))  # (1, S, H, d)
+
+    def run() -> None:
+        attention(q, k, k, causal=True)
 
     return run
 
@@ -124,7 +147,7 @@ def _cudnn(s: AttentionInputs) -> Callable:
 
 def _plain_step(make: Callable | None, s: ModelInputs) -> Callable:
     """Supervised fine-tuning on every response token, by a loss of others or by the model's own full logits."""
-    loss_of = make(s.device) if make else None
+    loss_of = make(s.device, None) if make else None
 
     def run() -> dict:
         if loss_of is None:
@@ -196,9 +219,13 @@ WAYS: dict[str, dict[str, Callable]] = {
         "tokensel chunked, lse": functools.partial(_mass_tokensel, "chunked", True),
         "tokensel fused": functools.partial(_mass_tokensel, "fused", False),
         "tokensel fused, lse": functools.partial(_mass_tokensel, "fused", True),
+        "tokensel fused, varlen": functools.partial(_mass_varlen, False),
+        "tokensel fused, varlen, lse": functools.partial(_mass_varlen, True),
         "published": _mass_eager,
         "SDPA, indicator": _mass_indicator,
         "flash forward": _flash,
+        "FlashAttention 2 forward": functools.partial(_flash_attention, "flash_attn"),
+        "FlashAttention 3 forward": functools.partial(_flash_attention, "flash_attn_interface"),
         "cuDNN forward": _cudnn,
     },
     "training_step": {

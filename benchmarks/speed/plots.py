@@ -131,7 +131,7 @@ def write(results: Results, folder: Path) -> list[Path]:
         else:
             _plot_growth(figure, results)
         figure.suptitle(machine_line(results), fontsize=8)
-        written.append(folder / f"{results.machine['device']}_{name}.svg")
+        written.append(folder / f"{results.key}_{name}.svg")
         figure.savefig(written[-1], dpi=110, metadata={"Description": results.digest, "Date": None})
         pyplot.close(figure)
     return written

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.resume import digest
 
-AUTO = {"cpu": "tokensel chunked", "cuda": "tokensel fused"}  # what impl="auto" takes, for bfloat16 on a GPU
+OURS = {"cpu": "tokensel chunked", "cuda": "tokensel fused"}  # whose figures are compared with the targets
+
+
+def key_of(machine: dict) -> str:
+    """A name for files and tables: "cpu", or the GPU's own, such as "nvidia_h200"; each is a table of its own."""
+    return re.sub(r"\W+", "_", machine["gpu"].lower()) if machine["device"] == "cuda" else machine["device"]
 
 
 @dataclass
@@ -25,17 +31,21 @@ class Results:
         return digest(self.records)
 
     @property
+    def key(self) -> str:
+        return key_of(self.machine)
+
+    @property
     def main_dtype(self) -> str:
         """The type that the machine's cases are measured in, but for a few."""
         return "float32" if self.machine["device"] == "cpu" else "bfloat16"
 
     def of(self, work: str, **wanted: object) -> list[dict]:
         fields = {"work": work, **wanted}
-        return [r for r in self.records if all(r["case"][key] == value for key, value in fields.items())]
+        return [r for r in self.records if all(r["case"].get(key) == value for key, value in fields.items())]
 
 
 def load(paths: list[Path]) -> dict[str, Results]:
-    """Results by device ("cpu", "cuda").
+    """Results by `key_of` their machine.
 
     Raises:
         ValueError: a file that is not one of results, or results of two machines, or two states of one.
@@ -49,7 +59,7 @@ def load(paths: list[Path]) -> dict[str, Results]:
             raise ValueError(f"{path} cannot be read ({error.strerror}); `make bench` writes one") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no results of `pytest benchmarks --results`: {error!r}") from error
-        before = results.setdefault(machine["device"], Results(machine, [], content["load"], path.parent))
+        before = results.setdefault(key_of(machine), Results(machine, [], content["load"], path.parent))
         if differing := [
             f"{key}: {before.machine.get(key)} and {machine.get(key)}"
             for key in sorted(before.machine | machine)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.speed import plots
-from benchmarks.speed.results import AUTO, Results, load, machine_line, of_floor, ratio
+from benchmarks.speed.results import OURS, Results, load, machine_line, of_floor, ratio
 from benchmarks.speed.targets import TARGETS
 from tokensel.report import format_table
 
@@ -37,8 +38,8 @@ def _rate(record: dict, seconds: float | None) -> str:
 
 
 def _ours(record: dict, device: str) -> str:
-    """The way that impl="auto" takes, by its best use first: with the lse, with a recorded history."""
-    ways = [way for way in record["ways"] if way.startswith(AUTO[device])]
+    """The way of ours that the others are compared with, in its best use: with the lse, with a recorded history."""
+    ways = [way for way in record["ways"] if way.startswith(OURS[device])]
     return next((way for way in ways if way.endswith(("lse", "recorded"))), ways[0])
 
 
@@ -70,18 +71,19 @@ def case_rows(results: Results) -> list[dict]:
 
 
 def overview_rows(results: Results) -> list[dict]:
-    """One row a case and way of ours, beside the fastest peer and the published way."""
-    auto = AUTO[results.machine["device"]]
+    """One row a case and way of ours, beside the fastest peer and the published way; on a GPU fused beside chunked."""
+    device = results.machine["device"]
+    prefix = "tokensel" if device == "cuda" else OURS[device]
     rows = []
     for record in results.records:
         times = {n: w["median"] for n, w in record["ways"].items() if not n.startswith("tokensel") and "median" in w}
         # the attention itself gives no mass
         best = min((n for n in times if not n.endswith("forward")), key=times.get, default=NONE)
         for ours, result in record["ways"].items():
-            if ours.startswith(auto):
+            if ours.startswith(prefix):
                 rows.append(
                     {
-                        "case": record["name"] + ours.removeprefix(auto),
+                        "case": record["name"] + ours.removeprefix(prefix),
                         "tokensel": result.get("failed") or _seconds(result.get("median")),
                         "/ floor": _times(of_floor(record, ours)),
                         "fastest peer": best,
@@ -138,20 +140,31 @@ def absent_ways(results: Results) -> dict[str, list[str]]:
     return ways
 
 
-def page(results: dict[str, Results], device: str, pictures: str = "") -> str:
-    """What the docs say of a device ("cpu", "cuda"): its step, its pictures, every target, every case."""
-    targets = markdown([target.row(results) for target in TARGETS if target.device == device])
+def page(results: dict[str, Results], device: str, pictures: Callable[[str], str] = lambda key: "") -> str:
+    """What the docs say of a device ("cpu", "cuda"), one chip after the other: step, pictures, every target and case.
+
+    pictures: what shows the results of a chip, by its key.
+    """
     command = {"cpu": "make bench", "cuda": "make bench-gpu"}[device]
-    if device not in results:
-        return f"Nothing has been measured yet (`{command}`); what is wanted there:\n\n{targets}"
-    own = results[device]
+    measured = [own for own in results.values() if own.machine["device"] == device]
+    if not measured:
+        wanted = markdown(_target_rows(device, None))
+        return f"Nothing has been measured yet (`{command}`); what is wanted there:\n\n{wanted}"
+    return "\n\n".join(_chip(own, command, pictures(own.key)) for own in measured)
+
+
+def _target_rows(device: str, own: Results | None) -> list[dict]:
+    return [target.row(own) for target in TARGETS if target.device == device]
+
+
+def _chip(own: Results, command: str, pictures: str) -> str:
     return "\n\n".join(
         [
             f"`{command}` on {machine_line(own)}.",
             *step(own),
             *filter(None, [pictures]),
             "Every target; the worst case of each counts:",
-            targets,
+            markdown(_target_rows(own.machine["device"], own)),
             _folded("Every case beside its fastest peer and the published way", markdown(overview_rows(own))),
             *(f"Not run there: {', '.join(ways)} ({reason})." for reason, ways in absent_ways(own).items()),
         ]
@@ -185,9 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{machine_line(own)}\n")
         print(format_table(case_rows(own), left=("way", "errors, or why not")), end="\n\n")
         print(format_table(overview_rows(own), left=("fastest peer",)), end="\n\n")
+        print(format_table(_target_rows(own.machine["device"], own)), end="\n\n")
         for path in plots.write(own, own.folder):
             print(path)
-    print("\n" + format_table([target.row(results) for target in TARGETS]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import machine
-from benchmarks.speed import cases, floors, measure, peers
+from benchmarks.speed import cases, floors, losses, measure, peers
 from benchmarks.speed.cases import SETS, Case
 from benchmarks.speed.inputs import INPUTS
 
@@ -50,6 +50,10 @@ def ways(monkeypatch):
         )
 
     return replace
+
+
+def largest_error(s, out):
+    return max(s.errors(out).values())
 
 
 def exact_nll(s):
@@ -90,6 +94,31 @@ def test_every_way_is_right_to_the_precision_of_its_type(work, dtype, clock, mon
                 limit = 1e-4 if dtype == "float32" else 2e-2 if name.startswith("tokensel") else 0.2
                 assert error <= limit, (name, quantity, error)
         assert not (name.startswith("tokensel") and measure.wrong(result))
+
+
+@pytest.mark.parametrize("work", ["pair_stats", "kept_backward"])
+def test_every_way_that_takes_a_softcap_is_right(work, clock, monkeypatch):
+    monkeypatch.setitem(peers.WAYS, work, {n: way for n, way in peers.WAYS[work].items() if "fused" not in n})
+    torch.compiler.set_stance("force_eager")
+    try:
+        ways = measure.measure_case(small(work, softcap=1.5), CPU, clock, **ONCE)["ways"]
+    finally:
+        torch.compiler.set_stance("default")
+    assert ways["torch"]["absent"] == "has no softcap"
+    measured = {name: result for name, result in ways.items() if "absent" not in result}
+    assert set(measured) == {"tokensel chunked", "published", "compiled chunks"}
+    assert all(error <= 1e-4 for result in measured.values() for error in result["errors"].values())
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_trl_is_asked_for_what_it_gives(softcap):
+    pytest.importorskip("trl")
+    s = INPUTS["kept_backward"](small("kept_backward", softcap=softcap), CPU)
+    loss = losses.trl_chunked(softcap)
+    assert largest_error(s, {"nll": loss.losses(s)[:2]}) <= 1e-4
+    value = loss.kept_loss(s, s.given_keep, None)
+    value.backward()
+    assert largest_error(s, {"loss": value.detach(), "keep": s.given_keep}) <= 1e-4
 
 
 @pytest.mark.parametrize("error", [1e-2, math.nan])

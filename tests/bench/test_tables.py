@@ -38,7 +38,8 @@ def test_results_of_two_machines_are_never_mixed(tmp_path):
         load([more, more])
     with pytest.raises(ValueError, match=r"there.json is of another machine.*cpu: A and B"):
         load([here, there])
-    assert set(load([here, write_results(tmp_path / "gpu.json", device="cuda", gpu="G")])) == {"cpu", "cuda"}
+    gpus = [write_results(tmp_path / f"{gpu}.json", device="cuda", gpu=gpu) for gpu in ("NVIDIA H100 80GB HBM3", "G")]
+    assert set(load([here, *gpus])) == {"cpu", "nvidia_h100_80gb_hbm3", "g"}
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path):
@@ -55,8 +56,8 @@ def test_a_file_that_is_not_there_is_a_line_not_a_traceback(tmp_path, capsys):
 
 
 def test_what_was_not_measured_says_so(tmp_path):
-    results = load([write_results(tmp_path / "empty.json")])
-    rows = [target.row(results) for target in targets.TARGETS]
+    own = load([write_results(tmp_path / "empty.json")])["cpu"]
+    rows = [target.row(own) for target in targets.TARGETS]
     assert (
         len(rows) == 18 and {row["measured"] for row in rows} == {"not measured"} and {row[""] for row in rows} == {""}
     )
@@ -107,7 +108,7 @@ def test_growth_is_the_slope_over_all_lengths(tmp_path):
 
 
 def test_a_target_is_met_by_its_worst_case_alone(tmp_path):
-    results = load([write_results(tmp_path / "some.json")])
+    results = load([write_results(tmp_path / "some.json")])["cpu"]
     target = targets.Target("cpu", "t", True, 1.15, lambda _: [1.0, None, 1.2])
     assert target.row(results)[""] == "**not met**" and target.row(results)["measured"] == "1.2"
     assert targets.Target("cpu", "t", False, 1.0, lambda _: [1.0, 1.2]).row(results)[""] == "met"
@@ -125,7 +126,7 @@ def test_the_command_prints_tables_and_writes_plots(tmp_path, clock, capsys, mon
     tables.main([str(path)])
     printed = capsys.readouterr().out
     assert "/ floor" in printed
-    text = tables.page(load([path]), "cpu", "![picture](cpu_time.svg)")
+    text = tables.page(load([path]), "cpu", lambda key: f"![picture]({key}_time.svg)")
     assert "| published |" in text and "not measured" in text and "![picture](cpu_time.svg)" in text
     assert {f.name for f in Path().glob("cpu_*.*g")} == {f"cpu_{name}.svg" for name in plots.PICTURES}
     assert all(load([path])["cpu"].digest in f.read_text() for f in Path().glob("cpu_*.svg"))
