@@ -55,7 +55,7 @@ def options_of(head, V):
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("V", [1, 128, 255, 300])
+@pytest.mark.parametrize("V", [1, 128, 300, 513])
 def test_any_number_of_columns_and_every_option(V, head):
     logits, labels = logits_of(4, V), torch.randint(0, V, (4,), device=DEVICE)
     labels[2] = -100
@@ -122,9 +122,10 @@ def test_flat_peaked_and_far_off_logits(scale, shift, entropy):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("low", ["-inf", "lowest"])
+@pytest.mark.parametrize("low", ["-inf", "-1e30", "-1e300"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # the interpreter's; it is -inf, as on a GPU
 def test_columns_that_are_masked_add_nothing(dtype, low):
-    low = -torch.inf if low == "-inf" else torch.finfo(dtype).min
+    low = float(low) if low == "-inf" else max(float(low), torch.finfo(dtype).min)
     labels = torch.tensor([0, 299, 150, 40, 41], device=DEVICE)
     logits = torch.full((5, 300), low, device=DEVICE, dtype=dtype)
     logits[torch.arange(5), labels] = torch.tensor([1.0, -2.0, 3.0, 0.0, 50.0], device=DEVICE).to(dtype)

@@ -306,7 +306,7 @@ def gradients_on_gpu(
     result is float32 (`torch._grouped_mm` gives its inputs' type). So dropped rows are multiplied, too, as zeros:
     3 · 2 N V D operations whatever is kept. impl="fused" stops at the kept rows.
     """
-    from tokensel_kernels.vocab_grad import write_block_gradient
+    from tokensel_kernels.block_grad import write_block_gradient
 
     want_hidden, want_weight, want_bias = want
     (N, D), V = hidden.shape, weight.shape[0]
