@@ -8,7 +8,7 @@ import math
 import pytest
 
 from tokensel.ops import block_shapes
-from tokensel.ops.block_shapes import TILE, Chip, resident_block
+from tokensel.ops.block_shapes import TILE, Chip, estimated_ratio, resident_block
 
 MIB = 2**20
 H100, A100, B200 = Chip(132, 50 * MIB), Chip(108, 40 * MIB), Chip(148, 126 * MIB)
@@ -69,3 +69,26 @@ def test_rows_of_one_number_of_tiles_share_one_search():
     for rows in range(8065, 8193):
         resident_block(rows, 128256, 256 * MIB, H100)
     assert block_shapes._cheapest.cache_info().misses == 1
+
+
+def test_the_estimate_is_its_parts():
+    """8,192 rows of Llama-3.1-8B on an H100, worked out by hand."""
+    low, high = estimated_ratio(8192, 128256, 4096, H100, (1024, 8448))
+    needed = 64 * 501 / 132 * 65_536  # tiles a processor, clocks a tile
+    products = (15 * 2 + 1) * 8 * 65_536  # the last block has a wave
+    logits = 8192 * 128256 * 4 / 132
+    assert low == pytest.approx((products + logits / 24 + 2 * 128 * 1750) / needed, rel=1e-3)
+    assert high == pytest.approx((products + logits / 18.6 + 2 * 128 * 7000) / needed, rel=1e-3)
+    assert 1.10 < low < 1.16 < high < 1.27
+
+
+def test_gradients_of_dropped_rows_are_paid_for():
+    block = resident_block(8192, 128256, 256 * MIB, H100, sums=True)
+    every, some = (estimated_ratio(8192, 128256, 4096, H100, block, kept) for kept in (1.0, 0.6))
+    assert some[0] == pytest.approx(every[0] / 0.6) and some[1] == pytest.approx(every[1] / 0.6)
+    assert 1.0 < every[0] < every[1] < 1.2
+
+
+def test_a_block_of_half_a_wave_takes_twice_the_time():
+    whole, half = (estimated_ratio(8192, 135168, 4096, H100, shape)[0] for shape in ((1024, 8448), (1024, 2048)))
+    assert whole < 1.2 and half > 2.0

@@ -13,6 +13,12 @@ CACHE_SHARE = 2 / 3  # of L2 for logits; what is left is for the inputs that str
 LAUNCHES = 0.1  # what a block costs beside its product, in waves: two launches of some microseconds
 SUM_ROWS = 37  # rows a processor whose float32 sums are read and written in the time of a wave (4.3 TB/s, an H200)
 NEAR = 1.01  # of the shapes that cost at most this many times the best, the one that reads its inputs least is taken
+# Assumed by the estimate: dense half-precision operations a clock and processor (`tokensel_kernels.clocks` has the
+# source); bytes a clock and processor from L2 (5.5 TB/s on an H100) or, where a block does not stay there, from memory;
+# clocks between two launches of which one waits for the other, from 1 to 4 microseconds.
+OPERATIONS = 4096
+CACHE_RATE, MEMORY_RATE = 24.0, 18.6
+GAP = (1750, 7000)
 
 
 class Chip(NamedTuple):
@@ -47,6 +53,37 @@ def resident_block(
     sweep = rows / (SUM_ROWS * chip.processors) if sums else 0.0
     block = _cheapest(whole, widest, int(most // tile_bytes), chip.processors, sweep, TILE)
     return block and (block[0] * TILE[0], block[1] * TILE[1])
+
+
+def estimated_ratio(
+    rows: int, columns: int, depth: int, chip: Chip, block: tuple[int, int], kept: float | None = None
+) -> tuple[float, float]:
+    """(low, high) time of such blocks over that of the matrix products that are needed, at full rate.
+
+    Args:
+        depth: hidden size.
+        kept: None for statistics: one product, read once. For gradients the share of rows that have one: three
+            products of all rows, where those of kept rows are needed; the gradient of a block is written, too.
+    """
+    heights, widths = _parts(rows, block[0]), _parts(columns, block[1])
+    waves, blocks = 0, 0
+    for n, r in heights:
+        for m, c in widths:
+            waves += n * m * math.ceil(-(-r // TILE[0]) * -(-c // TILE[1]) / chip.processors)
+            blocks += n * m
+    one = 2.0 * rows * columns * depth / OPERATIONS / chip.processors  # clocks
+    logits = 4.0 * rows * columns / chip.processors  # bytes
+    product = waves * 2.0 * TILE[0] * TILE[1] * depth / OPERATIONS
+    sweeps = sum(m for m, _ in widths)
+    ratios = []
+    for rate, gap, hidden in ((CACHE_RATE, GAP[0], True), (MEMORY_RATE, GAP[1], False)):
+        clocks, needed = product + logits / rate + 2 * blocks * gap, one
+        if kept is not None:
+            sums = 0.0 if hidden else 8.0 * rows * depth * sweeps / chip.processors / MEMORY_RATE
+            clocks += 2 * one + logits / 2 / MEMORY_RATE + sums + 2 * sweeps * gap
+            needed = 3 * kept * one
+        ratios.append(clocks / needed)
+    return ratios[0], ratios[1]
 
 
 @functools.lru_cache(maxsize=256)

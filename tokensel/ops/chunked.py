@@ -179,23 +179,24 @@ def hidden_stats_on_gpu(
     workspace = torch.empty(blocks, R, C, dtype=torch.float32, device=labels.device)
     results = len(models) if contrast is None else 1
     sums = torch.empty(5 if entropy else 3, results, -(-V // C), N, dtype=torch.float32, device=labels.device)
+    # sliced once: a block takes the chip less than a hundred microseconds, and the host must be ahead of it
+    columns_of = [slice(start, min(start + C, V)) for start in range(0, V, C)]
+    shares = [(columns, [w[columns].T for _, w in models]) for columns in columns_of]
     for first in range(0, N, R):
         rows = slice(first, min(first + R, N))
-        for share, start in enumerate(range(0, V, C)):
-            columns = slice(start, min(start + C, V))
-            spaces = workspace[:, : rows.stop - first, : columns.stop - start]  # rows begin at multiples of 16 bytes
+        y, inputs, into = labels[rows], [x[rows] for x, _ in models], sums[..., rows]
+        for share, (columns, weights) in enumerate(shares):
+            spaces = workspace[:, : len(y), : columns.stop - columns.start]  # rows begin at multiples of 16 bytes
             part = head if head.bias is None else head._replace(bias=head.bias[columns])
-            common = {"first_column": start, "ignore_index": ignore_index}
+            common = {"first_column": columns.start, "ignore_index": ignore_index}
             if contrast is None:
-                for model, (hidden, weight) in enumerate(models):
-                    z = product(hidden[rows], weight[columns].T, spaces[0])
-                    out = sums[:, model : model + 1, share, rows]
-                    write_logits_sums([z], labels[rows], out, **common, **part._asdict())
+                for model, (x, w) in enumerate(zip(inputs, weights, strict=True)):
+                    z = product(x, w, spaces[0])
+                    write_logits_sums([z], y, into[:, model : model + 1, share], **common, **part._asdict())
             else:  # the kernel reads logits, not products
-                pairs = zip(models, spaces, strict=True)
-                logits = [_to_logits(product(x[rows], w[columns].T, space), part) for (x, w), space in pairs]
-                z = _contrasted(logits[0], logits[1], contrast)
-                write_logits_sums([z], labels[rows], sums[:, :, share, rows], **common)
+                triples = zip(inputs, weights, spaces, strict=True)
+                positive, negative = (_to_logits(product(x, w, space), part) for x, w, space in triples)
+                write_logits_sums([_contrasted(positive, negative, contrast)], y, into[:, :, share], **common)
     return stats_of_sums(sums, labels, ignore_index)
 
 
@@ -320,16 +321,17 @@ def gradients_on_gpu(
     d_x = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
+    parts = [slice(first, min(first + R, N)) for first in range(0, N, R)]
+    cut = [(rows, x[rows], [t[rows] for t in (labels, coefficient, log_z)]) for rows in parts]
     for start in range(0, V, C):
         block = slice(start, min(start + C, V))
         w = weight[block]  # (C, D)
         dz = gradient[:, : len(w)]  # (N, C)
         bias = None if head.bias is None else head.bias[block].contiguous()
         options = {"bias": bias, "first_column": start, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        for first in range(0, N, R):
-            rows = slice(first, min(first + R, N))
-            z = product(x[rows], w.T, workspace[: rows.stop - first, : len(w)])  # (R, C)
-            write_block_gradient(z, labels[rows], coefficient[rows], log_z[rows], dz[rows], **options)
+        for rows, some_x, of_rows in cut:
+            z = product(some_x, w.T, workspace[: len(some_x), : len(w)])  # (R, C)
+            write_block_gradient(z, *of_rows, dz[rows], **options)
         if d_x is not None:
             add_product(d_x, dz, w)
         if d_weight is not None:
