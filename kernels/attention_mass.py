@@ -33,12 +33,12 @@ from tokensel_kernels.attention_plan import (
     PROMPT_STOP,
     attention_plan,
 )
-from tokensel_kernels.primitives import multiply
+from tokensel_kernels.primitives import multiply, tanh
 
 LOG2_E = math.log2(math.e)  # scores are in units of log 2, so that an exponential is one instruction
 LOWEST = tl.constexpr(-3e38)  # a pivot below every score, and finite: differences of pivots are never NaN
-MIXED_PARTS = 2  # of a tile, one at a time, where there are masks, which take registers
-PIVOT_FREE_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32
+MIXED_PARTS = {"none": 2, "small": 2, "large": 4}  # of a tile with masks, which take registers; by softcap
+SMALL_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32: no maximum is needed
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _key_tile(
 @triton.jit
 def _score_tile(
     q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
     D_REST: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a key tile before their scale; softcapped ones after it, in units of log 2. (ROWS, KEYS)"""
@@ -79,8 +79,10 @@ def _score_tile(
     if D_REST > 0:
         k = _key_tile(k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, KEYS, D_MAIN, D_REST, D, TMA, WHOLE)
         z = multiply(q_rest, k.T, z, PRECISION)
-    if HAS_SOFTCAP:  # c tanh(x) = c - 2 c / (1 + exp(2 x))
+    if SOFTCAP == "small":  # c tanh(x) = c - 2 c / (1 + exp(2 x)), whose rounding grows with c
         z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * scale))
+    elif SOFTCAP == "large":
+        z = softcap * tanh(z * scale)
     return z
 
 
@@ -88,16 +90,16 @@ def _score_tile(
 def _sum_whole_tiles(
     lists_ptr, stop, split, shift, next_shift,  # which tiles
     q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, S, k_stride_s, scale, softcap, pivot, total,
-    FIXED_PIVOT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    FIXED_PIVOT: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(pivot, total = Σ 2^(z - pivot)) after key tiles that every row sees whole. (ROWS,) each."""
-    by = 1.0 if HAS_SOFTCAP else scale
+    by = scale if SOFTCAP == "none" else 1.0
     for t in range(0, stop):
         key = tl.load(lists_ptr + t + tl.where(t < split, shift, next_shift)) * KEYS
         z = _score_tile(
             q, q_rest, k_source, k_rest_source, k_ptr, batch, key_head, key, S, k_stride_s, scale, softcap,
-            HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, True, PRECISION,
+            SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, True, PRECISION,
         )  # fmt: skip
         if FIXED_PIVOT:
             total += tl.sum(tl.exp2(z * by - pivot[:, None]), 1)
@@ -114,7 +116,7 @@ def _attention_mass_kernel(
     prompt_end_ptr, lse_ptr, sinks_ptr, mass_ptr,  # pointers
     S, tiles, row_tiles, heads, batches,  # shapes
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,  # strides
-    scale, softcap, log2_e, window, FIXED_PIVOT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    scale, softcap, log2_e, window, FIXED_PIVOT: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     MIXED_KEYS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
@@ -170,7 +172,7 @@ def _attention_mass_kernel(
     pivot, total = _sum_whole_tiles(
         lists_ptr, prompt_stop, prompt_stop, shift, shift,
         q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, S, k_stride_s, scale, softcap, pivot, total,
-        FIXED_PIVOT, HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
+        FIXED_PIVOT, SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
     )  # fmt: skip
     prompt = total
     if lse_ptr is None:
@@ -179,7 +181,7 @@ def _attention_mass_kernel(
             lists_ptr, tl.load(plan + OTHER_STOP), tl.load(plan + OTHER_SPLIT), tl.load(plan + OTHER_SHIFT),
             tl.load(plan + OTHER_SHIFT + 1),
             q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, S, k_stride_s, scale, softcap, pivot, total,
-            FIXED_PIVOT, HAS_SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
+            FIXED_PIVOT, SOFTCAP, ROWS, KEYS, D, D_MAIN, D_REST, TMA, PRECISION,
         )  # fmt: skip
         prompt *= tl.exp2(before - pivot)
 
@@ -190,7 +192,7 @@ def _attention_mass_kernel(
     split_4, shift_4 = tl.load(plan + MIXED_SPLIT + 3), tl.load(plan + MIXED_SHIFT + 4)
     split_5, shift_5 = tl.load(plan + MIXED_SPLIT + 4), tl.load(plan + MIXED_SHIFT + 5)
     PARTS: tl.constexpr = KEYS // MIXED_KEYS
-    by = 1.0 if HAS_SOFTCAP else scale
+    by = scale if SOFTCAP == "none" else 1.0
     for step in range(0, mixed_stop * PARTS):
         t = step // PARTS
         early = tl.where(t < split_1, shift, tl.where(t < split_2, shift_1, shift_2))
@@ -201,7 +203,7 @@ def _attention_mass_kernel(
         counted_at = tl.load(counted_at_ptr + batch * S + j, mask=j < S, other=FAR)
         z = _score_tile(
             q, q_rest, k_source, k_rest_source, k_ptr, b, key_head, key, S, k_stride_s, scale, softcap,
-            HAS_SOFTCAP, ROWS, MIXED_KEYS, D, D_MAIN, D_REST, False, False, PRECISION,
+            SOFTCAP, ROWS, MIXED_KEYS, D, D_MAIN, D_REST, False, False, PRECISION,
         )  # fmt: skip
         z = z * by
         if lse_ptr is not None:
@@ -283,8 +285,10 @@ def attention_mass(
     row_tiles = triton.cdiv(S * group, rows)
     masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
     window = None if window is None or window >= S else window
-    small = softcap is not None and softcap <= PIVOT_FREE_SOFTCAP
-    by = scale * LOG2_E if softcap is None else 2 * scale * LOG2_E / softcap
+    size, by = "none", scale * LOG2_E
+    if softcap is not None:
+        size = "small" if softcap <= SMALL_SOFTCAP else "large"
+        by = scale / softcap * (2 * LOG2_E if size == "small" else 1)
     with tiles.on_device(q):
         plan = attention_plan(
             *masks, *bounds, window, only_prompt=lse is not None, group=group, rows=rows, keys=keys
@@ -295,8 +299,8 @@ def attention_mass(
             S, triton.cdiv(S, keys), row_tiles, Hq, B,
             *q.stride()[:3], *k.stride()[:3],
             by, (softcap or 1.0) * LOG2_E, LOG2_E, window,
-            FIXED_PIVOT=lse is not None or small, HAS_SOFTCAP=softcap is not None, GROUP=group,
-            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // MIXED_PARTS),
+            FIXED_PIVOT=lse is not None or size == "small", SOFTCAP=size, GROUP=group,
+            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // MIXED_PARTS[size]),
             TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return masses.sum((1, 3)) / Hq
