@@ -311,8 +311,9 @@ def gradients_on_gpu(
 
     want_hidden, want_weight, want_bias = want
     (N, D), V = hidden.shape, weight.shape[0]
-    most_columns = int(WORKSPACE_MIB * 2**20) // (max(N, 1) * hidden.element_size())
-    R, C = _gpu_block(N, V, hidden, WORKSPACE_MIB, most_columns=most_columns)
+    # two thirds of the workspace for the gradient of a block of columns, the rest for logits
+    most_columns = int(WORKSPACE_MIB * 2**20 * 2 / 3) // (max(N, 1) * hidden.element_size())
+    R, C = _gpu_block(N, V, hidden, WORKSPACE_MIB / 3, most_columns=most_columns)
     workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
     gradient = torch.empty(N, C, dtype=hidden.dtype, device=hidden.device)
     # a dropped row may be anything; 0 · NaN would be NaN, and exp(z - inf) is 0
