@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+
 import pytest
 import torch
 from kernel_inputs import DEVICE, gradients, make, summed_magnitude
@@ -15,8 +18,9 @@ from tokensel import (
     token_stats,
 )
 from tokensel_kernels import tiles
+from tokensel_kernels.gather_rows import gather_rows, scatter_rows
 
-pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 
 
@@ -47,13 +51,18 @@ def test_gradients_of_kept_rows(dtype, weights, options, tma, monkeypatch):
         "one": torch.arange(len(labels), device=DEVICE) == 36,
         "all": torch.ones_like(keep),
     }[weights]
-    inputs = (hidden, weight, bias)
+    check_gradients((hidden, weight, bias), labels, keep, dtype, **options)
+
+
+def check_gradients(inputs, labels, keep, dtype, **options):
+    """Loss and gradients against float64 within the budget, zero where dropped, and the same again."""
     ours = gradients(inputs, labels, keep, "fused", **options)
     exact = gradients([t.double() for t in inputs], labels, keep.double(), "reference", **options)
     # products of the logits' gradient take it in the inputs' type, as every mixed-precision training does
     rounding = torch.finfo(dtype).eps
     # a logit z in float32 is off by eps |z|, and exp(z - lse) by that share of itself
-    logit = float((hidden.double() @ weight.double().T + bias.double()).abs().max())
+    hidden, weight, bias = (t.double() for t in inputs)
+    logit = float((hidden @ weight.T + bias).abs().max())
     share = rounding + torch.finfo(torch.float32).eps * logit
     eager = gradients(inputs, labels, keep, "reference", **options)
     for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
@@ -67,6 +76,163 @@ def test_gradients_of_kept_rows(dtype, weights, options, tma, monkeypatch):
     assert (ours[1][dropped] == 0).all()
     again = gradients(inputs, labels, keep, "fused", **options)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.fixture
+def memory_adds(monkeypatch):
+    """On a CPU, the addition to memory that the interpreter lacks; gives how often each element was added to."""
+    additions = Counter()
+    if DEVICE == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def add(self, kind, desc, value, indices):
+            assert kind.name == "ADD"
+            pointers, inside = desc.materialize_pointers(indices)
+            inside = TensorHandle(inside, tl.int1)
+            old = self.create_masked_load(pointers, inside, None, None, None, False)
+            self.create_masked_store(pointers, TensorHandle(old.data + value.data, value.dtype), inside, None, None)
+            additions.update(pointers.data[inside.data].tolist())
+
+        monkeypatch.setattr(InterpreterBuilder, "create_descriptor_reduce", add, raising=False)
+        monkeypatch.setattr(tokensel_kernels.vocab_grad, "_memory_adds", lambda tile: tile.tma)
+    return additions
+
+
+PATHS = ("pointers", "descriptors", "memory adds")
+# rows, vocabulary, hidden size, kept: more tiles than programs, fewer; as many rows as a tile, one, none, all
+WALKS = [
+    pytest.param(70, 130, 72, 70, torch.bfloat16, id="all"),
+    pytest.param(40, 70, 40, 16, torch.float32, id="a tile"),
+    pytest.param(20, 60, 72, 1, torch.float32, id="one"),
+    pytest.param(20, 60, 24, 0, torch.bfloat16, id="none"),
+    pytest.param(9, 60, 16, 4, torch.float16, id="few"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("N, V, D, kept, dtype", WALKS)
+def test_programs_walk_over_all_tiles(N, V, D, kept, dtype, path, request, monkeypatch):
+    additions = request.getfixturevalue("memory_adds") if path == "memory adds" else None
+    if DEVICE == "cpu":
+        small = tiles.ProductTile(16, 64, 16, 4, 1, tma=path != "pointers", precision="widened")
+        for kind in ("gradient", "matmul"):
+            monkeypatch.setitem(tiles.TILES["interpreter"][kind], dtype.itemsize, small)
+        monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_BYTES", 128 * N * dtype.itemsize)  # two column tiles
+    hidden, weight, labels, bias = make(N, V, D, dtype)
+    labels[:] = torch.randint(0, V, (N,))
+    keep = torch.zeros(N, dtype=torch.bool, device=DEVICE)
+    keep[torch.randperm(N)[:kept]] = True
+    inputs = (hidden, weight, bias)
+    if kept:
+        check_gradients(inputs, labels, keep, dtype, **OPTIONS[kept % 2])
+    else:
+        assert all((t == 0).all() for t in gradients(inputs, labels, keep, "fused"))
+    if additions is not None and DEVICE == "cpu" and kept:
+        additions.clear()
+        gradients(inputs, labels, keep, "fused")
+        assert len(additions) >= kept * D
+        assert set(additions.values()) == {-(-V // 128)}  # one for each block of the vocabulary
+
+
+def test_kept_rows_are_gathered_as_the_products_read_them():
+    hidden, _, labels, _ = make(N=75, D=24)
+    hidden[40:] = torch.nan
+    labels[:4] = torch.tensor([-7, 150, 2**40, 149])
+    coefficient = torch.zeros(75, device=DEVICE)
+    order = torch.tensor([0, 1, 2, 3, 15, 16, 17, 33, 39], device=DEVICE)
+    coefficient[order] = torch.arange(1.0, 10, device=DEVICE)
+    lse = torch.randn(75, device=DEVICE)
+    kept = gather_rows(hidden, labels, coefficient, lse, 150, 0.5, 32)
+    assert kept.count.tolist() == [9] and torch.equal(kept.x[:9], hidden[order])
+    assert (kept.x[9:32] == 0).all() and kept.x[32:].isnan().all()  # to the end of the tile and no further
+    assert kept.label[:9].tolist() == torch.where((labels >= 0) & (labels < 150), labels, -1)[order].tolist()
+    torch.testing.assert_close(kept.lse[:9], lse[order] * torch.tensor(2.0).log().reciprocal())
+    assert torch.equal(kept.coefficient[:9], coefficient[order] * 0.5)
+    assert torch.equal(kept.place[order], torch.arange(9, dtype=torch.int32, device=DEVICE))
+    assert (kept.place == -1).sum() == 75 - 9
+    back = scatter_rows(kept.x[:, :24].float(), kept.place, hidden.half())
+    assert torch.equal(back[order], hidden[order].half())
+    assert (back[kept.place < 0] == 0).all()
+    # rows that do not fill a tile are not written past the last of them
+    assert gather_rows(hidden[:33], labels, coefficient[:33], lse, 150, 1.0, 32).x.shape == (33, 24)
+
+
+HOPPER = tiles.ProductTile(128, 256, 64, 8, 4, tma=True, processors=132)
+SHAPES = [(8192, 128256, 4096), (8192, 151936, 3584), (8192, 256000, 2304), (4096, 128256, 4096), (16384, 32000, 4096)]
+
+
+@pytest.mark.parametrize("N, V, D", SHAPES)
+def test_blocks_of_the_vocabulary_are_whole_waves(N, V, D):
+    """Waves of the logits' gradient and of dW, for every number of kept rows from a quarter on."""
+    width = tokensel_kernels.vocab_grad.block_columns(N, V, D, HOPPER, HOPPER, 2**28, 2)
+    assert width % 256 == 0 and N * width * 2 <= 2**28
+
+    def wasted(width):
+        shares = []
+        for row_tiles in range(N // 512, N // 128 + 1):
+            taken = used = 0
+            for first in range(0, V, width):
+                columns = -(-min(width, V - first) // 256)
+                for count, steps in ((row_tiles * columns, D), (2 * columns * -(-D // 256), row_tiles * 128)):
+                    taken += -(-count // 132) * 132 * steps
+                    used += count * steps
+            shares.append(taken / used)
+        return sum(shares) / len(shares)
+
+    assert wasted(width) <= min(1.045, wasted(8192) + 0.002)  # 0.002: other shares are weighed than here
+
+
+def test_blocks_of_the_vocabulary_keep_to_the_memory_and_the_vocabulary():
+    def width(N, V, D=64, most=2**28, tile=HOPPER):
+        return tokensel_kernels.vocab_grad.block_columns(N, V, D, tile, tile, most, 2)
+
+    assert width(8, 100) == 256  # one tile, past the vocabulary
+    assert width(8, 300) == 512
+    assert width(10**7, 128256) == 256  # one tile, whatever it takes
+    assert width(8192, 128256, 4096) * 8192 * 2 + 8192 * 4096 * (2 + 4) <= 512 * 2**20  # all of the backward
+    assert tokensel_kernels.vocab_grad.programs_of(HOPPER) == 132
+    assert tokensel_kernels.vocab_grad.programs_of(dataclasses.replace(HOPPER, warps=4)) == 264
+
+
+def test_a_backward_makes_few_small_launches(monkeypatch):
+    """One to gather, one to clear dX, one to scatter, and the products; the rest of PyTorch launches nothing."""
+    if DEVICE != "cpu":
+        pytest.skip("counts the interpreter's launches")
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = []
+    launch = GridExecutor.__call__
+
+    def record(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        with _disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ not in (
+                "empty",
+                "empty_like",
+                "new_empty",
+                "slice",
+                "alias",
+                "view",
+                "fill_",
+            ):
+                launched.append(function.overloadpacket.__name__)
+            return out
+
+    hidden, weight, labels, _ = make()
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    monkeypatch.setattr(tokensel_kernels.vocab_grad, "BLOCK_BYTES", 1)
+    coefficient, lse = torch.rand(len(labels)), torch.rand(len(labels))
+    head = {"bias": None, "softcap": None, "logit_scale": 1.0, "want": (True, True, False)}
+    with Recorded():
+        tokensel_kernels.vocab_grad.selected_gradients(hidden, weight, labels, coefficient, lse, **head)
+    products = ["_logits_gradient_kernel", "_hidden_gradient_kernel", "_head_gradient_kernel"] * 3
+    assert launched == ["zeros", "_gather_kept_kernel", *products, "_scatter_kept_kernel"]
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
