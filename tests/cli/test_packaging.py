@@ -111,9 +111,11 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         for pattern in ("*.py", "py.typed", "page.html")
         for path in (ROOT / "tokensel").rglob(pattern)
     }
-    shipped = "tokensel_kernels/tiles.json"
-    assert {n for n in names if n.startswith("tokensel_kernels/") and not n.endswith(".py")} == {shipped}
-    assert (tmp_path / "unpacked" / shipped).read_text() == (ROOT / "kernels" / "tiles.json").read_text()
+    tables = {"tiles.json", "rates.json"}
+    assert {n.split("/")[1] for n in names if n.startswith("tokensel_kernels/") and not n.endswith(".py")} == tables
+    for name in tables:
+        shipped = tmp_path / "unpacked" / "tokensel_kernels" / name
+        assert shipped.read_text() == (ROOT / "kernels" / name).read_text()
 
     code = "import sys; sys.path.insert(0, sys.argv[1]); import tokensel_kernels.probe as p; print(p.__file__)"
     unpacked = tmp_path / "unpacked"

@@ -64,7 +64,7 @@ def test_operators_and_shapes_are_the_same_whatever_the_values(inputs):
     """As a CUDA graph needs it: rows kept, rows ignored and labels are on the device alone."""
     hidden, weight, labels, bias, old = inputs
     traces = []
-    for kept in (0, 1, len(labels) // 2, len(labels)):
+    for kept in (0, len(labels) // 2, len(labels)):
         y = torch.where(torch.arange(len(labels), device=DEVICE) < kept, labels.clamp(min=0), -100)
         with Recorded() as mode:
             step(hidden, weight, y, bias, old, torch.arange(len(y), device=DEVICE) % 2 == 0)
