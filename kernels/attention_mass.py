@@ -277,8 +277,7 @@ def attention_mass(
     masks = [None if m is None else m.contiguous().view(torch.int8) for m in (prompt_mask, query_mask, key_mask)]
     bounds = [None if t is None else t.to(torch.int32).contiguous() for t in (low, prompt_end)]
     group = Hq // Hk
-    tile, keys = _tile(q)
-    rows = tile.rows
+    tile, rows, keys = _tile(q)
     tma = _has_descriptors(k)
     d_main, d_rest = _depths(d, tma)
     sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
@@ -306,10 +305,15 @@ def attention_mass(
     return masses.sum((1, 3)) / Hq
 
 
-def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int]:
-    """(the table's tile, keys of it): half as many for large heads, so that two programs share a processor."""
-    tile = tiles.TILES[tiles.chip_family(q.device)[0]]["attention"][q.element_size()]
-    return tile, max(16, tile.keys // 2) if q.shape[-1] > 128 else tile.keys
+def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int, int]:
+    """(the table's tile, rows, keys): half as many for large heads, of what holds their numbers."""
+    family, _ = tiles.chip_family(q.device)
+    tile = tiles.TILES[family]["attention"][q.element_size()]
+    if q.shape[-1] <= 128:
+        return tile, tile.rows, tile.keys
+    if family == "gfx942":  # queries, in registers
+        return tile, tile.rows // 2, tile.keys
+    return tile, tile.rows, max(16, tile.keys // 2)  # keys, of which shared memory has the stages of two programs
 
 
 def _depths(d: int, tma: bool) -> tuple[int, int]:
