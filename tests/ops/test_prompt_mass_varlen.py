@@ -35,10 +35,7 @@ def padded(q, k, prompt, options):
     documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     rows = {name: o[None] if name in ("turn_ids", "query_mask") else o for name, o in options.items()}
     heads = (t.transpose(0, 1)[None] for t in (q, k))
-    lse = None if lse is None else lse[None]
-    return prompt_attention_mass(*heads, prompt[None], segment_ids=documents[None], lse=lse, impl="reference", **rows)[
-        0
-    ]
+    return prompt_attention_mass(*heads, prompt[None], segment_ids=documents[None], impl="reference", **rows)[0]
 
 
 def lse_of(q, k, prompt, options):
