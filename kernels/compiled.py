@@ -1,32 +1,33 @@
-"""Ahead-of-time compilation of every kernel and tile, for a chip that need not be there, and what the compiler says.
+"""Ahead-of-time compilation of what calls of the kernels would launch, for a chip that need not be there.
 
-A spill, too much shared memory or a missing matrix instruction shows here, before anybody runs on the chip.
+The public functions run on meta tensors (`launches`), so what is compiled has the types, divisibilities and constants
+of a real launch. A spill, too much shared memory, serialised matrix instructions or an epilogue that costs too much
+show here, before anybody runs on the chip.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from tokensel_kernels.attention_mass import _attention_mass_kernel
-from tokensel_kernels.logits_stats import _logits_stats_kernel
-from tokensel_kernels.tiles import TILES, attention_rows, interpreting
-from tokensel_kernels.vocab_grad import (
-    _block_gradient_kernel,
-    _gather_rows_kernel,
-    _head_gradient_kernel,
-    _hidden_gradient_kernel,
-    _logits_gradient_kernel,
-)
-from tokensel_kernels.vocab_stats import _hidden_stats_kernel
+from tokensel_kernels import clocks
+from tokensel_kernels.attention_mass import attention_mass
+from tokensel_kernels.block_grad import write_block_gradient
+from tokensel_kernels.launches import META, Launch, written_down
+from tokensel_kernels.logits_stats import write_logits_sums
+from tokensel_kernels.machine_code import Instruction, TensorLoop, by_pipe, byte_loop, disassemble, tensor_loops
+from tokensel_kernels.shapes import Shape, shape_named
+from tokensel_kernels.tiles import interpreting
+from tokensel_kernels.vocab_grad import selected_gradients
+from tokensel_kernels.vocab_stats import hidden_stats
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,10 +35,11 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+PROCESSORS = {"sm_80": 108, "sm_90": clocks.PROCESSORS, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
+ROWS = 8192  # tokens of a step, and of a sequence
 HEAD_SIZES = (64, 96, 128, 192, 256)
-_ELEMENT = {2: "bf16", 4: "fp32"}
-_INTEGERS_64 = ("label_ptr", "order_ptr")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _INSTRUCTIONS = {
     "WGMMA": "wgmma.mma_async",
     "tcgen05": "tcgen05.mma",
@@ -49,124 +51,243 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What the compiler made of one kernel on one tile."""
+    """What the compiler made of one kernel on one tile, of one variant that a launch can choose."""
 
     kernel: str
     case: str
     arch: str
     element: str
+    shape: str  # the model whose call was compiled
     registers: int  # a thread
     spilled: int  # stores to local memory in the machine code; spilled registers on AMD
     shared: int  # bytes a program
     shared_limit: int
     narrow_offsets: int  # products with a stride in 32 bits, where a matrix may hold more than 2^31 elements
     instructions: dict[str, int]  # in the program text: matrix instructions by kind, TMA loads
+    # Of the loop that takes the time, on NVIDIA's chips: by pipe, {"step": ..., "around": ...}
+    pipes: dict[str, dict[str, int]]
+    flattened: bool | None  # the loop goes on to the next tile's loads before this one is done with
+    wait: int | None  # products in flight that a step leaves
+    serialised: bool  # some loop waits after each matrix instruction
+    # On sm_90 in bfloat16 (`clocks`), None elsewhere
+    estimate: dict[str, float] | None
+    ratio_low: float | None
+    ratio_high: float | None
 
 
 @dataclass(frozen=True)
-class _Case:
-    kernel: object
-    name: str
-    size: int  # bytes of an element
-    constants: dict
-    descriptors: dict[str, tuple[int, int]]  # argument -> block of its TMA descriptor
-    skip: tuple[str, ...] = ()  # optional pointers that are not given
+class _Call:
+    """A call of a public function, and the options that tell it from others."""
+
+    options: str
+    run: Callable[[], object]
 
 
-def _cases(arch: str) -> Iterator[_Case]:
-    for size in _ELEMENT:
-        for kind in ("stats", "full_stats"):
-            full = kind != "stats"
-            tile = TILES[arch][kind][size]
-            blocks = {"x": tile.rows, "history_x": tile.rows, "w": tile.columns, "history_w": tile.columns}
-            descriptors = {name: (rows, tile.depth) for name, rows in blocks.items()} if tile.tma else {}
-            options = {"PAIR": True, "HAS_BIAS": full, "HAS_SOFTCAP": full, "ENTROPY": full}
-            name = f"{tile.rows}x{tile.columns}x{tile.depth}, two models" + ", bias, softcap, entropy" * full
-            yield _Case(
-                _hidden_stats_kernel, name, size, options | tile.constants(), descriptors, () if full else ("bias_ptr",)
-            )
-        for entropy in (False, True):
-            options = {"PAIR": True, "HAS_BIAS": True, "HAS_SOFTCAP": True}
-            columns = {"ENTROPY": entropy, "COLUMNS": 4096 // size, "num_warps": 8}
-            name = f"{4096 // size} columns, two models" + ", entropy" * entropy
-            yield _Case(_logits_stats_kernel, name, size, options | columns, {})
-        options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "COLUMNS": 1024, "num_warps": 8}
-        yield _Case(_block_gradient_kernel, "1024 columns, bias, softcap", size, options, {})
-        tile = TILES[arch]["gradient"][size]
-        descriptors = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth)} if tile.tma else {}
-        options = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
-        name = f"{tile.rows}x{tile.columns}x{tile.depth}, bias, softcap"
-        yield _Case(_logits_gradient_kernel, name, size, options | tile.constants(), descriptors)
-        tile = TILES[arch]["matmul"][size]
-        name = f"{tile.rows}x{tile.columns}x{tile.depth}"
-        by_row = {"dz": (tile.depth, tile.rows), "x": (tile.depth, tile.columns)} if tile.tma else {}
-        by_depth = {"dz": (tile.rows, tile.depth), "w": (tile.depth, tile.columns)} if tile.tma else {}
-        yield _Case(_hidden_gradient_kernel, name, size, tile.constants(), by_depth)
-        yield _Case(_head_gradient_kernel, name, size, {"WANT_BIAS": False} | tile.constants(), by_row, ("dbias_ptr",))
-        yield _Case(_gather_rows_kernel, "1024 columns", size, {"ROWS": 128, "COLUMNS": 1024, "num_warps": 4}, {})
-        for d in HEAD_SIZES if size == 2 else (128,):
-            for lse in (False, True):
-                tile = TILES[arch]["attention"][size]
-                rows = attention_rows(tile, d)
-                constants = {
-                    "HAS_LSE": lse, "HAS_SINKS": False, "HAS_SOFTCAP": False, "GROUP": 4, "GROUP_PADDED": 4,
-                     "D": d, "D_PADDED": triton.next_power_of_2(d), "ROWS": rows // 4,
-                    "KEYS": tile.keys, "PRECISION": tile.precision,
-                    "num_warps": tile.warps, "num_stages": tile.stages,
-                }  # fmt: skip
-                name = f"{rows}x{tile.keys}, head size {d}" + ", lse given" * lse
-                missing = ("sinks_ptr",) if lse else ("sinks_ptr", "lse_ptr")
-                yield _Case(_attention_mass_kernel, name, size, constants, {}, missing)
+def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
+    """The calls that launch each option alone and all of them together, or `every` combination."""
+    N, V, D = ROWS, shape.vocabulary, shape.hidden
+    half = dtype != torch.float32
+
+    def tensor(*size: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=like, device=META)
+
+    x, w, bias = tensor(N, D), tensor(V, D), tensor(V)
+    labels, lse, coefficient = tensor(N, like=torch.int64), tensor(N, like=torch.float32), tensor(N, like=torch.float32)
+    heads = {"": (None, None), "bias": (bias, None), "softcap": (None, 30.0), "bias, softcap": (bias, 30.0)}
+    alone = [("", False), ("bias", False), ("softcap", False), ("", True), ("bias, softcap", True)]
+    ends = [alone[0], alone[-1]]
+    combinations = [(name, entropy) for name in heads for entropy in (False, True)]
+    for models, several in ((2, alone if half else ends), (1, ends if half else [])):
+        for name, entropy in combinations if every else several:
+            head = {"bias": heads[name][0], "softcap": heads[name][1], "logit_scale": 1.0, "ignore_index": -100}
+            options = ", ".join(filter(None, [("one model", "two models")[models - 1], name, "entropy" * entropy]))
+            pair = [(x, w)] * models
+            yield _Call(options, functools.partial(hidden_stats, pair, labels, entropy=entropy, **head))
+            if name in ("", "bias, softcap"):
+                pair = [w.new_empty(N, V)] * models
+                sums = tensor(5 if entropy else 3, models, N, like=torch.float32)
+                yield _Call(options, functools.partial(write_logits_sums, pair, labels, sums, **head))
+    for name, (b, cap) in heads.items():
+        if not (half or every or name in ("", "bias, softcap")):
+            continue
+        head = {"bias": b, "softcap": cap, "logit_scale": 1.0}
+        want = (True, True, b is not None)
+        yield _Call(name, functools.partial(selected_gradients, x, w, labels, coefficient, lse, want=want, **head))
+        z, dz = tensor(1024, 8192, like=torch.float32), tensor(1024, 8192)
+        part = (labels[:1024], coefficient[:1024], lse[:1024])
+        head["bias"] = None if b is None else b[:8192]
+        yield _Call(name, functools.partial(write_block_gradient, z, *part, dz, first_column=0, **head))
+    position = tensor(1, N, like=torch.int64)
+    sinks = tensor(shape.heads, like=torch.float32)
+    all_lse = tensor(1, shape.heads, N, like=torch.float32)
+    group = shape.heads // shape.key_heads
+    plain = {"key_mask": None, "low": None, "prompt_end": None, "window": None, "softcap": None, "sinks": None}
+    options = {"key_mask": position > 0, "low": position, "prompt_end": position, "window": 4096}
+    options |= {"softcap": 50.0, "sinks": sinks}
+    sizes = HEAD_SIZES if half and every else (64, 128, 256) if half else (128,)
+    for d in sizes:
+        q, k = tensor(1, shape.heads, N, d), tensor(1, shape.key_heads, N, d)
+        mass = functools.partial(attention_mass, q, k, position > 0, position > 0, scale=0.1)
+        for given in (None, all_lse):
+            name = f"head size {d}, group {group}" + ", lse given" * (given is not None)
+            yield _Call(name, functools.partial(mass, lse=given, **plain))
+            if d == 128:
+                yield _Call(f"{name}, all options", functools.partial(mass, lse=given, **options))
 
 
-def _type_of(name: str, case: _Case) -> str:
-    element = _ELEMENT[case.size]
-    if name in case.descriptors:
-        rows, columns = case.descriptors[name]
-        return f"tensordesc<{element}[{rows},{columns}]>"
-    if name in _INTEGERS_64:
-        return "*i64"
-    if name in ("count_ptr", "low_ptr", "prompt_end_ptr"):
-        return "*i32"
-    if name in ("flags_ptr", "query_ptr"):
-        return "*i8"
-    if name in ("sums_ptr", "lse_ptr", "coefficient_ptr", "dx_ptr", "mass_ptr"):
-        return "*fp32"
-    if name == "z_ptr" and case.kernel is _block_gradient_kernel:
-        return "*fp32"
-    if name.endswith("_ptr") or name in ("x", "w", "history_x", "history_w", "dz"):
-        return f"*{element}"
-    return "fp32" if name in ("logit_scale", "softcap", "scale") else "i32"
+def _cut(launch: Launch) -> str:
+    names = [name for name in ("ROWS", "COLUMNS", "KEYS", "DEPTH", "THREADS", "BLOCK") if name in launch.kwargs]
+    return "x".join(str(launch.kwargs[name]) for name in names)
 
 
-def _compile(case: _Case, arch: str) -> CompiledKernel:
-    options = {name: case.constants[name] for name in ("num_warps", "num_stages") if name in case.constants}
-    constants = {name: value for name, value in case.constants.items() if name not in options}
-    constants |= dict.fromkeys(case.skip)
-    names = case.kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else _type_of(name, case) for name in names}
-    # torch's tensors begin at 16 bytes, and so do rows, or they are copied
-    aligned = [n for n, t in signature.items() if t.startswith("*") or n in ("V", "D", "history_D") or "_stride" in n]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
-    source = ASTSource(case.kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
-    compiled = triton.compile(source, target=ARCHITECTURES[arch], options=options)
+@dataclass(frozen=True)
+class _Code:
+    """A compiled kernel, taken apart once."""
+
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    narrow: int
+    instructions: dict[str, int]
+    loops: list[TensorLoop]
+    code: list[Instruction]
+
+
+def _take_apart(compiled: object) -> _Code:
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    registers, spilled = _resources(compiled)
     instructions = {name: text.count(code) for name, code in _INSTRUCTIONS.items() if code in text}
-    name = case.kernel.__name__.strip("_").removesuffix("_kernel")
-    shared = compiled.metadata.shared
     narrow = len(narrow_offsets(compiled.asm["ttir"]))
-    element = _ELEMENT[case.size]
-    resources = (registers, spilled, shared, SHARED_LIMIT[arch])
-    return CompiledKernel(name, case.name, arch, element, *resources, narrow, instructions)
+    code: list[Instruction] = []
+    if "cubin" in compiled.asm:
+        usage, code = disassemble(compiled.asm["cubin"])
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        # a stack frame is not yet a spill (it may be empty); a store to local memory is
+        spilled = sum(i.operation.startswith("STL") for i in code)
+    else:
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    warps = compiled.metadata.num_warps
+    return _Code(registers, spilled, compiled.metadata.shared, warps, narrow, instructions, tensor_loops(code), code)
+
+
+def _estimate(launches: list[Launch], code: _Code, shape: Shape) -> clocks.Estimate | None:
+    """What the launches of one kernel in a call cost, where there are rules for it."""
+    first = launches[0].bound
+    N, V, D = ROWS, shape.vocabulary, shape.hidden
+    together = clocks.programs_at_once(code.registers, code.shared, code.warps)
+    if launches[0].name == "logits_stats" and (loop := byte_loop(code.code)) is not None:
+        return clocks.of_bytes(loop, code.warps, first["BLOCKS"] * 16 * first["THREADS"])
+    if not code.loops:
+        return None
+    if launches[0].name == "attention_mass":
+        if first["D"] != 128 or shape.head_size != 128:
+            return None
+        given = first["lse_ptr"] is not None
+        cut = (first["ROWS"], first["KEYS"], first["MIXED_KEYS"])
+        return clocks.of_attention(code.loops, code.warps, together, cut, shape, N, given)
+    rows, columns = first["ROWS"], first["COLUMNS"]
+    kept = int(clocks.KEPT * N)
+    row_tiles, column_tiles = triton.cdiv(kept, rows), triton.cdiv(D, columns)
+
+    def persistent(tiles: int) -> tuple[int, float]:
+        """(programs, tiles of each) of a loop over tiles, the last round counted as full."""
+        programs = clocks.PROCESSORS * together
+        return programs, triton.cdiv(tiles, programs)
+
+    def product(depth: int, counted: list[tuple[int, float]], operations: float) -> clocks.Estimate:
+        return clocks.of_products(code.loops[0], code.warps, together, (rows, columns, depth), counted, operations)
+
+    if launches[0].name == "hidden_stats":
+        models = 2 if first["PAIR"] else 1
+        counted = [(launch.programs, launch.bound["share"] / columns) for launch in launches]
+        return product(D, counted, 2.0 * models * N * V * D)
+    widths = [launch.bound["width"] for launch in launches]
+    operations = 2.0 * kept * V * D
+    if launches[0].name == "logits_gradient":
+        return product(D, [persistent(row_tiles * triton.cdiv(w, columns)) for w in widths], operations)
+    if launches[0].name == "hidden_gradient":
+        return product(widths[0], [persistent(row_tiles * column_tiles) for _ in widths], operations)
+    if launches[0].name == "head_gradient":
+        return product(kept, [persistent(triton.cdiv(w, rows) * column_tiles) for w in widths], operations)
+    return None
+
+
+def compile_all(arch: str, shape: str = "Llama-3.1-8B", *, every: bool = False) -> Iterator[CompiledKernel]:
+    """Compiles what calls on a model's shape would launch on an architecture, each variant once.
+
+    Args:
+        every: every combination of options and every head size, not only each alone and all together.
+    Raises:
+        ValueError: an architecture or shape that is not known, or kernels that were imported for the interpreter.
+        RuntimeError: what this version of Triton cannot compile for the architecture.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+    sizes = shape_named(shape)
+    if interpreting():
+        raise ValueError("kernels are interpreted, not compiled, under TRITON_INTERPRET=1; unset it")
+    seen: dict[int, _Code] = {}
+    for element, dtype in DTYPES.items():
+        for call in _calls(sizes, dtype, every):
+            with written_down(arch, PROCESSORS[arch]) as launches:
+                call.run()
+            for launch in launches:
+                compiled = _compile(launch, arch)
+                if id(compiled) in seen:
+                    continue
+                code = seen[id(compiled)] = _take_apart(compiled)
+                estimate = None
+                if arch == "sm_90" and element == "bf16":
+                    alike = [other for other in launches if other.kernel is launch.kernel]
+                    estimate = _estimate(alike, code, sizes) if launch is alike[0] else None
+                yield _row(launch, call, code, arch, element, shape, estimate)
+
+
+def _compile(launch: Launch, arch: str) -> object:
+    try:
+        return launch.compile(ARCHITECTURES[arch])
+    except Exception as error:  # whatever a compiler's pass raises: said, and not skipped
+        reason = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"Triton {triton.__version__} cannot compile {launch.name} ({_cut(launch)}) for {arch}: {reason}"
+        ) from error
+
+
+def _row(
+    launch: Launch, call: _Call, code: _Code, arch: str, element: str, shape: str, estimate: clocks.Estimate | None
+) -> CompiledKernel:
+    main = max(code.loops, key=lambda loop: loop.step.get("tensor", 0), default=None)
+    pipes = {"step": main.step, "around": main.around} if main else {"around": by_pipe(code.code)}
+    if not main and (loop := byte_loop(code.code)) is not None:
+        pipes["step"] = loop
+    return CompiledKernel(
+        kernel=launch.name,
+        case=", ".join(part for part in (_cut(launch), call.options) if part),
+        arch=arch,
+        element=element,
+        shape=shape,
+        registers=code.registers,
+        spilled=code.spilled,
+        shared=code.shared,
+        shared_limit=SHARED_LIMIT[arch],
+        narrow_offsets=code.narrow,
+        instructions=code.instructions,
+        pipes=pipes,
+        flattened=main.flattened if main else None,
+        wait=main.wait if main else None,
+        serialised=any(loop.serialised for loop in code.loops),
+        estimate=dataclasses.asdict(estimate) if estimate else None,
+        ratio_low=estimate.ratio_low if estimate else None,
+        ratio_high=estimate.ratio_high if estimate else None,
+    )
 
 
 # In Triton's IR, where every value is assigned once: %name = operation operands : type
 _ASSIGNMENT = re.compile(r"^\s*(%[\w$.-]+) = ([\w.]+)\s*(.*)$")
 _VALUE = re.compile(r"%[\w$.-]+")
 _SAME_VALUE = ("arith.extsi", "tt.splat", "tt.expand_dims", "tt.broadcast")
-_STRIDE = re.compile(r"%(\w*stride\w*|S|N)$")  # S is the stride of what is [B, S], and N of sums
+_STRIDE = re.compile(r"%(\w*stride\w*|S|slab)$")  # S is the stride of what is [B, S], slab of sums
 
 
 def narrow_offsets(ttir: str) -> list[str]:
@@ -200,43 +321,28 @@ def narrow_offsets(ttir: str) -> list[str]:
     return lines
 
 
-def _resources(compiled) -> tuple[int, int]:
-    """(registers, spilled): from cuobjdump, which comes with Triton, or from the code object's metadata."""
-    if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        (vectors,) = re.findall(r"\.vgpr_count:\s+(\d+)", text)
-        (spilled,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)
-        return int(vectors), int(spilled)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    # a stack frame is not yet a spill (it may be empty); a store to local memory is
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
-
-
-def compile_all(arch: str) -> Iterator[CompiledKernel]:
-    """Compiles every kernel and tile for an architecture, one after the other.
-
-    Raises:
-        ValueError: an architecture that is not known, or kernels that were imported for the interpreter.
-    """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
-    if interpreting():
-        raise ValueError("kernels are interpreted, not compiled, under TRITON_INTERPRET=1; unset it")
-    for case in _cases(arch):
-        yield _compile(case, arch)
-
-
 def as_row(kernel: CompiledKernel) -> dict:
     """A row for the terminal."""
-    fields = asdict(kernel)
-    shared = f"{kernel.shared / 1024:.0f} of {kernel.shared_limit / 1024:.0f}"
     instructions = " ".join(f"{name} {count}" for name, count in kernel.instructions.items()) or "-"
-    kept = {name: fields[name] for name in ("kernel", "case", "element", "registers", "spilled", "narrow_offsets")}
-    return kept | {"shared KiB": shared, "instructions": instructions}
+    row = {
+        name: getattr(kernel, name) for name in ("kernel", "case", "element", "registers", "spilled", "narrow_offsets")
+    }
+    row |= {
+        "shared KiB": f"{kernel.shared / 1024:.0f} of {kernel.shared_limit / 1024:.0f}",
+        "instructions": instructions,
+    }
+    return row | {"serialised": "yes" if kernel.serialised else "no"}
+
+
+def as_estimate(kernel: CompiledKernel) -> dict:
+    """A row of clocks for the terminal, of a kernel that has an estimate."""
+    e = kernel.estimate or {}
+    return {
+        "kernel": kernel.kernel,
+        "case": kernel.case,
+        "products or bytes": f"{e['main']:,.0f}",
+        "beside them": f"{e['beside_low']:,.0f} to {e['beside_high']:,.0f}",
+        "fill": f"{e['fill']:,.0f}",
+        "waves": f"{e['waves']:.3f}",
+        "ratio": f"{kernel.ratio_low:.3f} to {kernel.ratio_high:.3f}",
+    }

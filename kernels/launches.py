@@ -34,6 +34,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__.strip("_").removesuffix("_kernel")
 
+    @property
+    def bound(self) -> dict:
+        """Arguments and constants by their names."""
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.kwargs
+
     def compile(self, target: GPUTarget) -> object:
         """What Triton would run, compiled as the launcher compiles it.
 

@@ -67,11 +67,10 @@ def disassemble(cubin: bytes) -> tuple[str, list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    return usage, read(code)
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = next(line for line in printed.splitlines() if "REG:" in line)
+    return usage, read(printed)
 
 
 @dataclass
@@ -198,3 +197,14 @@ def tensor_loops(code: list[Instruction]) -> list[TensorLoop]:
             by_pipe(step), by_pipe(around), flattened, min(depths, default=None), serialised
         )
     return [loops_found[head] for head in sorted(loops_found)]
+
+
+def byte_loop(code: list[Instruction]) -> dict[str, int] | None:
+    """One step, by pipe, of the innermost loop that reads most from memory, where nothing is multiplied by tiles."""
+    blocks = blocks_of(code)
+    steps = []
+    loops = loops_of(blocks)
+    for loop in loops:
+        if not any(other.blocks < loop.blocks for other in loops):
+            steps.append(by_pipe(i for b in sorted(loop.blocks) for i in blocks[b].code))
+    return max(steps, key=lambda step: step.get("global", 0), default=None)

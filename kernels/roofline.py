@@ -37,7 +37,7 @@ def estimates(N: int, V: int, D: int, *, rho: float = 0.6, arch: str = "sm_90") 
     return [
         Estimate("hidden_stats, two models", shape, 2 * product, 2 * groups * head + 2 * hidden),
         Estimate("logits_stats, two models", shape, 0.0, 2 * 2.0 * N * V),
-        Estimate(f"gather_rows, {kept}", shape, 0.0, 2 * rho * hidden),
+        Estimate(f"gather_kept, {kept}", shape, 0.0, 2 * rho * hidden),
         Estimate(f"logits_gradient, {kept}", shape, rho * product, head + rho * hidden + gradient),
         Estimate(f"hidden_gradient, {kept}", shape, rho * product, head + gradient + 2 * rho * hidden),
         Estimate(f"head_gradient, {kept}", shape, rho * product, head + gradient + rho * hidden),

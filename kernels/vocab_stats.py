@@ -177,8 +177,8 @@ def _merge_shares_kernel(
     """Statistics of ROWS rows of one model, in nats, from sums over shares of the vocabulary, in their order."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = (place < slab) & (first_row + place < tl.load(count_ptr))
-    model = tl.program_id(1)
-    sums_ptr += (model * splits).to(tl.int64) * slab
+    model = tl.program_id(1).to(tl.int64)
+    sums_ptr += model * splits * slab
     top = tl.full([ROWS], -float("inf"), tl.float32)
     target = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

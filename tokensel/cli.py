@@ -21,7 +21,7 @@ DESCRIPTION = f"""tokensel {tokensel.__version__}: token-level data selection fo
   tokensel score --help | select --help | ...     every setting, in YAML and as a flag
   tokensel methods [NAME]                         list the methods, or explain one and its parameters
   tokensel report RUN [RUN ...]                   draw which tokens a run kept, and why, as a page
-  tokensel kernels --arch CHIP [--json FILE]      compile all kernels for a chip, present or not, and report
+  tokensel kernels --arch CHIP [--shape MODEL]    compile all kernels for a chip, present or not, and estimate
   tokensel tune --output FILE                     time other tiles on this GPU; TOKENSEL_TILES=FILE takes the fastest
   tokensel --version
 
@@ -124,27 +124,39 @@ def report(argv: list[str]) -> None:
 
 
 def kernels(argv: list[str]) -> None:
-    """Compiles every Triton kernel and tile for a chip and prints what the compiler says."""
+    """Compiles what the Triton kernels would launch on a chip, present or not, counts the machine code, estimates."""
     from tqdm.auto import tqdm
 
     from tokensel.ops.checks import AUTO_RULE
     from tokensel.report import format_table
     from tokensel_kernels import compiled, roofline
+    from tokensel_kernels.shapes import SHAPES, shape_named
 
     parser = argparse.ArgumentParser(prog="tokensel kernels", description=inspect.getdoc(kernels))
     parser.add_argument("--arch", required=True, help="sm_80, sm_90, sm_100 or gfx942")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    models = f"the model: {', '.join(SHAPES)} (default: %(default)s)"
+    parser.add_argument("--shape", default="Llama-3.1-8B", help=models)
+    parser.add_argument("--every", action="store_true", help="every combination of options and head size: minutes")
+    parser.add_argument("--json", type=Path, help="also write all that is known of each kernel to this file")
     given = parser.parse_args(argv)
-    rows = list(tqdm(compiled.compile_all(given.arch), desc=f"compile for {given.arch}", unit="kernel"))
+    shape = shape_named(given.shape)
+    found = compiled.compile_all(given.arch, given.shape, every=given.every)
+    rows = list(tqdm(found, desc=f"compile for {given.arch}", unit="kernel"))
+    if given.json:
+        given.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     print(format_table([compiled.as_row(row) for row in rows]))
-    shapes = ((8192, 128256, 4096), (8192, 151936, 3584))
-    calls = [call for shape in shapes for call in roofline.estimates(*shape)]
-    calls += [call for length in (8192, 131072) for call in roofline.attention_estimates(length)]
+    if estimated := [compiled.as_estimate(row) for row in rows if row.estimate]:
+        print(
+            f"\nClocks of a tile, estimated from the machine code for {compiled.ROWS:,} rows of {given.shape}, and the "
+            "ratio to products at full rate, to bytes (logits) or to FlashAttention-2's forward (mass). Not measured:"
+        )
+        print(format_table(estimated))
+    calls = roofline.estimates(compiled.ROWS, shape.vocabulary, shape.hidden)
+    for length in (compiled.ROWS, 131072):
+        calls += roofline.attention_estimates(length, shape.heads, shape.key_heads, shape.head_size)
     print("\nWhat the calls compute and move, and the least time that takes:")
     print(format_table([roofline.as_row(call) for call in calls]))
     print(f'\nimpl="auto" is: {AUTO_RULE}')
-    if given.json:
-        given.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def tune(argv: list[str]) -> None:
