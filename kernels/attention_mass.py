@@ -281,13 +281,14 @@ def attention_mass(
     tma = _has_descriptors(k)
     d_main, d_rest = _depths(d, tma)
     sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
-    row_tiles = triton.cdiv(S * group, rows)
-    masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
-    window = None if window is None or window >= S else window
     size, by = "none", scale * LOG2_E
     if softcap is not None:
         size = "small" if softcap <= SMALL_SOFTCAP else "large"
         by = scale / softcap * (2 * LOG2_E if size == "small" else 1)
+    parts = 1 if tma and 192 < d else MIXED_PARTS[size]  # one program a processor has all registers
+    row_tiles = triton.cdiv(S * group, rows)
+    masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
+    window = None if window is None or window >= S else window
     with tiles.on_device(q):
         plan = attention_plan(
             *masks, *bounds, window, only_prompt=lse is not None, group=group, rows=rows, keys=keys
@@ -299,7 +300,7 @@ def attention_mass(
             *q.stride()[:3], *k.stride()[:3],
             by, (softcap or 1.0) * LOG2_E, LOG2_E, window,
             FIXED_PIVOT=lse is not None or size == "small", SOFTCAP=size, GROUP=group,
-            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // MIXED_PARTS[size]),
+            D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // parts),
             TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return masses.sum((1, 3)) / Hq
@@ -312,7 +313,7 @@ def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int, int]:
     if q.shape[-1] <= 128:
         return tile, tile.rows, tile.keys
     if family == "gfx942":  # queries, in registers
-        return tile, tile.rows // 2, tile.keys
+        return tile, tile.rows // 2, tile.keys if q.shape[-1] <= 192 else tile.keys // 2
     return tile, tile.rows, max(16, tile.keys // 2)  # keys, of which shared memory has the stages of two programs
 
 
