@@ -20,15 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.block_grad import (
-    _block_gradient_kernel,  # noqa: F401, as is write_block_gradient: imported from here
-    exponents,
-    logits_gradient,
-    write_block_gradient,  # noqa: F401
-)
-from tokensel_kernels.gather_rows import (
-    _gather_kept_kernel as _gather_rows_kernel,  # noqa: F401
-)
+from tokensel_kernels.block_grad import exponents, logits_gradient
 from tokensel_kernels.gather_rows import gather_rows, scatter_rows
 from tokensel_kernels.primitives import grouped_tile, load_tile, multiply
 from tokensel_kernels.tiles import (
@@ -217,19 +209,19 @@ def block_columns(N: int, V: int, D: int, tile: ProductTile, plain: ProductTile,
         tile, plain: of the logits' gradient and of the products after it. size: of an element, in bytes.
     """
 
-    def elements(rows: int, columns: int, cut: ProductTile) -> int:
-        tiles, programs = triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns), programs_of(cut)
-        return triton.cdiv(tiles, programs) * programs * cut.rows * cut.columns
+    counts = [-(-N * share // 16) for share in range(4, 17)]
+    row_tiles = [-(-kept // tile.rows) for kept in counts]
+    programs, plain_programs, plain_columns = programs_of(tile), programs_of(plain), -(-D // plain.columns)
 
-    def cost(width: int) -> int:
-        counts = [triton.cdiv(N * share, 16) for share in range(4, 17)]
-        blocks = [(width, V // width), (V % width, 1)]
-        return sum(
-            times * (elements(kept, block, tile) * D + elements(block, D, plain) * kept)
-            for block, times in blocks
-            for kept in counts
-            if block
-        )
+    def cost(width: int) -> int:  # whole waves in products of elements, each by the depth of its own product
+        total = 0
+        for block, times in ((width, V // width), (V % width, 1)):
+            columns, plain_rows = -(-block // tile.columns), -(-block // plain.rows)
+            waves = sum(-(-rows * columns // programs) for rows in row_tiles)
+            plain_waves = -(-plain_rows * plain_columns // plain_programs)
+            gradient = waves * programs * tile.rows * tile.columns * D
+            total += times * (gradient + plain_waves * plain_programs * plain.rows * plain.columns * sum(counts))
+        return total
 
     most = max(1, min(triton.cdiv(V, tile.columns), most_bytes // (N * size * tile.columns)))
     widths = [tiles * tile.columns for tiles in range(most, most // 2, -1)]

@@ -8,6 +8,7 @@ from kernel_inputs import DEVICE, NAMES, attention_inputs, make
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import tokensel_kernels.attention_mass
+import tokensel_kernels.block_grad
 import tokensel_kernels.logits_stats
 import tokensel_kernels.vocab_grad
 import tokensel_kernels.vocab_stats
@@ -70,7 +71,7 @@ def test_the_gradient_of_a_label_outside_the_vocabulary_has_no_one_hot():
         torch.testing.assert_close(ours, truly, rtol=1e-5, atol=1e-5)
     dz = torch.full_like(z, torch.nan)
     products = surrounded(hidden @ weight.T)
-    tokensel_kernels.vocab_grad.write_block_gradient(products, labels, coefficient, lse, dz, first_column=0, **head)
+    tokensel_kernels.block_grad.write_block_gradient(products, labels, coefficient, lse, dz, first_column=0, **head)
     torch.testing.assert_close(dz, p)
 
 
