@@ -158,11 +158,15 @@ def test_kept_rows_are_gathered_as_the_products_read_them():
 
 
 HOPPER = tiles.ProductTile(128, 256, 64, 8, 4, tma=True, processors=132)
-SHAPES = [(8192, 128256, 4096), (8192, 151936, 3584), (8192, 256000, 2304), (4096, 128256, 4096), (16384, 32000, 4096)]
+# rows, vocabulary, hidden size, and what the waves take beside what they are needed for: the widest that fits is 1.03
+SHAPES = [
+    (8192, 128256, 4096, 1.026), (8192, 151936, 3584, 1.022), (8192, 256000, 2304, 1.019), (4096, 128256, 4096, 1.02),
+    (16384, 32000, 4096, 1.044),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("N, V, D", SHAPES)
-def test_blocks_of_the_vocabulary_are_whole_waves(N, V, D):
+@pytest.mark.parametrize("N, V, D, most", SHAPES)
+def test_blocks_of_the_vocabulary_are_whole_waves(N, V, D, most):
     """Waves of the logits' gradient and of dW, for every number of kept rows from a quarter on."""
     width = tokensel_kernels.vocab_grad.block_columns(N, V, D, HOPPER, HOPPER, 2**28, 2)
     assert width % 256 == 0 and N * width * 2 <= 2**28
@@ -179,7 +183,7 @@ def test_blocks_of_the_vocabulary_are_whole_waves(N, V, D):
             shares.append(taken / used)
         return sum(shares) / len(shares)
 
-    assert wasted(width) <= min(1.045, wasted(8192) + 0.002)  # 0.002: other shares are weighed than here
+    assert wasted(width) <= min(most, wasted(8192))
 
 
 def test_blocks_of_the_vocabulary_keep_to_the_memory_and_the_vocabulary():
