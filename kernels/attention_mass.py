@@ -313,7 +313,7 @@ def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int, int]:
     if q.shape[-1] <= 128:
         return tile, tile.rows, tile.keys
     if family == "gfx942":  # queries, in registers
-        return tile, tile.rows // 2, tile.keys if q.shape[-1] <= 192 else tile.keys // 2
+        return tile, tile.rows // 2, tile.keys
     return tile, tile.rows, max(16, tile.keys // 2)  # keys, of which shared memory has the stages of two programs
 
 

@@ -98,10 +98,10 @@ def test_descriptors_load_what_pointers_load(d, given_lse, monkeypatch):
     torch.testing.assert_close(descriptors, pointers, rtol=5e-6, atol=1e-6)
 
 
-SINKS = torch.tensor([95.0, -torch.inf, 1e4], device=DEVICE)
+SINKS = torch.tensor([9.0, -torch.inf, 95.0], device=DEVICE)
 SCORES = [
     {"scale": -0.3}, {"softcap": 59.0}, {"softcap": 300.0}, {"softcap": 59.0, "scale": -0.3, "sinks": SINKS},
-    {"softcap": 300.0, "sinks": SINKS * 5}, {"scale": 0.0}, {"scale": 20.0},
+    {"softcap": 300.0, "sinks": SINKS * 100}, {"scale": 0.0}, {"scale": 20.0}, {"scale": -20.0},
 ]  # fmt: skip
 
 
