@@ -172,7 +172,8 @@ def online_log2_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
     """
     new_top = tl.maximum(top, tl.max(u, 1))
     pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # no column yet: 2^(-inf - 0) = 0, not NaN
-    shift = tl.where(top == -float("inf"), 0.0, top - pivot)  # <= 0
+    # no less than 2^-1000, which is 0 as well, so that its square is a number
+    shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, -1000.0))
     rescale = tl.where(top == -float("inf"), 0.0, tl.exp2(shift))
     u = u - pivot[:, None]
     e = tl.exp2(u)
@@ -180,8 +181,9 @@ def online_log2_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
         # (u + shift) replaces u in what was summed before
         second = rescale * (second + 2.0 * shift * first + shift * shift * total)
         first = rescale * (first + shift * total)
-        weighted = e * tl.maximum(u, -1e30)  # -inf · 0
+        u = tl.maximum(u, -1000.0)
+        weighted = e * u
         first += tl.sum(weighted, 1)
-        second += tl.sum(weighted * tl.maximum(u, -1e30), 1)
+        second += tl.sum(weighted * u, 1)
     total = rescale * total + tl.sum(e, 1)
     return new_top, total, first, second

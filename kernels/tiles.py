@@ -69,6 +69,8 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "gradient", "matmul")}
 KINDS |= {"attention": AttentionTile}
 SIZES = {"half": 2, "float32": 4}
+# Three products of 10 + 11 bits each: as exact as a chain of float32 multiply-adds, on matrix units
+TF32 = ("sm_80", "sm_90", "sm_100")
 CHIPS_WITH = {"tma": ("sm_90", "sm_100"), "specialize": ("sm_100",)}  # fields that not every family may set
 SHIPPED = Path(__file__).with_name("tiles.json")
 
@@ -207,7 +209,9 @@ def on_device(like: Tensor) -> contextlib.AbstractContextManager:
 def product_tile(like: Tensor, kind: str) -> ProductTile:
     """The table's tile for a tensor's device and type."""
     family, processors = chip_family(like.device)
-    return dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
+    tile = dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
+    exact = like.element_size() == 4 and family in TF32
+    return dataclasses.replace(tile, precision="tf32x3") if exact else tile
 
 
 def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:

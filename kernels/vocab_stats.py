@@ -111,7 +111,7 @@ def _sweep_vocabulary(
     second = tl.zeros([ROWS], tl.float32)
     target = tl.zeros([ROWS], tl.float32)
     # flattened: the next tile's loads run under this one's epilogue. A branch on the product would serialise it
-    for column in tl.range(start, stop, COLUMNS, flatten=TMA and not SPECIALIZE, warp_specialize=SPECIALIZE):
+    for column in tl.range(start, stop, COLUMNS, flatten=TMA, warp_specialize=SPECIALIZE):
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, D, DEPTH):
             a = load_tile(x, row, k, slab, D, x_stride, ROWS, DEPTH, TMA)
@@ -121,9 +121,18 @@ def _sweep_vocabulary(
         if MOMENTS:  # from the tile itself, so that the label's logit can be told to be the largest
             hit = tl.arange(0, COLUMNS)[None, :] == (label - column)[:, None]
             target += tl.sum(tl.where(hit, u, 0.0), 1)
-        top, total, first, second = online_log2_softmax(u, top, total, first, second, MOMENTS)
-    tl.store(sums_ptr + rows, top, mask=rows < slab)
-    tl.store(sums_ptr + field_stride + rows, total, mask=rows < slab)
+        if SPECIALIZE:  # its warps hand nothing on from tile to tile, so that each has sums of its own
+            top = tl.full([ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            top, total, _, _ = online_log2_softmax(u, top, total, total, total, False)
+            at = sums_ptr + tl.cast(column // COLUMNS, tl.int64) * slab + rows
+            tl.store(at, top, mask=rows < slab)
+            tl.store(at + field_stride, total, mask=rows < slab)
+        else:
+            top, total, first, second = online_log2_softmax(u, top, total, first, second, MOMENTS)
+    if not SPECIALIZE:
+        tl.store(sums_ptr + rows, top, mask=rows < slab)
+        tl.store(sums_ptr + field_stride + rows, total, mask=rows < slab)
     if MOMENTS:
         inside = (label >= start) & (label < stop)
         tl.store(sums_ptr + 2 * field_stride + rows, tl.where(inside, target, -float("inf")), mask=rows < slab)
@@ -149,7 +158,8 @@ def _hidden_stats_kernel(
     start = split * share
     stop = min(start + share, V)
     model = tile % MODELS
-    out = sums_ptr + (model * splits + split).to(tl.int64) * slab
+    shares = tl.cdiv(V, COLUMNS) if SPECIALIZE else splits
+    out = sums_ptr + (model * shares + (0 if SPECIALIZE else split)).to(tl.int64) * slab
     if model == 0:
         _sweep_vocabulary(
             x, w, bias_ptr, index_ptr, out,
@@ -190,8 +200,8 @@ def _merge_shares_kernel(
         share_total = tl.load(at + sums_stride, mask=mask, other=0.0)
         new_top = tl.maximum(top, share_top)
         pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shift = tl.where(top == -float("inf"), 0.0, top - pivot)
-        share_shift = tl.where(share_top == -float("inf"), 0.0, share_top - pivot)
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, -1000.0))
+        share_shift = tl.where(share_top == -float("inf"), 0.0, tl.maximum(share_top - pivot, -1000.0))
         old, new = tl.exp2(shift), tl.exp2(share_shift)
         if MOMENTS:
             target = tl.maximum(target, tl.load(at + 2 * sums_stride, mask=mask, other=-float("inf")))
@@ -272,7 +282,9 @@ def hidden_stats(
     splits = triton.cdiv(V, share)
     gathered = [torch.empty(slab, -(-d // 8) * 8, dtype=x.dtype, device=device)[:, :d] for d in (D, history_D)[:MODELS]]
     index = torch.empty(slab, dtype=torch.int32, device=device)
-    sums = torch.empty(5 if entropy else 2, MODELS, splits, slab, dtype=torch.float32, device=device)
+    specialize = tile.specialize and not entropy
+    shares = column_tiles if specialize else splits
+    sums = torch.empty(5 if entropy else 2, MODELS, shares, slab, dtype=torch.float32, device=device)
     out, history_out = gathered[0], gathered[-1]
     sources = [tile_source(t, tile.rows, tile.depth, tile) for t in (out, history_out)]
     heads = [tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w)]
@@ -294,11 +306,11 @@ def hidden_stats(
                 sources[0], heads[0], sources[1], heads[1], bias, index, count, sums,
                 first, slab, V, D, history_D, share, splits,
                 out.stride(0), w.stride(0), history_out.stride(0), history_w.stride(0), sums.stride(0),
-                scale, slope, PAIR=MODELS == 2, **head, MOMENTS=entropy, SPECIALIZE=tile.specialize, **tile.constants(),
+                scale, slope, PAIR=MODELS == 2, **head, MOMENTS=entropy, SPECIALIZE=specialize, **tile.constants(),
             )  # fmt: skip
             _merge_shares_kernel[(triton.cdiv(slab, 32), MODELS)](
                 sums, order, count, stats,
-                first, slab, splits,
+                first, slab, shares,
                 sums.stride(0), *stats.stride()[:2],
                 -slope / 2, MOMENTS=entropy, ROWS=32, num_warps=1,
             )  # fmt: skip

@@ -124,6 +124,23 @@ def test_the_label_s_logit_is_the_largest_where_it_is():
     assert torch.equal(stats.correct, labels != -100)
 
 
+@pytest.mark.parametrize("low", [-1e30, -torch.inf])
+@pytest.mark.parametrize("where", ["first", "last", "a share"])
+def test_tokens_that_are_forbidden_leave_the_others_moments(low, where):
+    """A bias that forbids part of the vocabulary: its square is no number, and no likelihood is left of it."""
+    hidden, weight, labels, bias = make(V=300)
+    forbidden = {"first": slice(0, 40), "last": slice(260, 300), "a share": slice(64, 192)}[where]
+    bias[forbidden] = low
+    allowed = torch.ones(300, dtype=torch.bool, device=DEVICE)
+    allowed[forbidden] = False
+    labels = torch.where(labels == -100, labels, torch.arange(300, device=DEVICE)[allowed][labels.clamp(min=0) % 100])
+    stats = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused")
+    exact, eager = (
+        truth(hidden, weight, labels, bias.clamp(min=-1e4), dtype=d) for d in (torch.float64, torch.float32)
+    )
+    assert_within_budget(stats, exact, eager, labels)
+
+
 @pytest.mark.parametrize("row_tiles, column_tiles", [(1, 1), (2, 501), (32, 501), (32, 1000), (7, 33)])
 def test_shares_of_the_vocabulary_fill_whole_waves(row_tiles, column_tiles):
     from tokensel_kernels.vocab_stats import FILL, vocabulary_share
@@ -269,4 +286,17 @@ def test_statistics_from_logits_of_one_and_two_models(dtype, entropy):
     assert torch.equal(logits, before)
     wide = torch.randn(12, 400, device=DEVICE).to(dtype)
     wide[:, :333] = logits
-    assert torch.equal(token_stats_from_logits(wide[:, :333], labels, impl="fused")[0].nll, alone.nll)
+    # threads that begin elsewhere add up in another order
+    torch.testing.assert_close(token_stats_from_logits(wide[:, :333], labels, impl="fused")[0].nll, alone.nll)
+
+
+def test_warps_of_their_own_give_the_same(monkeypatch):
+    """A tile's sums are then a share of their own, of which there may be more than programs."""
+    hidden, weight, labels, bias = make(V=700, dtype=torch.bfloat16)
+    expected = token_stats(hidden, weight, labels, bias=bias, softcap=9.0, impl="fused")
+    tile = tiles.ProductTile(16, 64, 32, 4, 1, precision="widened", specialize=True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tokensel_kernels.vocab_stats, "product_tile", lambda *a: tile)
+    stats = token_stats(hidden, weight, labels, bias=bias, softcap=9.0, impl="fused")
+    torch.testing.assert_close(stats.lse, expected.lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(stats.target_logit, expected.target_logit)

@@ -56,9 +56,9 @@ def test_a_chip_that_is_too_old_is_named(no_interpreter, monkeypatch):
 @pytest.mark.parametrize("rows", [0.0, 0.99])
 def test_a_workspace_that_holds_no_row_is_named(rows, gpu_chunked):
     hidden, weight, labels, _ = make()
-    row = 2 * 64 * 4 / 2**20  # two models' 64 columns of float32
+    row = 64 * 4 / 2**20  # 64 columns of float32, of one model at a time
     common = {"impl": "chunked", "workspace_mib": row * rows or 1e-9}
-    with pytest.raises(ValueError, match="holds no row of 2 x 64 float32 logits; it needs at least 0.0010"):
+    with pytest.raises(ValueError, match="holds no row of 1 x 64 float32 logits; it needs at least 0.0010"):
         token_stats_pair((hidden, weight), (hidden, weight), labels, **common)
 
 
@@ -84,6 +84,37 @@ def test_a_file_of_tiles_goes_before_the_table(tmp_path, monkeypatch):
     assert tiles._load()["sm_90"] == shipped["sm_90"]
 
 
+def test_three_tf32_products_are_as_exact_as_a_chain_of_float32():
+    """What "tf32x3" does, by its definition: 10 + 11 bits of each factor, the product of the low ones left out."""
+
+    def high(t):  # rounded to 10 bits of mantissa
+        return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    D = 1024
+    x, w = torch.randn(32, D), torch.randn(300, D) / D**0.5 * 3
+    low_x, low_w = high(x - high(x)), high(w - high(w))
+    three, chain = torch.zeros(2, 32, 300)
+    for k in range(0, D, 8):  # matrix units add up eight products at a time
+        part = slice(k, k + 8)
+        for a, b in ((low_x, high(w)), (high(x), low_w), (high(x), high(w))):
+            three = (three.double() + a[:, part].double() @ b[:, part].double().T).float()
+        for d in range(k, k + 8):
+            chain = (chain.double() + x[:, d : d + 1].double() * w[:, d].double()).float()
+    exact = x.double() @ w.double().T
+    assert (three - exact).abs().max() <= 2 * (chain - exact).abs().max()
+    one = high(x).double() @ high(w).double().T
+    assert (one - exact).abs().max() > 50 * (chain - exact).abs().max()  # a single one would not do
+
+
+def test_float32_takes_three_tf32_products_where_the_chip_has_them(monkeypatch):
+    like = torch.empty(2, 2)
+    for family, expected in (("sm_90", "tf32x3"), ("sm_80", "tf32x3"), ("gfx942", "ieee"), ("interpreter", "widened")):
+        monkeypatch.setattr(tiles, "chip_family", lambda device, family=family: (family, 7))
+        assert tiles.product_tile(like, "stats").precision == expected
+        if family != "interpreter":
+            assert tiles.product_tile(like.half(), "stats").precision == "ieee"
+
+
 GOOD = {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3, "tma": False}
 
 
@@ -106,6 +137,11 @@ GOOD = {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3, "tma": 
         ({"sm_90": {"stats": {"half": GOOD | {"stages": "3"}}}}, "stages .* a positive whole number; got '3'"),
         ({"sm_90": {"stats": {"half": GOOD | {"tma": 1}}}}, "tma of sm_90 stats half must be true or false; got 1"),
         ({"sm_80": {"stats": {"half": GOOD | {"tma": True}}}}, "tma of sm_80 .* false: the chip has no such unit"),
+        ({"sm_90": {"stats": {"half": GOOD | {"specialize": True}}}}, "specialize of sm_90 .* false: the chip has no"),
+        (
+            {"sm_90": {"attention": {"half": {"rows": 64, "keys": 64, "warps": 4, "stages": 2, "specialize": True}}}},
+            "sm_90 attention half must be all of rows, keys, warps, stages;",
+        ),
         (
             {"sm_90": {"matmul": {"half": GOOD | {"depth": 256}}}},
             "depth of sm_90 matmul half must be a divisor",

@@ -106,7 +106,7 @@ def stats_of_sums(sums: Tensor, labels: Tensor, ignore_index: int) -> list[Token
 def _joined(sums: Tensor, valid: Tensor, none: dict[str, Tensor]) -> TokenStats:
     share_top, share_total, share_target, *moments = sums  # (shares, N) each
     top = share_top.amax(0)
-    shift = share_top - top
+    shift = (share_top - top).clamp(min=-1000)  # exp is 0 there as well, and 0 · shift² a number
     scale = shift.exp()
     total = (scale * share_total).sum(0)
     fields = {"lse": top + total.log(), "target_logit": share_target.amax(0)}
