@@ -11,5 +11,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tokensel*"]), "tokensel_kernels"],
     package_dir={"tokensel_kernels": "kernels"},
-    package_data={"tokensel": ["py.typed", "report/page.html"], "tokensel_kernels": ["tiles.json", "rates.json"]},
+    package_data={
+        "tokensel": ["py.typed", "report/page.html"],
+        "tokensel_kernels": ["tiles.json", "rates.json", "estimates.json"],
+    },
 )

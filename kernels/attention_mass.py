@@ -11,8 +11,6 @@ tile, and all prompt or all response: `attention_plan` finds them, and the sweep
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -33,9 +31,8 @@ from tokensel_kernels.attention_plan import (
     PROMPT_STOP,
     attention_plan,
 )
-from tokensel_kernels.primitives import multiply, tanh
+from tokensel_kernels.primitives import LOG2_E, multiply, tanh
 
-LOG2_E = math.log2(math.e)  # scores are in units of log 2, so that an exponential is one instruction
 LOWEST = tl.constexpr(-3e38)  # a pivot below every score, and finite: differences of pivots are never NaN
 MIXED_PARTS = {"none": 2, "small": 2, "large": 4}  # of a tile with masks, which take registers; by softcap
 SMALL_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32: no maximum is needed
@@ -116,7 +113,7 @@ def _attention_mass_kernel(
     prompt_end_ptr, lse_ptr, sinks_ptr, mass_ptr,  # pointers
     S, tiles, row_tiles, heads, batches,  # shapes
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,  # strides
-    scale, softcap, log2_e, window, FIXED_PIVOT: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    scale, softcap, window, FIXED_PIVOT: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     MIXED_KEYS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
@@ -165,7 +162,7 @@ def _attention_mass_kernel(
     total = tl.zeros([ROWS], tl.float32)
     pivot = tl.full([ROWS], 0.0 if FIXED_PIVOT else LOWEST, tl.float32)
     if lse_ptr is not None:  # the denominator is known, so its logarithm is the pivot
-        pivot = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32) * log2_e
+        pivot = tl.load(lse_ptr + (batch * heads + head) * S + i, mask=real, other=0.0).to(tl.float32) * LOG2_E
         pivot = tl.where(tl.abs(pivot) < -LOWEST, pivot, -LOWEST)  # a row that sees nothing has no mass
     lists_ptr += batch * KINDS * tiles
     shift = tl.load(plan + PROMPT_SHIFT)
@@ -233,7 +230,7 @@ def _attention_mass_kernel(
     if lse_ptr is not None:
         total = tl.full([ROWS], 1.0, tl.float32)
     if sinks_ptr is not None:  # a sink only adds to the denominator
-        sink = tl.load(sinks_ptr + head, mask=real, other=-float("inf")).to(tl.float32) * log2_e
+        sink = tl.load(sinks_ptr + head, mask=real, other=-float("inf")).to(tl.float32) * LOG2_E
         higher = tl.maximum(pivot, sink)
         total = total * tl.exp2(pivot - higher) + tl.exp2(sink - higher)
         prompt *= tl.exp2(pivot - higher)
@@ -281,10 +278,12 @@ def attention_mass(
     tma = _has_descriptors(k)
     d_main, d_rest = _depths(d, tma)
     sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
-    size, by = "none", scale * LOG2_E
+    # scores are in units of log 2, so that an exponential is one instruction
+    log2_e = LOG2_E.value
+    size, by = "none", scale * log2_e
     if softcap is not None:
         size = "small" if softcap <= SMALL_SOFTCAP else "large"
-        by = scale / softcap * (2 * LOG2_E if size == "small" else 1)
+        by = scale / softcap * (2 * log2_e if size == "small" else 1)
     parts = 1 if tma and 192 < d else MIXED_PARTS[size]  # one program a processor has all registers
     row_tiles = triton.cdiv(S * group, rows)
     masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
@@ -298,7 +297,7 @@ def attention_mass(
             None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), masses,
             S, triton.cdiv(S, keys), row_tiles, Hq, B,
             *q.stride()[:3], *k.stride()[:3],
-            by, (softcap or 1.0) * LOG2_E, LOG2_E, window,
+            by, (softcap or 1.0) * log2_e, window,
             FIXED_PIVOT=lse is not None or size == "small", SOFTCAP=size, GROUP=group,
             D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // parts),
             TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,

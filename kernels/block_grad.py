@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.gather_rows import LOG2_E
+from tokensel_kernels.primitives import LOG2_E
 from tokensel_kernels.tiles import on_device, row_columns
 
 
@@ -48,7 +48,7 @@ def _block_gradient_kernel(
     z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
     first_column, C,  # shapes
     z_stride, dz_stride,  # strides
-    scale, cap, LOG2_E: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,  # constants
 ):  # fmt: skip
     """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
@@ -70,8 +70,8 @@ def _block_gradient_kernel(
 def exponents(softcap: float | None, logit_scale: float) -> tuple[float, float]:
     """(scale, cap) of `logits_gradient`: from a product to the exponent of 2, and the softcap in units of log 2."""
     if softcap is None:
-        return logit_scale * LOG2_E, 0.0
-    return 2 * logit_scale * LOG2_E / softcap, softcap * LOG2_E
+        return logit_scale * LOG2_E.value, 0.0
+    return 2 * logit_scale * LOG2_E.value / softcap, softcap * LOG2_E.value
 
 
 def write_block_gradient(
@@ -99,6 +99,6 @@ def write_block_gradient(
             z, bias, labels, lse, coefficient * logit_scale, dz,
             first_column, C,
             z.stride(0), dz.stride(0),
-            *exponents(softcap, logit_scale), LOG2_E=LOG2_E, HAS_BIAS=bias is not None,
+            *exponents(softcap, logit_scale), HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None, COLUMNS=row_columns(z), num_warps=8,
         )  # fmt: skip

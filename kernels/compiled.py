@@ -117,6 +117,15 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         part = (labels[:1024], coefficient[:1024], lse[:1024])
         head["bias"] = None if b is None else b[:8192]
         yield _Call(name, functools.partial(write_block_gradient, z, *part, dz, first_column=0, **head))
+    if half:  # rows that begin between two multiples of 16 bytes: no descriptor can read them
+        x, w = tensor(N, D - 4), tensor(V, D - 4)
+        head = {"bias": None, "softcap": None, "logit_scale": 1.0}
+        pair = [(x, w)] * 2
+        yield _Call(
+            "unaligned", functools.partial(hidden_stats, pair, labels, entropy=False, ignore_index=-100, **head)
+        )
+        part = (x, w, labels, coefficient, lse)
+        yield _Call("unaligned", functools.partial(selected_gradients, *part, want=(True, True, False), **head))
     position = tensor(1, N, like=torch.int64)
     sinks = tensor(shape.heads, like=torch.float32)
     all_lse = tensor(1, shape.heads, N, like=torch.float32)
@@ -238,7 +247,7 @@ def compile_all(arch: str, shape: str = "Llama-3.1-8B", *, every: bool = False) 
                     continue
                 code = seen[id(compiled)] = _take_apart(compiled)
                 estimate = None
-                if arch == "sm_90" and element == "bf16":
+                if arch == "sm_90" and element == "bf16" and call.options != "unaligned":
                     alike = [other for other in launches if other.kernel is launch.kernel]
                     estimate = _estimate(alike, code, sizes) if launch is alike[0] else None
                 yield _row(launch, call, code, arch, element, shape, estimate)

@@ -1,8 +1,7 @@
-"""Kept rows to the front for the backward, and its result back to where they were; how many stays on the device."""
+"""Rows that take part: found, gathered to the front, and put back. How many they are stays on the device."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.tiles import aligned
+from tokensel_kernels.primitives import LOG2_E
+from tokensel_kernels.tiles import empty_rows, interpreting, on_device
 
-LOG2_E = math.log2(math.e)
 MOVED = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # what a program moves at once
+
+
+@triton.jit
+def _kept_rows_kernel(
+    mask_ptr, order_ptr, count_ptr,  # pointers
+    N,  # shapes
+    BLOCK: tl.constexpr,  # constants
+):  # fmt: skip
+    """One program, which reads a byte a row: order[:count] = rows where the mask is set, ascending."""
+    count = tl.zeros([], tl.int32)
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        kept = (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(order_ptr + place, rows, mask=kept != 0)
+        count += tl.sum(kept)
+    tl.store(count_ptr, count)
 
 
 @triton.jit
@@ -22,7 +38,7 @@ def _gather_kept_kernel(
     kept_x_ptr, kept_label_ptr, kept_lse_ptr, kept_coefficient_ptr,  # pointers
     N, V, D,  # shapes
     x_stride, kept_stride,  # strides
-    logit_scale, LOG2_E: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logit_scale, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCANNED: tl.constexpr,  # constants
 ):  # fmt: skip
     """Rows whose coefficient is not 0 to the front, in their order, as the products read them.
@@ -78,6 +94,20 @@ def _scatter_kept_kernel(
         tl.store(out_ptr + at, dx.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (c < D))
 
 
+def kept_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(order [N] int32, count [1] int32) of a mask [N] bool: order[:count] are its rows, the rest is not written."""
+    N = len(mask)
+    order = torch.empty(N, dtype=torch.int32, device=mask.device)
+    count = torch.empty(1, dtype=torch.int32, device=mask.device)
+    with on_device(mask):
+        _kept_rows_kernel[(1,)](
+            mask.contiguous().view(torch.uint8), order, count,
+            N,
+            BLOCK=16 if interpreting() else 4096, num_warps=8,
+        )  # fmt: skip
+    return order, count
+
+
 class KeptRows(NamedTuple):
     """What `gather_rows` gives; of the first `count` of N rows, unless said otherwise."""
 
@@ -104,7 +134,7 @@ def gather_rows(
         return torch.empty(*shape, dtype=dtype, device=hidden.device)
 
     kept = KeptRows(
-        aligned(empty(N, D, dtype=hidden.dtype)),
+        empty_rows(N, D, hidden),
         empty(N, dtype=torch.int32),
         empty(N, dtype=torch.float32),
         empty(N, dtype=torch.float32),
@@ -116,7 +146,7 @@ def gather_rows(
         kept.x, kept.label, kept.lse, kept.coefficient,
         N, V, D,
         hidden.stride(0), kept.x.stride(0),
-        logit_scale, LOG2_E=LOG2_E, TILE=tile, SCANNED=1024, **MOVED,
+        logit_scale, TILE=tile, SCANNED=1024, **MOVED,
     )  # fmt: skip
     return kept
 

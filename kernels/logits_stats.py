@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensel_kernels import tiles
-from tokensel_kernels.primitives import store_sums
+from tokensel_kernels.primitives import LN_2, LOG2_E, store_sums
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST_PIVOT = tl.constexpr(-1e38)  # finite, so that no difference of two pivots is NaN
 NOTHING = tl.constexpr(-1000.0)  # 2^-1000 is 0 in float32, and 0 · 1000² is 0, where 0 · inf is not
 BLOCKS_AT_ONCE = 2  # loads of 16 bytes that a thread has under way

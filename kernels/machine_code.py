@@ -6,6 +6,8 @@ one, where a tile's epilogue hides behind a branch, are thus told apart in the s
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -38,6 +40,11 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
 
+@functools.cache
+def _pipe_of(operation: str) -> str:
+    return next(name for name, pattern in _PIPES.items() if pattern.match(operation))
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: int
@@ -47,7 +54,7 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        return next(name for name, pattern in _PIPES.items() if pattern.match(self.operation))
+        return _pipe_of(self.operation)
 
     @property
     def target(self) -> int | None:
@@ -84,15 +91,15 @@ class Block:
 def blocks_of(code: list[Instruction]) -> list[Block]:
     """The blocks of a program and where each may go on."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
-    starts = {0}
+    starts = {0, len(code)}
     for i, instruction in enumerate(code):
         if instruction.target is not None:
             starts |= {place[instruction.target], i + 1}
         elif instruction.operation == "EXIT" and not instruction.guard:
             starts.add(i + 1)
-    order = sorted(s for s in starts if s < len(code))
+    order = sorted(starts)
     number = {start: n for n, start in enumerate(order)}
-    blocks = [Block(code[start:end]) for start, end in zip(order, [*order[1:], len(code)], strict=True)]
+    blocks = [Block(code[start:end]) for start, end in itertools.pairwise(order)]
     for n, block in enumerate(blocks):
         last = block.code[-1]
         # a branch on a uniform predicate has it among its operands: BRA.U UP0, 0x...
@@ -129,7 +136,7 @@ class Loop:
 def loops_of(blocks: list[Block]) -> list[Loop]:
     """Natural loops, the smallest first; those that begin at one block are one."""
     everything = set(range(len(blocks)))
-    reachable = _reached(blocks, 0, everything)
+    reachable = _reached(blocks, 0, everything)  # none of an empty program
     before: dict[int, set[int]] = {n: set() for n in reachable}
     for n in reachable:
         for successor in blocks[n].successors:

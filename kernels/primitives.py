@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def grouped_tile(program, row_tiles, column_tiles, GROUP: tl.constexpr):
@@ -70,62 +73,6 @@ def head_logits(
 
 
 @triton.jit
-def tile_logits(
-    x, w, bias_ptr,  # pointers
-    row, column, N, V, D,  # shapes
-    x_stride, w_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,  # constants
-):  # fmt: skip
-    """Logits of ROWS rows of x (N, D) from `row` on against COLUMNS rows of w (V, D) from `column` on, in float32.
-
-    Columns past V are what zeros give: mask them afterwards. (ROWS, COLUMNS)
-    """
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, D, DEPTH):
-        a = load_tile(x, row, k, N, D, x_stride, ROWS, DEPTH, TMA)
-        b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
-        product = multiply(a, b.T, product, PRECISION)
-    return head_logits(product, bias_ptr, column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
-
-
-@triton.jit
-def online_softmax(z, top, total, first, second, ENTROPY: tl.constexpr):
-    """Takes a tile of logits into the running sums of each row, relative to the running maximum `top`:
-
-        total = Σ exp(z - top),  first = Σ exp(z - top) (z - top),  second = Σ exp(z - top) (z - top)²
-
-    Columns that do not exist are -inf in z. (ROWS, COLUMNS) -> (ROWS,) each.
-    """
-    new_top = tl.maximum(top, tl.max(z, 1))
-    pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # no column yet: exp(-inf - 0) = 0, not NaN
-    shift = tl.where(top == -float("inf"), 0.0, top - pivot)  # <= 0
-    rescale = tl.where(top == -float("inf"), 0.0, tl.exp(shift))
-    u = z - pivot[:, None]
-    e = tl.exp(u)
-    if ENTROPY:
-        # (u + shift) replaces u in what was summed before
-        second = rescale * (second + 2.0 * shift * first + shift * shift * total)
-        first = rescale * (first + shift * total)
-        u = tl.where(e > 0, u, 0.0)  # -inf · 0
-        first += tl.sum(e * u, 1)
-        second += tl.sum(e * u * u, 1)
-    total = rescale * total + tl.sum(e, 1)
-    return new_top, total, first, second
-
-
-@triton.jit
-def take_logits(z, columns, stop, label, top, total, target, first, second, ENTROPY: tl.constexpr):
-    """Takes a tile of logits, of which the columns from `stop` on do not exist, into all sums of each row."""
-    z = tl.where((columns < stop)[None, :], z, -float("inf"))
-    # looked for by comparison: a label outside the vocabulary reads nothing, and its target logit stays -inf
-    hit = tl.where(columns.to(tl.int64)[None, :] == label[:, None], z, -float("inf"))
-    target = tl.maximum(target, tl.max(hit, 1))
-    top, total, first, second = online_softmax(z, top, total, first, second, ENTROPY)
-    return top, total, target, first, second
-
-
-@triton.jit
 def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, second, ENTROPY: tl.constexpr):
     """Writes the sums of each row as fields of their own: top, total, target logit and, with ENTROPY, first, second."""
     tl.store(sums_ptr + row, top, mask=mask)
@@ -134,10 +81,6 @@ def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, sec
     if ENTROPY:
         tl.store(sums_ptr + 3 * field_stride + row, first, mask=mask)
         tl.store(sums_ptr + 4 * field_stride + row, second, mask=mask)
-
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -163,7 +106,7 @@ def log2_logits(
 
 
 @triton.jit
-def online_log2_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
+def online_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
     """Takes a tile of logits in units of log2 into the running sums of each row, relative to the running maximum `top`:
 
         total = Σ 2^(u - top),  first = Σ 2^(u - top) (u - top),  second = Σ 2^(u - top) (u - top)²

@@ -10,19 +10,19 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 SHIPPED = Path(__file__).with_name("rates.json")
+ESTIMATES = Path(__file__).with_name("estimates.json")
 WORKS = ("statistics", "gradient")
 IMPLS = ("fused", "chunked")
 RULE = (
-    "on a GPU in half precision the faster of fused and chunked, for statistics and gradient each: by what was "
-    "measured on that chip (rates.json), else by the estimates of its family, else fused"
+    "the faster of fused and chunked, for statistics and gradient each: by what was measured on that chip "
+    "(rates.json), else by the estimates of its family (estimates.json), else fused"
 )
 
 Rates = dict[str, dict[str, dict[str, float]]]
-Estimate = Callable[[str, str], float | None]  # (work, implementation) -> time over that of the products, or unknown
 
 
 def read_rates(path: str | Path, below: Rates | None = None) -> Rates:
@@ -64,22 +64,28 @@ def shipped() -> Rates:
     return read_rates(SHIPPED)
 
 
-def choose(chip: str, work: str, estimate: Estimate | None = None) -> tuple[str, str]:
+@functools.lru_cache
+def estimated() -> Rates:
+    """Family -> work -> implementation -> what the machine code says, in the place of a rate."""
+    content = json.loads(ESTIMATES.read_text(encoding="utf-8"))
+    return {family: entry["works"] for family, entry in content.items()}
+
+
+def choose(chip: str, family: str, work: str) -> tuple[str, str]:
     """("fused" or "chunked", why) for the statistics or the gradient on a chip, by RULE.
 
     Args:
-        chip: its name, as `torch.cuda.get_device_name` gives it.
+        chip: its name, as `torch.cuda.get_device_name` gives it. family: as in `tiles.json`.
         work: "statistics" or "gradient".
-        estimate: time over that of the products, or None where nothing is known.
     Raises:
         ValueError: another work.
     """
     if work not in WORKS:
         raise ValueError(f"work must be one of {', '.join(WORKS)}; got {work!r}")
-    known = shipped().get(chip, {}).get(work, {})
-    estimates = {impl: value for impl in IMPLS if estimate and (value := estimate(work, impl)) is not None}
-    for rates, source in ((known, f"measured on {chip}"), (estimates, "estimated")):
-        if set(rates) == set(IMPLS):
-            figures = " and ".join(f"{impl} {rates[impl]:.2f}" for impl in IMPLS)
-            return min(IMPLS, key=lambda impl: rates[impl]), f"{source}: {figures} times its matrix products"
-    return "fused", f"neither measured on {chip} nor estimated"
+    sources = {f"measured on {chip}": shipped().get(chip, {}), f"estimated for {family}": estimated().get(family, {})}
+    for source, rates in sources.items():
+        known = rates.get(work, {})
+        if set(known) == set(IMPLS):
+            figures = " and ".join(f"{impl} {known[impl]:.2f}" for impl in IMPLS)
+            return min(IMPLS, key=lambda impl: known[impl]), f"{source}: {figures} times its matrix products"
+    return "fused", f"neither measured on {chip} nor estimated for {family}"

@@ -16,7 +16,6 @@ class Shape:
     head_size: int
     layers: int
     mlp: int
-    softcap: float | None = None  # of the head's logits
 
     @property
     def backbone_parameters(self) -> int:
@@ -29,7 +28,7 @@ SHAPES = {
     "Llama-3.1-8B": Shape(128256, 4096, 32, 8, 128, 32, 14336),
     "Qwen2.5-7B": Shape(152064, 3584, 28, 4, 128, 28, 18944),
     "Qwen2.5-14B": Shape(152064, 5120, 40, 8, 128, 48, 13824),
-    "Gemma-2-2B": Shape(256000, 2304, 8, 4, 256, 26, 9216, softcap=30.0),
+    "Gemma-2-2B": Shape(256000, 2304, 8, 4, 256, 26, 9216),
     "Qwen2.5-0.5B": Shape(151936, 896, 14, 2, 64, 24, 4864),
 }
 

@@ -69,6 +69,7 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = {kind: ProductTile for kind in ("stats", "full_stats", "gradient", "matmul")}
 KINDS |= {"attention": AttentionTile}
 SIZES = {"half": 2, "float32": 4}
+TRITON = (3, 4)  # the first with descriptors made on the host
 # Three products of 10 + 11 bits each: as exact as a chain of float32 multiply-adds, on matrix units
 TF32 = ("sm_80", "sm_90", "sm_100")
 CHIPS_WITH = {"tma": ("sm_90", "sm_100"), "specialize": ("sm_100",)}  # fields that not every family may set
@@ -188,6 +189,11 @@ def _gpu_family(device: torch.device) -> tuple[str, int]:
             f"impl='fused' needs a GPU and the tensors are on {device}; use impl='chunked' (or set "
             "TRITON_INTERPRET=1 before the start, to debug the kernels)"
         )
+    if (version := tuple(map(int, triton.__version__.split(".")[:2]))) < TRITON:
+        needed, found = (".".join(map(str, v)) for v in (TRITON, version))
+        raise ValueError(
+            f"impl='fused' needs Triton {needed} or newer (PyTorch 2.8); this is {found}; use impl='chunked'"
+        )
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return "gfx942", properties.multi_processor_count
@@ -206,25 +212,19 @@ def on_device(like: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 
 
-def product_tile(like: Tensor, kind: str) -> ProductTile:
-    """The table's tile for a tensor's device and type."""
+def product_tile(like: Tensor, kind: str, *matrices: Tensor) -> ProductTile:
+    """The table's tile for a tensor's device and type.
+
+    matrices: what is to be read by descriptors. Where the rows of one are not aligned, a tile that reads by pointers,
+    so that no head is copied.
+    """
     family, processors = chip_family(like.device)
-    tile = dataclasses.replace(TILES[family][kind][like.element_size()], processors=processors)
-    exact = like.element_size() == 4 and family in TF32
-    return dataclasses.replace(tile, precision="tf32x3") if exact else tile
-
-
-def attention_tile(like: Tensor, group: int) -> tuple[int, dict]:
-    """(queries of a tile, the kernel's constants) for q [B, Hq, S, d] and `group` query heads a key head, padded to a
-    power of two."""
-    tile = TILES[chip_family(like.device)[0]]["attention"][like.element_size()]
-    constants = {"KEYS": tile.keys, "PRECISION": tile.precision, "num_warps": tile.warps, "num_stages": tile.stages}
-    return max(1, attention_rows(tile, like.shape[-1]) // group), constants
-
-
-def attention_rows(tile: AttentionTile, head_size: int) -> int:
-    """Rows of a score tile: half as many for large heads, whose queries fill the registers."""
-    return tile.rows // 2 if head_size > 128 else tile.rows
+    size = like.element_size()
+    tile = TILES[family][kind][size]
+    if tile.tma and not all(map(is_aligned, matrices)):
+        tile = TILES["sm_80"][kind][size] if family in CHIPS_WITH["tma"] else dataclasses.replace(tile, tma=False)
+    precision = "tf32x3" if size == 4 and family in TF32 else tile.precision
+    return dataclasses.replace(tile, processors=processors, precision=precision)
 
 
 def row_columns(like: Tensor) -> int:
@@ -232,14 +232,16 @@ def row_columns(like: Tensor) -> int:
     return 128 if chip_family(like.device)[0] == "interpreter" else 4096 // like.element_size()
 
 
-def aligned(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy whose rows begin at multiples of 16 bytes, as descriptors and wide loads need."""
-    if matrix.stride(-1) == 1 and not (matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16):
-        return matrix
-    per_16_bytes = 16 // matrix.element_size()
-    width = triton.cdiv(matrix.shape[1], per_16_bytes) * per_16_bytes
-    copy = matrix.new_empty(matrix.shape[0], width)[:, : matrix.shape[1]]
-    return copy.copy_(matrix)
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, as descriptors need."""
+    size = matrix.element_size()
+    return matrix.stride(-1) == 1 and not (matrix.data_ptr() % 16 or matrix.stride(0) * size % 16)
+
+
+def empty_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] for a kernel to write, of the type and on the device of `like`, its rows aligned."""
+    step = 16 // like.element_size()
+    return torch.empty(rows, triton.cdiv(columns, step) * step, dtype=like.dtype, device=like.device)[:, :columns]
 
 
 def tile_source(matrix: Tensor, rows: int, columns: int, tile: ProductTile) -> object:
@@ -249,9 +251,3 @@ def tile_source(matrix: Tensor, rows: int, columns: int, tile: ProductTile) -> o
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, as descriptors and wide loads need."""
-    size = matrix.element_size()
-    return matrix.stride(-1) == 1 and not (matrix.data_ptr() % 16 or matrix.stride(0) * size % 16)

@@ -25,7 +25,6 @@ from tokensel_kernels.gather_rows import gather_rows, scatter_rows
 from tokensel_kernels.primitives import grouped_tile, load_tile, multiply
 from tokensel_kernels.tiles import (
     ProductTile,
-    aligned,
     interpreting,
     on_device,
     product_tile,
@@ -259,8 +258,9 @@ def selected_gradients(
             torch.zeros_like(t) if wanted else None for t, wanted in zip((hidden, weight, bias), want, strict=True)
         )
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    weight, bias = aligned(weight), None if bias is None else bias.contiguous()
-    tile, plain = product_tile(hidden, "gradient"), product_tile(hidden, "matmul")
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    tile, plain = product_tile(hidden, "gradient", weight), product_tile(hidden, "matmul", weight)
     width = block_columns(N, V, D, tile, plain, BLOCK_BYTES, hidden.element_size())
 
     specialize = tile.specialize and softcap is None  # Triton 3.7.1 finds no warps for the softcap

@@ -10,25 +10,23 @@ Inside, logits are in units of log2, so that a softmax is one exp2 of one multip
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.kept_rows import kept_rows
+from tokensel_kernels.gather_rows import kept_rows
 from tokensel_kernels.primitives import (
-    LN2,
-    LOG2E,
+    LN_2,
+    LOG2_E,
     grouped_tile,
     head_logits,
     load_tile,
     log2_logits,
     multiply,
-    online_log2_softmax,
+    online_softmax,
 )
-from tokensel_kernels.tiles import GROUP, ProductTile, interpreting, is_aligned, on_device, product_tile, tile_source
+from tokensel_kernels.tiles import GROUP, ProductTile, empty_rows, interpreting, on_device, product_tile, tile_source
 
 FILL = 0.03  # of a tile's time: what a program waits for its first loads
 
@@ -57,7 +55,7 @@ def _gather_row(
 
 
 @triton.jit
-def _gather_rows_kernel(
+def _gather_slab_kernel(
     x_ptr, w_ptr, history_x_ptr, history_w_ptr, bias_ptr, label_ptr, order_ptr, count_ptr, out_ptr, history_out_ptr,
     index_ptr, stats_ptr,  # pointers
     first, V, D, history_D,  # shapes
@@ -124,12 +122,12 @@ def _sweep_vocabulary(
         if SPECIALIZE:  # its warps hand nothing on from tile to tile, so that each has sums of its own
             top = tl.full([ROWS], -float("inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
-            top, total, _, _ = online_log2_softmax(u, top, total, total, total, False)
+            top, total, _, _ = online_softmax(u, top, total, total, total, False)
             at = sums_ptr + tl.cast(column // COLUMNS, tl.int64) * slab + rows
             tl.store(at, top, mask=rows < slab)
             tl.store(at + field_stride, total, mask=rows < slab)
         else:
-            top, total, first, second = online_log2_softmax(u, top, total, first, second, MOMENTS)
+            top, total, first, second = online_softmax(u, top, total, first, second, MOMENTS)
     if not SPECIALIZE:
         tl.store(sums_ptr + rows, top, mask=rows < slab)
         tl.store(sums_ptr + field_stride + rows, total, mask=rows < slab)
@@ -214,13 +212,13 @@ def _merge_shares_kernel(
         top = new_top
     row = tl.load(order_ptr + first_row + place, mask=mask, other=0).to(tl.int64)
     out = stats_ptr + model * model_stride + row
-    lse = (top + tl.log2(total) + constant) * LN2
+    lse = (top + tl.log2(total) + constant) * LN_2
     if MOMENTS:
         mean = first / total
-        tl.store(out + field_stride, (target + constant) * LN2, mask=mask)
-        tl.store(out + 2 * field_stride, (tl.log2(total) - mean) * LN2, mask=mask)
-        tl.store(out + 3 * field_stride, (second / total - mean * mean) * (LN2 * LN2), mask=mask)
-        tl.store(out + 4 * field_stride, (top + constant) * LN2, mask=mask)
+        tl.store(out + field_stride, (target + constant) * LN_2, mask=mask)
+        tl.store(out + 2 * field_stride, (tl.log2(total) - mean) * LN_2, mask=mask)
+        tl.store(out + 3 * field_stride, (second / total - mean * mean) * (LN_2 * LN_2), mask=mask)
+        tl.store(out + 4 * field_stride, (top + constant) * LN_2, mask=mask)
     else:  # the label's logit is another sum of the same products, and no likelihood is above 1
         label_logit = tl.load(out + field_stride, mask=mask, other=0.0)
         tl.store(out + field_stride, tl.minimum(label_logit, lse), mask=mask)
@@ -273,14 +271,12 @@ def hidden_stats(
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     x, w, history_x, history_w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w, history_x, history_w))
     plain = softcap is None and not entropy
-    tile = product_tile(x, "stats" if plain else "full_stats")
-    if not (is_aligned(w) and is_aligned(history_w)):
-        tile = dataclasses.replace(tile, tma=False)
+    tile = product_tile(x, "stats" if plain else "full_stats", w, history_w)
     slab = _slab_rows(N, tile)
     row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
     share = vocabulary_share(row_tiles, column_tiles, tile.processors) * tile.columns
     splits = triton.cdiv(V, share)
-    gathered = [torch.empty(slab, -(-d // 8) * 8, dtype=x.dtype, device=device)[:, :d] for d in (D, history_D)[:MODELS]]
+    gathered = [empty_rows(slab, d, x) for d in (D, history_D)[:MODELS]]
     index = torch.empty(slab, dtype=torch.int32, device=device)
     specialize = tile.specialize and not entropy
     shares = column_tiles if specialize else splits
@@ -288,14 +284,14 @@ def hidden_stats(
     out, history_out = gathered[0], gathered[-1]
     sources = [tile_source(t, tile.rows, tile.depth, tile) for t in (out, history_out)]
     heads = [tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w)]
-    log2e = LOG2E.value
+    log2e = LOG2_E.value
     scale = logit_scale * log2e if softcap is None else 2 * logit_scale * log2e / softcap
     slope = 0.0 if softcap is None else -2 * softcap * log2e
     head = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
     order, count = kept_rows(labels != ignore_index)
     with on_device(x):
         for first in range(0, N, slab):
-            _gather_rows_kernel[(min(slab, N - first), MODELS)](
+            _gather_slab_kernel[(min(slab, N - first), MODELS)](
                 x, w, history_x, history_w, bias, labels, order, count, out, history_out, index, stats,
                 first, V, D, history_D,
                 *(t.stride(0) for t in (x, w, history_x, history_w, out, history_out)), *stats.stride()[:2],

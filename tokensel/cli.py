@@ -129,7 +129,7 @@ def kernels(argv: list[str]) -> None:
 
     from tokensel.ops.checks import AUTO_RULE
     from tokensel.report import format_table
-    from tokensel_kernels import compiled, roofline
+    from tokensel_kernels import compiled, rates, roofline
     from tokensel_kernels.shapes import SHAPES, shape_named
 
     parser = argparse.ArgumentParser(prog="tokensel kernels", description=inspect.getdoc(kernels))
@@ -156,7 +156,10 @@ def kernels(argv: list[str]) -> None:
         calls += roofline.attention_estimates(length, shape.heads, shape.key_heads, shape.head_size)
     print("\nWhat the calls compute and move, and the least time that takes:")
     print(format_table([roofline.as_row(call) for call in calls]))
-    print(f'\nimpl="auto" is: {AUTO_RULE}')
+    print(f'\nimpl="auto" is: {AUTO_RULE}.')
+    for work in rates.WORKS:
+        chosen, why = rates.choose(f"any {given.arch}", given.arch, work)
+        print(f"On {given.arch}, {work}: {chosen} ({why})")
 
 
 def tune(argv: list[str]) -> None:

@@ -144,8 +144,62 @@ def chat_templates() -> str:
     return table()
 
 
+# What the first page shows of the estimates: the model, kernels with one case, what they are, and what is wanted.
+BACKWARD = ("logits_gradient", "hidden_gradient", "head_gradient")
+MASS = "head size 128, group 4"
+SHOWN = [
+    ("Llama-3.1-8B", ("hidden_stats",), "two models", "losses of two models / their products", "1.1"),
+    ("Gemma-2-2B", ("hidden_stats",), "two models, softcap", "the same, softcapped head of Gemma 2", None),
+    ("Llama-3.1-8B", BACKWARD, "", "backward of kept rows / its three products", "1.1"),
+    ("Llama-3.1-8B", ("attention_mass",), MASS, "attention mass / FlashAttention-2's forward", "0.6"),
+    ("Llama-3.1-8B", ("attention_mass",), f"{MASS}, lse given", "the same with its lse, 25 % prompt", "0.2"),
+]
+
+
+def _estimated() -> dict[str, list[dict]]:
+    from tokensel_kernels.rates import ESTIMATES
+
+    return json.loads(ESTIMATES.read_text(encoding="utf-8"))["sm_90"]["shapes"]
+
+
+def first_estimates() -> str:
+    """What the machine code says, what is wanted, and that nothing is measured. Products of one size weigh alike."""
+    shapes = _estimated()
+    lines = []
+    for shape, kernels, case, what, wanted in SHOWN:
+        rows = [r for r in shapes[shape] if r["kernel"] in kernels and r["case"].partition(", ")[2] == case]
+        low, high = (sum(row[end] for row in rows) / len(kernels) for end in ("low", "high"))
+        lines.append(
+            {
+                "time of": what,
+                "estimated for sm_90": f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}",
+                "wanted": f"≤ {wanted}" if wanted else "",
+                "measured": "not measured",
+            }
+        )
+    return tables.markdown(lines)
+
+
+def estimates() -> str:
+    """All ratios of each model."""
+    parts = []
+    for shape, rows in _estimated().items():
+        lines = [
+            {
+                "kernel": f"`{row['kernel']}`",
+                "case": row["case"],
+                "low": f"{row['low']:.3f}",
+                "high": f"{row['high']:.3f}",
+            }
+            for row in rows
+        ]
+        parts += [f"{shape}, 8,192 rows, bfloat16, sm_90:", tables.markdown(lines)]
+    return "\n\n".join(parts)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart, "step": step},
+    "README.md": {"quickstart": quickstart, "step": step, "estimates": first_estimates},
+    "docs/kernels.md": {"estimates": estimates},
     "docs/benchmarks.md": {
         name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
     },

@@ -19,36 +19,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from tokensel_kernels.roofline import Estimate, attention_estimates, estimates
+from tokensel_kernels.shapes import SHAPES, Shape
 
-
-@dataclass(frozen=True)
-class Model:
-    """The sizes of a model that matter here. Gemma's softcap is a case's own: few peers have it."""
-
-    vocabulary: int
-    hidden: int
-    heads: int
-    key_heads: int
-    head_size: int
-    layers: int
-    mlp: int
-
-    @property
-    def backbone_parameters(self) -> int:
-        attention = self.hidden * self.head_size * 2 * (self.heads + self.key_heads)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
-
-
-MODELS = {
-    "Llama-3.2-3B": Model(128256, 3072, 24, 8, 128, 28, 8192),
-    "Llama-3.1-8B": Model(128256, 4096, 32, 8, 128, 32, 14336),
-    "Qwen2.5-7B": Model(152064, 3584, 28, 4, 128, 28, 18944),
-    "Qwen2.5-14B": Model(152064, 5120, 40, 8, 128, 48, 13824),
-    "Gemma-2-2B": Model(256000, 2304, 8, 4, 256, 26, 9216),
-    "Qwen2.5-0.5B": Model(151936, 896, 14, 2, 64, 24, 4864),
-    "CPU-sized": Model(128256, 1024, 8, 2, 64, 2, 2048),
-    "small": Model(32000, 256, 8, 2, 64, 4, 1024),
-    "tiny": Model(150, 32, 4, 2, 16, 2, 48),
+# Gemma's softcap is a case's own: few peers have it
+MODELS = SHAPES | {
+    "CPU-sized": Shape(128256, 1024, 8, 2, 64, 2, 2048),
+    "small": Shape(32000, 256, 8, 2, 64, 4, 1024),
+    "tiny": Shape(150, 32, 4, 2, 16, 2, 48),
 }
 
 
@@ -76,7 +53,7 @@ class Case:
         return "/".join([*parts, self.dtype])
 
     @property
-    def shape(self) -> Model:
+    def shape(self) -> Shape:
         model = MODELS[self.model]
         return dataclasses.replace(model, vocabulary=self.vocabulary) if self.vocabulary else model
 

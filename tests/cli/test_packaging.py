@@ -111,7 +111,7 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         for pattern in ("*.py", "py.typed", "page.html")
         for path in (ROOT / "tokensel").rglob(pattern)
     }
-    tables = {"tiles.json", "rates.json"}
+    tables = {"tiles.json", "rates.json", "estimates.json"}
     assert {n.split("/")[1] for n in names if n.startswith("tokensel_kernels/") and not n.endswith(".py")} == tables
     for name in tables:
         shipped = tmp_path / "unpacked" / "tokensel_kernels" / name

@@ -22,10 +22,10 @@ PACKAGE = ROOT / "tokensel"
 FLOORS = [
     "_moved",
     "files",
-    "ops.products",
+    "ops.products ops.block_shapes",
     "ops.checks ops.operators ops.reference ops.token_stats ops.score_blocks ops.vocab_parallel",
     "ops.chunked ops.context_parallel ops.prompt_mass",
-    "ops.stats",
+    "ops.stats ops.prompt_mass_varlen",
     "ops.loss",
     "documents parallel report.table",
     "report.plot report.page",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -15,48 +16,76 @@ H200 = "NVIDIA H200"
 
 
 @pytest.fixture
-def table(monkeypatch):
-    """Puts a table in the shipped one's place."""
-    return lambda content: monkeypatch.setattr(rates, "shipped", lambda: content)
+def tables(monkeypatch):
+    """Puts tables of what was measured and estimated in the shipped ones' places."""
+
+    def put(measured, estimated):
+        monkeypatch.setattr(rates, "shipped", lambda: measured)
+        monkeypatch.setattr(rates, "estimated", lambda: {"sm_90": estimated})
+
+    return put
 
 
-def estimate(**ratios):
-    return lambda work, impl: ratios.get(impl)
-
-
-def test_what_was_measured_goes_before_what_is_estimated(table):
-    table({H200: {"statistics": {"fused": 1.2, "chunked": 1.12}}})
-    impl, reason = choose(H200, "statistics", estimate(fused=1.05, chunked=1.2))
+def test_what_was_measured_goes_before_what_is_estimated(tables):
+    estimated = {"statistics": {"fused": 1.05, "chunked": 1.2}, "gradient": {"fused": 1.05, "chunked": 1.67}}
+    tables({H200: {"statistics": {"fused": 1.2, "chunked": 1.12}}}, estimated)
+    impl, reason = choose(H200, "sm_90", "statistics")
     assert impl == "chunked"
     assert reason == "measured on NVIDIA H200: fused 1.20 and chunked 1.12 times its matrix products"
-    impl, reason = choose(H200, "gradient", estimate(fused=1.05, chunked=1.67))
-    assert impl == "fused" and reason == "estimated: fused 1.05 and chunked 1.67 times its matrix products"
+    impl, reason = choose(H200, "sm_90", "gradient")
+    assert impl == "fused" and reason == "estimated for sm_90: fused 1.05 and chunked 1.67 times its matrix products"
 
 
-def test_figures_of_one_chip_say_nothing_of_another(table):
-    table({H200: {"statistics": {"fused": 1.2, "chunked": 1.12}}})
-    assert choose("NVIDIA H100 80GB HBM3", "statistics", estimate(fused=1.05, chunked=1.2))[0] == "fused"
-    assert choose("NVIDIA H100 80GB HBM3", "statistics") == (
-        "fused",
-        "neither measured on NVIDIA H100 80GB HBM3 nor estimated",
-    )
+def test_figures_of_one_chip_say_nothing_of_another(tables):
+    H100 = "NVIDIA H100 80GB HBM3"
+    tables({H200: {"statistics": {"fused": 1.2, "chunked": 1.12}}}, {"statistics": {"fused": 1.05, "chunked": 1.2}})
+    assert choose(H100, "sm_90", "statistics")[0] == "fused"
+    assert choose(H100, "sm_90", "gradient") == ("fused", f"neither measured on {H100} nor estimated for sm_90")
+    assert choose("B200", "sm_100", "statistics") == ("fused", "neither measured on B200 nor estimated for sm_100")
 
 
 @pytest.mark.parametrize("known", [{}, {"fused": 1.3}, {"chunked": 1.0}])
-def test_one_figure_is_nothing_to_compare_with(known, table):
-    table({H200: {"gradient": known}})
-    assert choose(H200, "gradient", estimate(chunked=1.0))[0] == "fused"
-    assert choose(H200, "gradient", estimate(fused=1.4, chunked=1.0))[0] == "chunked"
+def test_one_figure_is_nothing_to_compare_with(known, tables):
+    tables({H200: {"gradient": known}}, {"gradient": {"chunked": 1.0}})
+    assert choose(H200, "sm_90", "gradient")[0] == "fused"
+    tables({H200: {"gradient": known}}, {"gradient": {"fused": 1.4, "chunked": 1.0}})
+    assert choose(H200, "sm_90", "gradient")[0] == "chunked"
 
 
-def test_equal_figures_take_the_one_without_logits(table):
-    table({H200: {"gradient": {"chunked": 1.1, "fused": 1.1}}})
-    assert choose(H200, "gradient")[0] == "fused"
+def test_equal_figures_take_the_one_without_logits(tables):
+    tables({H200: {"gradient": {"chunked": 1.1, "fused": 1.1}}}, {})
+    assert choose(H200, "sm_90", "gradient")[0] == "fused"
+
+
+def test_auto_takes_each_work_by_its_own_figures(tables, monkeypatch):
+    """On a GPU that is not there: what `resolve_impl` asks of the device is put in its place."""
+    from tokensel.ops import checks
+    from tokensel_kernels import tiles
+
+    tables({}, {"statistics": {"fused": 1.05, "chunked": 1.2}, "gradient": {"fused": 1.9, "chunked": 1.2}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200)
+    monkeypatch.setattr(tiles, "chip_family", lambda device: ("sm_90", 132))
+    checks._fastest.cache_clear()
+
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+    taken = [checks.resolve_impl("auto", OnGpu(), work=work) for work in (None, "statistics", "gradient")]
+    assert taken == ["fused", "fused", "chunked"]
+    OnGpu.dtype = torch.float64
+    assert checks.resolve_impl("auto", OnGpu(), work="statistics") == "chunked"
+    assert checks.resolve_impl("auto", torch.empty(2, 2), work="statistics") == "chunked"
+    checks._fastest.cache_clear()
+
+
+def test_the_shipped_estimates_take_fused_on_hopper():
+    works = rates.estimated()["sm_90"]
+    assert set(works) == set(rates.WORKS) and all(1 < works[w]["fused"] < works[w]["chunked"] for w in works)
 
 
 def test_an_unknown_work_is_named():
     with pytest.raises(ValueError, match="work must be one of statistics, gradient; got 'stats'"):
-        choose(H200, "stats")
+        choose(H200, "sm_90", "stats")
 
 
 @pytest.mark.parametrize(

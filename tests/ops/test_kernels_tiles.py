@@ -115,6 +115,26 @@ def test_float32_takes_three_tf32_products_where_the_chip_has_them(monkeypatch):
             assert tiles.product_tile(like.half(), "stats").precision == "ieee"
 
 
+@pytest.mark.parametrize("D", [33, 40])
+def test_a_head_whose_rows_are_not_aligned_is_read_by_pointers(D, monkeypatch):
+    """It is not copied, which would double the model's largest matrix in every call."""
+    monkeypatch.setattr(tiles, "chip_family", lambda device: ("sm_90", 132))
+    head = torch.empty(150, D, dtype=torch.bfloat16)
+    tile = tiles.product_tile(head, "stats", head)
+    assert tile.tma == (D == 40) and (tile.tma or tile.columns == tiles.TILES["sm_80"]["stats"][2].columns)
+    assert tiles.product_tile(head, "stats").tma
+    rows = tiles.empty_rows(7, D, head)
+    assert rows.shape == (7, D) and tiles.is_aligned(rows) and rows.dtype == torch.bfloat16
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(ValueError, match="needs Triton 3.4 or newer .PyTorch 2.8.; this is 3.3; use impl='chunked'"):
+        tiles._gpu_family.__wrapped__(torch.device("cuda", 7))
+
+
 GOOD = {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3, "tma": False}
 
 

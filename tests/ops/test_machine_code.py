@@ -76,6 +76,7 @@ def test_loops_are_found_whatever_leaves_them():
     inner, outer = loops_of(blocks_of(code))
     assert inner.blocks < outer.blocks and len(inner.blocks) == 2
     assert not loops_of(blocks_of(program("NOP", "@P0 BRA -> end", "NOP", "end:", "EXIT")))
+    assert tensor_loops([]) == [] and byte_loop([]) is None
     assert tensor_loops(program("HMMA.16816.F32.BF16 R0, R1, R2, R3", "EXIT")) == []  # no loop around it
 
 

@@ -3,6 +3,7 @@ what was given and, where there is one, the fix."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -10,13 +11,27 @@ import torch
 from torch import Tensor
 
 from tokensel.ops.products import HAS_TRITON, KERNEL_DTYPES
+from tokensel_kernels.rates import RULE, choose
 
 IMPLS = ("auto", "chunked", "reference", "fused")
-AUTO_RULE = "chunked on a CPU; elsewhere fused for float16 and bfloat16 where Triton is installed, else chunked"
+AUTO_RULE = (
+    "chunked on a CPU, in float64, and where Triton is not installed; on a GPU, for attention mass and for logits that "
+    f"exist, fused in half precision and chunked in float32; there, from hidden states, {RULE}"
+)
 
 
-def resolve_impl(impl: str, like: Tensor, shard: object = None) -> str:
+@functools.lru_cache
+def _fastest(device: torch.device, work: str) -> str:
+    from tokensel_kernels.tiles import chip_family
+
+    impl: str = choose(torch.cuda.get_device_name(device), chip_family(device)[0], work)[0]
+    return impl
+
+
+def resolve_impl(impl: str, like: Tensor, shard: object = None, work: str | None = None) -> str:
     """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
+
+    work: "statistics" or "gradient" from hidden states, or None where `auto` has nothing to compare.
 
     Raises:
         ValueError: an unknown name, `fused` with a dtype that it does not take, or `reference` with a part of a head
@@ -28,8 +43,11 @@ def resolve_impl(impl: str, like: Tensor, shard: object = None) -> str:
     if impl == "reference" and shard is not None:
         raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
     if impl == "auto":
-        half = like.device.type == "cuda" and like.dtype in (torch.float16, torch.bfloat16)
-        return "fused" if half and HAS_TRITON else "chunked"
+        if like.device.type != "cuda" or like.dtype not in KERNEL_DTYPES or not HAS_TRITON:
+            return "chunked"
+        if work is None:
+            return "chunked" if like.dtype == torch.float32 else "fused"
+        return _fastest(like.device, work)
     if impl == "fused":
         if not HAS_TRITON:
             raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")

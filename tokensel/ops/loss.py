@@ -131,7 +131,7 @@ def selected_cross_entropy(
     whole = (hidden, weight, bias)
     hidden, weight, bias, shard = local_head(*whole)
     check_head(hidden, weight, bias)
-    impl = resolve_impl(impl, hidden, shard)
+    asked, impl = impl, resolve_impl(impl, hidden, shard, "gradient")
     check_labels(labels, hidden.shape[:-1])
     check_positive("softcap", softcap)
     check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
@@ -146,7 +146,7 @@ def selected_cross_entropy(
             softcap=softcap,
             logit_scale=logit_scale,
             ignore_index=ignore_index,
-            impl=impl,
+            impl=asked,
         )
     if stats is None:
         check_label_range(labels, whole[1].shape[0], ignore_index)

@@ -166,7 +166,7 @@ def _models_stats(
         hidden.append(x.reshape(-1, x.shape[-1]))  # (N, D)
         weight.append(w)  # (V, D)
     check_label_range(labels, models[0][1].shape[0], ignore_index)
-    impl = resolve_impl(impl, hidden[0], shard)
+    impl = resolve_impl(impl, hidden[0], shard, "statistics")
     dtypes = {x.dtype for x in hidden}
     if len(dtypes) > 1 and (impl == "fused" or contrast is not None):
         both = " and ".join(sorted(map(str, dtypes)))
