@@ -221,12 +221,9 @@ def product_tile(like: Tensor, kind: str, *matrices: Tensor) -> ProductTile:
     family, processors = chip_family(like.device)
     size = like.element_size()
     tile = TILES[family][kind][size]
-    if not all(map(is_aligned, matrices)):
-        if family in CHIPS_WITH["tma"] and tile.tma:
-            tile = TILES["sm_80"][kind][size]
-        elif family == "gfx942":  # results that are not aligned take more shared memory on their way out
-            tile = dataclasses.replace(tile, columns=tile.columns // 2)
-        tile = dataclasses.replace(tile, tma=False)
+    if not all(map(is_aligned, matrices)):  # half as wide, for the addresses and masks that pointers take
+        narrow = TILES["sm_80"][kind][size] if tile.tma and family in CHIPS_WITH["tma"] else tile
+        tile = dataclasses.replace(narrow, tma=False, columns=max(16, narrow.columns // 2))
     precision = "tf32x3" if size == 4 and family in TF32 else tile.precision
     return dataclasses.replace(tile, processors=processors, precision=precision)
 

@@ -178,37 +178,41 @@ def _hidden_stats_kernel(
 @triton.jit
 def _merge_shares_kernel(
     sums_ptr, order_ptr, count_ptr, stats_ptr,  # pointers
-    first_row, slab, splits,  # shapes
+    first_row, slab, shares,  # shapes
     sums_stride, field_stride, model_stride,  # strides
-    constant, MOMENTS: tl.constexpr, ROWS: tl.constexpr,  # constants
+    constant, MOMENTS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,  # constants
 ):  # fmt: skip
-    """Statistics of ROWS rows of one model, in nats, from sums over shares of the vocabulary, in their order."""
+    """Statistics of ROWS rows of one model, in nats, from sums over shares of the vocabulary, SHARES at a time."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = (place < slab) & (first_row + place < tl.load(count_ptr))
     model = tl.program_id(1).to(tl.int64)
-    sums_ptr += model * splits * slab
+    sums_ptr += model * shares * slab
     top = tl.full([ROWS], -float("inf"), tl.float32)
     target = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
-    for split in range(0, splits):
-        at = sums_ptr + tl.cast(split, tl.int64) * slab + place
-        share_top = tl.load(at, mask=mask, other=-float("inf"))
-        share_total = tl.load(at + sums_stride, mask=mask, other=0.0)
-        new_top = tl.maximum(top, share_top)
+    for first_share in range(0, shares, SHARES):
+        share = first_share + tl.arange(0, SHARES)
+        at = sums_ptr + share.to(tl.int64)[:, None] * slab + place[None, :]  # (SHARES, ROWS)
+        inside = (share < shares)[:, None] & mask[None, :]
+        share_top = tl.load(at, mask=inside, other=-float("inf"))
+        share_total = tl.load(at + sums_stride, mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(share_top, 0))
         pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+        # as in `online_softmax`, once for what was summed before and once for each share
         shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, -1000.0))
-        share_shift = tl.where(share_top == -float("inf"), 0.0, tl.maximum(share_top - pivot, -1000.0))
+        share_shift = tl.where(share_top == -float("inf"), 0.0, tl.maximum(share_top - pivot[None, :], -1000.0))
         old, new = tl.exp2(shift), tl.exp2(share_shift)
         if MOMENTS:
-            target = tl.maximum(target, tl.load(at + 2 * sums_stride, mask=mask, other=-float("inf")))
-            share_first = tl.load(at + 3 * sums_stride, mask=mask, other=0.0)
-            share_second = tl.load(at + 4 * sums_stride, mask=mask, other=0.0)
-            second = old * (second + 2.0 * shift * first + shift * shift * total)
-            second += new * (share_second + 2.0 * share_shift * share_first + share_shift * share_shift * share_total)
-            first = old * (first + shift * total) + new * (share_first + share_shift * share_total)
-        total = old * total + new * share_total
+            share_target = tl.load(at + 2 * sums_stride, mask=inside, other=-float("inf"))
+            target = tl.maximum(target, tl.max(share_target, 0))
+            share_first = tl.load(at + 3 * sums_stride, mask=inside, other=0.0)
+            share_second = tl.load(at + 4 * sums_stride, mask=inside, other=0.0)
+            share_second += 2.0 * share_shift * share_first + share_shift * share_shift * share_total
+            second = old * (second + 2.0 * shift * first + shift * shift * total) + tl.sum(new * share_second, 0)
+            first = old * (first + shift * total) + tl.sum(new * (share_first + share_shift * share_total), 0)
+        total = old * total + tl.sum(new * share_total, 0)
         top = new_top
     row = tl.load(order_ptr + first_row + place, mask=mask, other=0).to(tl.int64)
     out = stats_ptr + model * model_stride + row
@@ -308,6 +312,6 @@ def hidden_stats(
                 sums, order, count, stats,
                 first, slab, shares,
                 sums.stride(0), *stats.stride()[:2],
-                -slope / 2, MOMENTS=entropy, ROWS=32, num_warps=1,
+                -slope / 2, MOMENTS=entropy, ROWS=32, SHARES=16, num_warps=4,
             )  # fmt: skip
     return stats
