@@ -136,6 +136,22 @@ def test_the_machine_code_of_a_hopper_gpu_keeps_what_was_reached(reports):
         assert_estimates(json.loads(done.stdout), highest)
 
 
+def test_what_the_docs_and_auto_read_is_what_is_compiled(reports):
+    """`python -m tools.write_estimates` writes it anew."""
+    import triton
+
+    from tokensel_kernels.rates import ESTIMATES
+
+    arch, found = reports
+    written = json.loads(ESTIMATES.read_text()).get(arch)
+    if written is None or written["triton"] != triton.__version__:
+        pytest.skip(f"no estimates of {arch} by Triton {triton.__version__} are written down")
+    now = {
+        (r["kernel"], r["case"]): (round(r["ratio_low"], 3), round(r["ratio_high"], 3)) for r in found if r["estimate"]
+    }
+    assert {(r["kernel"], r["case"]): (r["low"], r["high"]) for r in written["shapes"]["Llama-3.1-8B"]} == now
+
+
 def test_a_product_reads_only_what_the_kernel_before_it_wrote():
     """The logits' gradient is zero to the end of its tiles; the products after it read steps of their depth."""
     from tokensel_kernels.tiles import TILES

@@ -171,3 +171,42 @@ def test_what_would_make_the_host_wait_is_refused(on_a_gpu):
     keep = labels != -100
     with pytest.raises(AssertionError, match="nonzero"), NoWaiting():  # the CPU's way gathers rows
         selected_cross_entropy(hidden, weight, labels, keep, impl="chunked").backward()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="an interpreted launch is a Python call")
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, gpu_chunked):
+    """Without the guard Triton would launch on the current GPU, whichever holds the tensors."""
+    import contextlib
+    import sys
+
+    from triton.runtime.interpreter import GridExecutor
+
+    inside, launched = [], set()
+
+    @contextlib.contextmanager
+    def on_device(like):
+        inside.append(like.device)
+        yield
+        inside.pop()
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tokensel_kernels.") and hasattr(module, "on_device"):
+            monkeypatch.setattr(module, "on_device", on_device)
+    launch = GridExecutor.__call__
+
+    def guarded(self, *args, **kwargs):
+        assert inside, f"{self.fn.__name__} is launched on whatever GPU is current"
+        launched.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", guarded)
+    hidden, weight, labels, bias = make()
+    for t in (hidden, weight, bias):
+        t.requires_grad_()
+    for impl in ("fused", "chunked"):
+        pair = token_stats_pair((hidden, weight), (hidden, weight), labels, bias=bias, impl=impl)
+        selected_cross_entropy(hidden, weight, labels, labels != -100, stats=pair[0], bias=bias, impl=impl).backward()
+    token_stats_from_logits((hidden @ weight.T).detach(), labels, impl="fused")
+    q, k, prompt, options = attention_inputs(NAMES, torch.float32)
+    prompt_attention_mass(q, k, prompt, impl="fused", **options)
+    assert len(launched) >= 12 and not inside
