@@ -239,6 +239,46 @@ def _attention_mass_kernel(
     tl.store(mass_ptr + p, mass, mask=real)
 
 
+def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int, int]:
+    """(the table's tile, rows, keys): half as many for large heads, of what holds their numbers."""
+    family, _ = tiles.chip_family(q.device)
+    tile = tiles.TILES[family]["attention"][q.element_size()]
+    if q.shape[-1] <= 128:
+        return tile, tile.rows, tile.keys
+    if family == "gfx942":  # queries, in registers
+        return tile, tile.rows // 2, tile.keys
+    return tile, tile.rows, max(16, tile.keys // 2)  # keys, of which shared memory has the stages of two programs
+
+
+def _depths(d: int, tma: bool) -> tuple[int, int]:
+    """Powers of two that a head of size d is multiplied in: the second one is 0 where one product is enough."""
+    main = max(16, 1 << (d.bit_length() - 1))
+    if main >= d:
+        return main, 0
+    if tma and d <= 128:  # exponentials bound the time, and a second product would wait for the first
+        return 2 * main, 0
+    return main, max(16, triton.next_power_of_2(d - main))
+
+
+def _has_descriptors(k: Tensor) -> bool:
+    """Whether key tiles are loaded by tensor memory descriptors: the head begins at multiples of 16 bytes."""
+    if tiles.chip_family(k.device)[0] not in tiles.CHIPS_WITH["tma"] or k.element_size() != 2 or not k.numel():
+        return False
+    steps = [stride * k.element_size() for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True) if size > 1]
+    return not k.data_ptr() % 16 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _key_source(k: Tensor, keys: int, depth: int, tma: bool) -> object:
+    """What `_key_tile` reads (keys, depth) of k from; None where there is nothing to read."""
+    if not tma or not depth:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # nothing is read along a dimension of one entry, whose stride may be anything
+    strides = [stride if size > 1 else 16 for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True)]
+    return TensorDescriptor(k, list(k.shape), [*strides, 1], [1, 1, keys, depth])
+
+
 def attention_mass(
     q: Tensor,
     k: Tensor,
@@ -303,43 +343,3 @@ def attention_mass(
             TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return masses.sum((1, 3)) / Hq
-
-
-def _tile(q: Tensor) -> tuple[tiles.AttentionTile, int, int]:
-    """(the table's tile, rows, keys): half as many for large heads, of what holds their numbers."""
-    family, _ = tiles.chip_family(q.device)
-    tile = tiles.TILES[family]["attention"][q.element_size()]
-    if q.shape[-1] <= 128:
-        return tile, tile.rows, tile.keys
-    if family == "gfx942":  # queries, in registers
-        return tile, tile.rows // 2, tile.keys
-    return tile, tile.rows, max(16, tile.keys // 2)  # keys, of which shared memory has the stages of two programs
-
-
-def _depths(d: int, tma: bool) -> tuple[int, int]:
-    """Powers of two that a head of size d is multiplied in: the second one is 0 where one product is enough."""
-    main = max(16, 1 << (d.bit_length() - 1))
-    if main >= d:
-        return main, 0
-    if tma and d <= 128:  # exponentials bound the time, and a second product would wait for the first
-        return 2 * main, 0
-    return main, max(16, triton.next_power_of_2(d - main))
-
-
-def _has_descriptors(k: Tensor) -> bool:
-    """Whether key tiles are loaded by tensor memory descriptors: the head begins at multiples of 16 bytes."""
-    if tiles.chip_family(k.device)[0] not in tiles.CHIPS_WITH["tma"] or k.element_size() != 2 or not k.numel():
-        return False
-    steps = [stride * k.element_size() for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True) if size > 1]
-    return not k.data_ptr() % 16 and all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def _key_source(k: Tensor, keys: int, depth: int, tma: bool) -> object:
-    """What `_key_tile` reads (keys, depth) of k from; None where there is nothing to read."""
-    if not tma or not depth:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    # nothing is read along a dimension of one entry, whose stride may be anything
-    strides = [stride if size > 1 else 16 for size, stride in zip(k.shape[:3], k.stride()[:3], strict=True)]
-    return TensorDescriptor(k, list(k.shape), [*strides, 1], [1, 1, keys, depth])

@@ -19,18 +19,22 @@ What is left out: bytes behind the products, which fit beside them, shared memor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tokensel_kernels.machine_code import TensorLoop
 from tokensel_kernels.shapes import Shape
+
+if TYPE_CHECKING:  # which needs Triton
+    from tokensel_kernels.machine_code import TensorLoop
 
 CLOCKS = {"alu": 2, "compare_64": 2, "mufu": 8, "fma": 1, "shuffle": 2, "shared": 2}
 OPERATIONS = 4096  # a clock
 FILL = 1500
 BYTES = 18.6  # a clock, one multiprocessor's share: 4.3 TB/s of an H200 over 132 of them at 1.75 GHz
 PROCESSORS = 132
-FLASH_TILE = 5088  # FlashAttention-2's tile of 128 × 128 at head size 128, counted by the same rules
+# FlashAttention-2's forward, a tile of 128 × 128 at head size 128: 40 % of the tensor units' rate. FlashAttention-3's
+# paper (arXiv 2407.08608) gives it 35 % on an H100, so that ratios to it are not flattered.
+FLASH_TILE = 5088
 KEPT = 0.6  # of the rows, whose gradients are wanted
 PROMPT = 0.25  # of a sequence
 
@@ -67,25 +71,36 @@ def _tile(products: float, v: float, programs: int) -> float:
     return max(products, v, (products + v) / programs)
 
 
-def of_products(
-    loop: TensorLoop, warps: int, programs: int, tile: tuple[int, int, int], launches: Iterable[tuple[int, int]],
-    operations: float,
-) -> Estimate:  # fmt: skip
-    """Tiles of (rows, columns, depth); launches of (programs, tiles of each).
+@dataclass(frozen=True)
+class Work:
+    """One launch of a product: its tiles, and what the busiest multiprocessor does of them."""
 
-    `programs` share a multiprocessor; `operations` are those of the exact shape.
+    tiles: int
+    depth: int  # of the product
+    rounds: int  # tiles that the busiest goes through, one after the other or beside each other
+    programs: int  # of these rounds, each with a fill of its own
+
+
+def of_products(
+    loop: TensorLoop, warps: int, together: int, tile: tuple[int, int], launches: list[Work], operations: float
+) -> Estimate:
+    """Products of tiles (rows, columns) against `operations`, those of the exact shape.
+
+    `together` programs share a multiprocessor. The tile that is shown is the first launch's.
     """
-    rows, columns, depth = tile
-    products = 2.0 * rows * columns * depth / OPERATIONS
-    launches = list(launches)
-    around = loop.around
-    low, high = beside(around, warps)
+    rows, columns = tile
+    low, high = beside(loop.around, warps)
+
+    def products(work: Work) -> float:
+        return 2.0 * rows * columns * work.depth / OPERATIONS
+
     ideal = operations / OPERATIONS / PROCESSORS
-    full = sum(n * each for n, each in launches) / PROCESSORS  # tiles
-    waves = sum(-(-n // (PROCESSORS * programs)) * programs * each for n, each in launches) / full
-    fills = sum(-(-n // (PROCESSORS * programs)) * (1 if loop.flattened else each) for n, each in launches) * FILL
-    ratio_low, ratio_high = ((_tile(products, v, programs) * full * waves + fills) / ideal for v in (low, high))
-    return Estimate(products, low, high, fills / (full * waves), waves, ratio_low, ratio_high)
+    fills = FILL * sum(work.programs if loop.flattened else work.rounds for work in launches)
+    spent = [fills + sum(work.rounds * _tile(products(work), v, together) for work in launches) for v in (low, high)]
+    busiest, mean = (sum(n(work) * work.depth for work in launches) for n in (lambda w: w.rounds, lambda w: w.tiles))
+    waves = busiest / (mean / PROCESSORS)
+    fill = fills / sum(work.rounds for work in launches)
+    return Estimate(products(launches[0]), low, high, fill, waves, spent[0] / ideal, spent[1] / ideal)
 
 
 def of_bytes(pipes: dict[str, int], warps: int, bytes_read: float) -> Estimate:

@@ -199,26 +199,30 @@ def _estimate(launches: list[Launch], code: _Code, shape: Shape) -> clocks.Estim
     kept = int(clocks.KEPT * N)
     row_tiles, column_tiles = triton.cdiv(kept, rows), triton.cdiv(D, columns)
 
-    def persistent(tiles: int) -> tuple[int, float]:
-        """(programs, tiles of each) of a loop over tiles, the last round counted as full."""
-        programs = clocks.PROCESSORS * together
-        return programs, triton.cdiv(tiles, programs)
+    slots = clocks.PROCESSORS * together
 
-    def product(depth: int, counted: list[tuple[int, float]], operations: float) -> clocks.Estimate:
-        return clocks.of_products(code.loops[0], code.warps, together, (rows, columns, depth), counted, operations)
+    def persistent(tiles: int, depth: int) -> clocks.Work:
+        return clocks.Work(tiles, depth, triton.cdiv(tiles, slots) * together, together)
+
+    def product(works: list[clocks.Work], operations: float) -> clocks.Estimate:
+        return clocks.of_products(code.loops[0], code.warps, together, (rows, columns), works, operations)
 
     if launches[0].name == "hidden_stats":
         models = 2 if first["PAIR"] else 1
-        counted = [(launch.programs, launch.bound["share"] / columns) for launch in launches]
-        return product(D, counted, 2.0 * models * N * V * D)
+        works = []
+        for launch in launches:
+            share, waves = launch.bound["share"] // columns, triton.cdiv(launch.programs, slots) * together
+            tiles = launch.programs // launch.bound["splits"] * triton.cdiv(V, columns)
+            works.append(clocks.Work(tiles, D, waves * share, waves))
+        return product(works, 2.0 * models * N * V * D)
     widths = [launch.bound["width"] for launch in launches]
     operations = 2.0 * kept * V * D
     if launches[0].name == "logits_gradient":
-        return product(D, [persistent(row_tiles * triton.cdiv(w, columns)) for w in widths], operations)
+        return product([persistent(row_tiles * triton.cdiv(w, columns), D) for w in widths], operations)
     if launches[0].name == "hidden_gradient":
-        return product(widths[0], [persistent(row_tiles * column_tiles) for _ in widths], operations)
+        return product([persistent(row_tiles * column_tiles, w) for w in widths], operations)
     if launches[0].name == "head_gradient":
-        return product(kept, [persistent(triton.cdiv(w, rows) * column_tiles) for w in widths], operations)
+        return product([persistent(triton.cdiv(w, rows) * column_tiles, kept) for w in widths], operations)
     return None
 
 
@@ -227,6 +231,7 @@ def compile_all(arch: str, shape: str = "Llama-3.1-8B", *, every: bool = False) 
 
     Args:
         every: every combination of options and every head size, not only each alone and all together.
+
     Raises:
         ValueError: an architecture or shape that is not known, or kernels that were imported for the interpreter.
         RuntimeError: what this version of Triton cannot compile for the architecture.
@@ -236,7 +241,14 @@ def compile_all(arch: str, shape: str = "Llama-3.1-8B", *, every: bool = False) 
     sizes = shape_named(shape)
     if interpreting():
         raise ValueError("kernels are interpreted, not compiled, under TRITON_INTERPRET=1; unset it")
-    seen: dict[int, _Code] = {}
+    return _compile_calls(arch, shape, sizes, every)
+
+
+_CODE: dict[int, tuple[object, _Code]] = {}  # of kernels that were compiled already, which Triton hands out again
+
+
+def _compile_calls(arch: str, shape: str, sizes: Shape, every: bool) -> Iterator[CompiledKernel]:
+    seen = set()
     for element, dtype in DTYPES.items():
         for call in _calls(sizes, dtype, every):
             with written_down(arch, PROCESSORS[arch]) as launches:
@@ -245,7 +257,10 @@ def compile_all(arch: str, shape: str = "Llama-3.1-8B", *, every: bool = False) 
                 compiled = _compile(launch, arch)
                 if id(compiled) in seen:
                     continue
-                code = seen[id(compiled)] = _take_apart(compiled)
+                seen.add(id(compiled))
+                if id(compiled) not in _CODE:
+                    _CODE[id(compiled)] = compiled, _take_apart(compiled)
+                code = _CODE[id(compiled)][1]
                 estimate = None
                 if arch == "sm_90" and element == "bf16" and call.options != "unaligned":
                     alike = [other for other in launches if other.kernel is launch.kernel]
@@ -345,7 +360,9 @@ def as_row(kernel: CompiledKernel) -> dict:
 
 def as_estimate(kernel: CompiledKernel) -> dict:
     """A row of clocks for the terminal, of a kernel that has an estimate."""
-    e = kernel.estimate or {}
+    e = kernel.estimate
+    if e is None:
+        raise ValueError(f"{kernel.kernel} ({kernel.case}) has no estimate")
     return {
         "kernel": kernel.kernel,
         "case": kernel.case,

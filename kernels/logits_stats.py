@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensel_kernels import tiles
-from tokensel_kernels.primitives import LN_2, LOG2_E, store_sums
+from tokensel_kernels.primitives import LN_2, LOG2_E, NOTHING
 
 LOWEST_PIVOT = tl.constexpr(-1e38)  # finite, so that no difference of two pivots is NaN
-NOTHING = tl.constexpr(-1000.0)  # 2^-1000 is 0 in float32, and 0 · 1000² is 0, where 0 · inf is not
 BLOCKS_AT_ONCE = 2  # loads of 16 bytes that a thread has under way
 
 
@@ -124,7 +123,12 @@ def _sweep_row(
     target = tl.load(z_ptr + offset + label, mask=real, other=0.0)
     target = _logit(target, bias_ptr, label, real, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     target = tl.where(real, target, -float("inf"))
-    store_sums(sums_ptr, row, row >= 0, field_stride, row_top, row_total, target, row_first, row_second, ENTROPY)
+    tl.store(sums_ptr + row, row_top)
+    tl.store(sums_ptr + field_stride + row, row_total)
+    tl.store(sums_ptr + 2 * field_stride + row, target)
+    if ENTROPY:
+        tl.store(sums_ptr + 3 * field_stride + row, row_first)
+        tl.store(sums_ptr + 4 * field_stride + row, row_second)
 
 
 @triton.jit
@@ -175,8 +179,9 @@ def write_logits_sums(
     Args:
         logits: [N, C] of each model, any floating dtype: vocabulary columns from `first_column` on.
         labels: [N] int64 in the whole vocabulary.
-        sums: [fields, models, N] float32 to write, the last dimension contiguous: one share of what `hidden_sums`
-            gives. Rows to ignore are left as they are.
+        sums: [fields, models, N] float32 to write, the last dimension contiguous: the largest logit; Σ exp(u) for
+            u = z - largest; the label's logit (-inf where it is in another share); with five fields Σ exp(u) u and
+            Σ exp(u) u². Rows to ignore are left as they are.
         bias: [C] or None.
     """
     N, C = logits[0].shape

@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1000.0)  # 2^-1000 is 0 in float32, and 0 · 1000² is 0, where 0 · inf is not
 
 
 @triton.jit
@@ -73,17 +74,6 @@ def head_logits(
 
 
 @triton.jit
-def store_sums(sums_ptr, row, mask, field_stride, top, total, target, first, second, ENTROPY: tl.constexpr):
-    """Writes the sums of each row as fields of their own: top, total, target logit and, with ENTROPY, first, second."""
-    tl.store(sums_ptr + row, top, mask=mask)
-    tl.store(sums_ptr + field_stride + row, total, mask=mask)
-    tl.store(sums_ptr + 2 * field_stride + row, target, mask=mask)
-    if ENTROPY:
-        tl.store(sums_ptr + 3 * field_stride + row, first, mask=mask)
-        tl.store(sums_ptr + 4 * field_stride + row, second, mask=mask)
-
-
-@triton.jit
 def log2_logits(
     product, bias_ptr, column, columns, scale, slope,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
@@ -115,8 +105,7 @@ def online_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
     """
     new_top = tl.maximum(top, tl.max(u, 1))
     pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # no column yet: 2^(-inf - 0) = 0, not NaN
-    # no less than 2^-1000, which is 0 as well, so that its square is a number
-    shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, -1000.0))
+    shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, NOTHING))
     rescale = tl.where(top == -float("inf"), 0.0, tl.exp2(shift))
     u = u - pivot[:, None]
     e = tl.exp2(u)
@@ -124,7 +113,7 @@ def online_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
         # (u + shift) replaces u in what was summed before
         second = rescale * (second + 2.0 * shift * first + shift * shift * total)
         first = rescale * (first + shift * total)
-        u = tl.maximum(u, -1000.0)
+        u = tl.maximum(u, NOTHING)
         weighted = e * u
         first += tl.sum(weighted, 1)
         second += tl.sum(weighted * u, 1)

@@ -31,7 +31,7 @@ from tokensel_kernels.tiles import (
     tile_source,
 )
 
-BLOCK_BYTES = 2**28  # of dz: with 8,192 rows and D = 4,096 the backward holds 448 MiB beside the gradients
+BLOCK_BYTES = 2**28  # of dz, at most: with 8,192 rows and D = 4,096 the backward holds 448 MiB beside the gradients
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 Rows that have a label are gathered, a slab at a time. One launch a slab then serves both models: each program owns a
 tile of rows and a share of the vocabulary, and keeps tile product and online softmax in registers; nothing of width V
-is written. Operations: 2 N V D a model. Bytes: a slab stays in L2 while the head streams by, so the head is read once a
-slab, 2 V D bytes, and the results are a few floats a row and share. A fixed order of merging makes it deterministic.
+is written. Operations: 2 N V D a model. Bytes: GROUP tiles of rows stay in L2 while the head streams by, so it is read
+once for each such group, 2 V D bytes, and the results are a few floats a row and share. A fixed order of merging makes
+it deterministic.
 
 Inside, logits are in units of log2, so that a softmax is one exp2 of one multiplication and addition.
 """
@@ -19,6 +20,7 @@ from tokensel_kernels.gather_rows import kept_rows
 from tokensel_kernels.primitives import (
     LN_2,
     LOG2_E,
+    NOTHING,
     grouped_tile,
     head_logits,
     load_tile,
@@ -28,7 +30,7 @@ from tokensel_kernels.primitives import (
 )
 from tokensel_kernels.tiles import GROUP, ProductTile, empty_rows, interpreting, on_device, product_tile, tile_source
 
-FILL = 0.03  # of a tile's time: what a program waits for its first loads
+FILL = 0.03  # of a tile's time: what a program waits for its first loads, `clocks.FILL` at most hidden sizes
 
 
 @triton.jit
@@ -201,8 +203,8 @@ def _merge_shares_kernel(
         new_top = tl.maximum(top, tl.max(share_top, 0))
         pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
         # as in `online_softmax`, once for what was summed before and once for each share
-        shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, -1000.0))
-        share_shift = tl.where(share_top == -float("inf"), 0.0, tl.maximum(share_top - pivot[None, :], -1000.0))
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum(top - pivot, NOTHING))
+        share_shift = tl.where(share_top == -float("inf"), 0.0, tl.maximum(share_top - pivot[None, :], NOTHING))
         old, new = tl.exp2(shift), tl.exp2(share_shift)
         if MOMENTS:
             share_target = tl.load(at + 2 * sums_stride, mask=inside, other=-float("inf"))

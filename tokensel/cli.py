@@ -140,6 +140,8 @@ def kernels(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="also write all that is known of each kernel to this file")
     given = parser.parse_args(argv)
     shape = shape_named(given.shape)
+    if given.json and not given.json.parent.is_dir():
+        raise ValueError(f"json {given.json} is in a folder that is not there; make it, or choose another")
     found = compiled.compile_all(given.arch, given.shape, every=given.every)
     rows = list(tqdm(found, desc=f"compile for {given.arch}", unit="kernel"))
     if given.json:

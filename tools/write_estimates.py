@@ -13,13 +13,13 @@ import triton
 from tqdm.auto import tqdm
 
 from tokensel.ops.block_shapes import Chip, estimated_ratio, resident_block
-from tokensel.ops.chunked import WORKSPACE_MIB
+from tokensel.ops.chunked import gradient_limits
 from tokensel_kernels.clocks import KEPT
 from tokensel_kernels.compiled import PROCESSORS, ROWS, CompiledKernel, compile_all
 from tokensel_kernels.rates import ESTIMATES
 from tokensel_kernels.shapes import SHAPES
 
-SHOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-2B")
+MODELS = ("Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-2B")
 CACHE = {"sm_90": 50 * 2**20}  # bytes of L2
 BACKWARD = ("logits_gradient", "hidden_gradient", "head_gradient")
 
@@ -40,10 +40,15 @@ def chunked(shape: str, chip: Chip) -> dict[str, float]:
     """The same of library products in blocks that stay in L2."""
     sizes = SHAPES[shape]
     ratios = {}
-    for work, kept in (("statistics", None), ("gradient", KEPT)):
-        block = resident_block(ROWS, sizes.vocabulary, WORKSPACE_MIB * 2**20, chip, sums=kept is not None)
+    mib, most_columns = gradient_limits(ROWS, 2)
+    blocks = {
+        "statistics": resident_block(ROWS, sizes.vocabulary, 256 * 2**20, chip),
+        "gradient": resident_block(ROWS, sizes.vocabulary, mib * 2**20, chip, most_columns=most_columns, sums=True),
+    }
+    for work, block in blocks.items():
         if block is None:
             raise ValueError(f"no block of {shape} fits the cache of {chip}")
+        kept = KEPT if work == "gradient" else None
         ratios[work] = statistics.mean(estimated_ratio(ROWS, sizes.vocabulary, sizes.hidden, chip, block, kept))
     return ratios
 
@@ -52,10 +57,10 @@ def main() -> None:
     content: dict[str, dict] = {}
     for arch, cache in CACHE.items():
         shapes = {}
-        for shape in SHOWN:
+        for shape in MODELS:
             compiled = tqdm(compile_all(arch, shape), desc=f"{shape} on {arch}", unit="kernel")
             shapes[shape] = [kernel for kernel in compiled if kernel.estimate]
-        by_fused, by_chunked = fused(shapes[SHOWN[0]]), chunked(SHOWN[0], Chip(PROCESSORS[arch], cache))
+        by_fused, by_chunked = fused(shapes[MODELS[0]]), chunked(MODELS[0], Chip(PROCESSORS[arch], cache))
         works = {work: {"fused": round(by_fused[work], 3), "chunked": round(by_chunked[work], 3)} for work in by_fused}
         rows = {
             shape: [

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPU tests and GPU benchmarks in one go, under ten minutes: benchmarks/speed/gpu.sh [FOLDER]
 #
-# For a bare machine: a python3 (or $PYTHON) with PyTorch, Triton, Transformers, pytest, pytest-benchmark and
+# For a bare machine: a python3 (or $PYTHON) with PyTorch, Triton, Transformers, pyarrow, pytest, pytest-benchmark and
 # matplotlib; no network, and no installation of tokensel. Without git, TOKENSEL_COMMIT names the commit. Writes
 # tests.xml, gpu.CHIP.json, its tables (gpu.CHIP.txt), plots, and the rates that impl="auto" reads (rates.json: goes to
 # kernels/) into FOLDER, or $OUT, or benchmarks/results. Files and tables carry the chip's name; chips are never mixed.
@@ -13,7 +13,7 @@ out=${1:-${OUT:-benchmarks/results}}
 mkdir -p "$out"
 
 missing=
-for module in pytest pytest_benchmark torch triton; do
+for module in pytest pytest_benchmark torch triton transformers pyarrow matplotlib; do
     "$python" -c "import $module" || missing+=" $module"
 done
 [ -z "$missing" ] || { echo "$python cannot import:$missing (or set PYTHON)" >&2; exit 2; }

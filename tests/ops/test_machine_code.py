@@ -113,16 +113,24 @@ def test_clocks_are_the_rules_arithmetic():
 
 def test_a_ratio_holds_tiles_waves_and_fills():
     (loop,) = tensor_loops(NESTED)
+    flat = dataclasses.replace(loop, flattened=True)
     low, _ = clocks.beside(loop.around, 8)
     tile = 2 * 128 * 256 * 4096 / 4096  # 65,536 clocks
-    made = {"loop": loop, "warps": 8, "programs": 1, "tile": (128, 256, 4096), "operations": 132 * tile * 4096.0}
-    whole = clocks.of_products(launches=[(132, 1.0)], **made)
+
+    def estimate(loop, works, tiles):
+        return clocks.of_products(loop, 8, 1, (128, 256), works, tiles * tile * 4096.0)
+
+    whole = estimate(loop, [clocks.Work(132, 4096, 1, 1)], 132)
     assert whole.main == tile and whole.waves == 1
     assert whole.ratio_low == pytest.approx((tile + low + clocks.FILL) / tile)
-    late = clocks.of_products(launches=[(133, 132 / 133)], **made)  # as many tiles, and a wave of one program
+    late = estimate(loop, [clocks.Work(133, 4096, 2, 2)], 133)  # one tile more, and a wave for it
     assert late.waves == pytest.approx(2 * 132 / 133)
-    flat = clocks.of_products(launches=[(66, 2.0)], **made | {"loop": dataclasses.replace(loop, flattened=True)})
-    assert flat.ratio_low == pytest.approx((2 * (tile + low) + clocks.FILL) / tile)  # half of the processors idle
+    assert late.ratio_low == pytest.approx(2 * (tile + low + clocks.FILL) / tile * 132 / 133)
+    two = estimate(flat, [clocks.Work(264, 4096, 2, 1)], 264)  # a flattened loop waits once
+    assert two.ratio_low == pytest.approx((2 * (tile + low) + clocks.FILL) / (2 * tile))
+    # a last launch of another depth counts as what it is
+    mixed = estimate(flat, [clocks.Work(132, 4096, 1, 1), clocks.Work(132, 1024, 1, 1)], 132 * 1.25)
+    assert mixed.ratio_low == pytest.approx((1.25 * tile + 2 * (low + clocks.FILL)) / (1.25 * tile))
 
 
 def test_attention_tiles_are_those_that_rows_see():

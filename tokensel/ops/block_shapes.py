@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
+from tokensel_kernels.clocks import BYTES, OPERATIONS
+
 TILE = (128, 256)  # rows and columns of a program of the library's product, for most shapes on most chips
 CACHE_SHARE = 2 / 3  # of L2 for logits; what is left is for the inputs that stream by
 LAUNCHES = 0.1  # what a block costs beside its product, in waves: two launches of some microseconds
 SUM_ROWS = 37  # rows a processor whose float32 sums are read and written in the time of a wave (4.3 TB/s, an H200)
 NEAR = 1.01  # of the shapes that cost at most this many times the best, the one that reads its inputs least is taken
-# Assumed by the estimate: dense half-precision operations a clock and processor (`tokensel_kernels.clocks` has the
-# source); bytes a clock and processor from L2 (5.5 TB/s on an H100) or, where a block does not stay there, from memory;
-# clocks between two launches of which one waits for the other, from 1 to 4 microseconds.
-OPERATIONS = 4096
-CACHE_RATE, MEMORY_RATE = 24.0, 18.6
+# Assumed by the estimate: bytes a clock and processor from L2 (as reported of an H100, 5.5 TB/s) or, where a block does
+# not stay there, from memory; clocks between two launches of which one waits for the other, from 1 to 4 microseconds.
+CACHE_RATE, MEMORY_RATE = 24.0, BYTES
 GAP = (1750, 7000)
 
 

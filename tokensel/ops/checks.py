@@ -158,5 +158,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive; got {value}")
+    if value is not None:
+        check_number(name, value)
+        if not value > 0:
+            raise ValueError(f"{name} must be positive; got {value}")

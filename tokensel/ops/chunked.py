@@ -292,6 +292,11 @@ def _logits_gradient(z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, s
     return z if slope is None else z.mul_(slope)
 
 
+def gradient_limits(N: int, element_size: int) -> tuple[float, int]:
+    """(MiB of a block's logits, columns of a block): its gradient takes two thirds of the workspace, they the rest."""
+    return WORKSPACE_MIB / 3, int(WORKSPACE_MIB * 2**20 * 2 / 3) // (max(N, 1) * element_size)
+
+
 def gradients_on_gpu(
     hidden: Tensor,
     weight: Tensor,
@@ -311,9 +316,8 @@ def gradients_on_gpu(
 
     want_hidden, want_weight, want_bias = want
     (N, D), V = hidden.shape, weight.shape[0]
-    # two thirds of the workspace for the gradient of a block of columns, the rest for logits
-    most_columns = int(WORKSPACE_MIB * 2**20 * 2 / 3) // (max(N, 1) * hidden.element_size())
-    R, C = _gpu_block(N, V, hidden, WORKSPACE_MIB / 3, most_columns=most_columns)
+    mib, most_columns = gradient_limits(N, hidden.element_size())
+    R, C = _gpu_block(N, V, hidden, mib, most_columns=most_columns)
     workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
     gradient = torch.empty(N, C, dtype=hidden.dtype, device=hidden.device)
     # a dropped row may be anything; 0 · NaN would be NaN, and exp(z - inf) is 0

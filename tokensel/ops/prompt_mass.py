@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokensel.ops import reference
-from tokensel.ops.checks import check_positive, check_same_device, check_shape, check_tensor, resolve_impl
+from tokensel.ops.checks import check_number, check_positive, check_same_device, check_shape, check_tensor, resolve_impl
 from tokensel.ops.operators import custom_operator
 from tokensel.ops.score_blocks import score_blocks
 
@@ -70,6 +71,7 @@ def prompt_attention_mass(
         ((B, S), "[B, S]"),
         (lse, (B, Hq, S), "[B, Hq, S]"),
         (sinks, (Hq,), "[Hq]"),
+        scale,
         softcap,
         window,
         impl,
@@ -78,8 +80,8 @@ def prompt_attention_mass(
     position = torch.arange(S, device=q.device).expand(B, S)
     segment_starts = None if segment_ids is None else run_start(segment_ids, position)
     turn_starts = None if turn_ids is None else run_start(turn_ids, position)
-    key_mask = torch.ones_like(prompt_mask) if key_mask is None else key_mask
-    query_mask = ~prompt_mask & key_mask if query_mask is None else query_mask & key_mask
+    query_mask = ~prompt_mask if query_mask is None else query_mask
+    query_mask = query_mask if key_mask is None else query_mask & key_mask
     masks = (prompt_mask, query_mask, key_mask, segment_starts, turn_starts)
     with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
         return compute_mass(q, k, *masks, lse, float(scale), softcap, window, sinks, impl)
@@ -93,12 +95,19 @@ def check_mass_options(
     tokens: tuple[tuple[int, ...], str],
     lse: tuple[Tensor | None, tuple[int, ...], str],
     sinks: tuple[Tensor | None, tuple[int, ...], str],
+    scale: float | None,
     softcap: float | None,
     window: int | None,
     impl: str,
 ) -> str:
     """Checks what both layouts of q and k have in common, by shapes and their names; `impl` resolved."""
     heads, key_heads = sinks[1][0], k.shape[1]  # both layouts have heads second
+    if scale is not None:
+        check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite; got {scale}")
+    if not heads or not key_heads:
+        raise ValueError(f"q and k must have heads; got {heads} and {key_heads}")
     if heads % key_heads:
         raise ValueError(f"k has {key_heads} heads, which does not divide the {heads} heads of q")
     if q.dtype != k.dtype:
@@ -134,7 +143,7 @@ def _empty_mass(q: Tensor, k: Tensor, prompt_mask: Tensor, *_: object) -> Tensor
 
 @custom_operator(
     "prompt_mass",
-    "(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor key_mask, Tensor? segment_starts, "
+    "(Tensor q, Tensor k, Tensor prompt_mask, Tensor query_mask, Tensor? key_mask, Tensor? segment_starts, "
     "Tensor? turn_starts, Tensor? lse, float scale, float? softcap, int? window, Tensor? sinks, str impl) -> Tensor",
     fake=_empty_mass,
 )
@@ -143,7 +152,7 @@ def compute_mass(
     k: Tensor,
     prompt_mask: Tensor,
     query_mask: Tensor,
-    key_mask: Tensor,
+    key_mask: Tensor | None,
     segment_starts: Tensor | None,
     turn_starts: Tensor | None,
     lse: Tensor | None,
@@ -155,9 +164,6 @@ def compute_mass(
 ) -> Tensor:
     """The mass of checked arguments; of documents and turns, ids are where each token's begins."""
     B, _, S, _ = q.shape
-    if impl == "reference":
-        masks = (prompt_mask, query_mask, key_mask, segment_starts, turn_starts)
-        return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks)
     if impl == "fused":
         from tokensel_kernels.attention_mass import attention_mass
 
@@ -165,11 +171,15 @@ def compute_mass(
         scores = {"scale": scale, "softcap": softcap, "window": window}
         fused: Tensor = attention_mass(q, k, *bounds, lse=lse, sinks=sinks, **scores)
         return fused
+    present = torch.ones_like(prompt_mask) if key_mask is None else key_mask
+    if impl == "reference":
+        masks = (prompt_mask, query_mask, present, segment_starts, turn_starts)
+        return reference.prompt_mass(q, k, *masks, scale, softcap, window, sinks)
     mass = torch.zeros(B, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for b in range(B):
         segments, turns, log_all = (None if t is None else t[b] for t in (segment_starts, turn_starts, lse))
-        masks = (prompt_mask[b], query_mask[b], key_mask[b], segments, turns)
-        mass[b] = _chunked_row(q[b], k[b], *masks, log_all, scale, softcap, window, sinks)
+        of_row = (prompt_mask[b], query_mask[b], present[b], segments, turns)
+        mass[b] = _chunked_row(q[b], k[b], *of_row, log_all, scale, softcap, window, sinks)
     return mass
 
 

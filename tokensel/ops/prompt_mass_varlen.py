@@ -58,6 +58,7 @@ def prompt_attention_mass_varlen(
         ((T,), "[T]"),
         (lse, (Hq, T), "[Hq, T]"),
         (sinks, (Hq,), "[Hq]"),
+        scale,
         softcap,
         window,
         impl,
@@ -71,7 +72,7 @@ def prompt_attention_mass_varlen(
     start = torch.minimum(cu_seqlens.long()[document.clamp(min=0)].clamp(min=0), position)
     turn = None if turn_ids is None else run_start(turn_ids[None], position[None])
     query_mask = ~prompt_mask if query_mask is None else query_mask
-    masks = (prompt_mask[None], query_mask[None], torch.ones_like(prompt_mask)[None])
+    masks = (prompt_mask[None], query_mask[None], None)  # no padding
     documents = (start[None], turn)
     log_all = None if lse is None else lse[None]
     heads = (q.transpose(0, 1)[None], k.transpose(0, 1)[None])  # views [1, H, T, d]

@@ -140,7 +140,9 @@ def token_stats_contrast(
         options["impl"] = "chunked"
     if options["impl"] == "fused":
         raise ValueError("impl='fused' has no contrast of two models; use impl='chunked'")
-    return _models_stats([positive, negative], labels, contrast=float(beta), **options)[0]
+    return _models_stats(
+        [positive, negative], labels, contrast=float(beta), names=("positive hidden", "negative hidden"), **options
+    )[0]
 
 
 def _models_stats(
@@ -155,14 +157,15 @@ def _models_stats(
     impl: str = "auto",
     workspace_mib: float = 256,
     contrast: float | None = None,
+    names: tuple[str, str] = ("current hidden", "history hidden"),
 ) -> list[TokenStats]:
     """The statistics of each (hidden, weight) on the same labels, or with `contrast` of the two models' contrast."""
     hidden, weight = [], []
-    for whole_hidden, whole_weight in models:
+    for name, (whole_hidden, whole_weight) in zip(names if len(models) > 1 else ("hidden",), models, strict=True):
         x, w, local_bias, shard = local_head(whole_hidden, whole_weight, bias)
+        check_same_device(**{name: check_tensor(name, x), "labels": check_tensor("labels", labels)})
         check_head(x, w, local_bias)
         check_labels(labels, x.shape[:-1])
-        check_same_device(hidden=x, labels=labels)
         hidden.append(x.reshape(-1, x.shape[-1]))  # (N, D)
         weight.append(w)  # (V, D)
     check_label_range(labels, models[0][1].shape[0], ignore_index)
