@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke write-docs clean
+.PHONY: help quickstart test test-all test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,10 @@ bench-gpu:  ## GPU tests and benchmarks with the python3 that is there; needs no
 
 bench-smoke: .venv/.installed  ## run the GPU benchmarks' code on a CPU, in Triton's interpreter, on tiny shapes
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest benchmarks --set smoke --benchmark-disable
+
+estimates: .venv/.installed  ## count the kernels' machine code anew; rewrites kernels/estimates.json and the docs (5 min)
+	$(BIN)/python -m tools.write_estimates
+	$(BIN)/python -m tools.write_docs
 
 write-docs: .venv/.installed  ## rewrite the parts of README and docs that are made from results and code
 	$(BIN)/python -m tools.write_docs

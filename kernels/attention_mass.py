@@ -31,11 +31,11 @@ from tokensel_kernels.attention_plan import (
     PROMPT_STOP,
     attention_plan,
 )
-from tokensel_kernels.primitives import LOG2_E, multiply, tanh
+from tokensel_kernels.primitives import LOG2_E, exponents, multiply, softcap_kind, tanh
 
 LOWEST = tl.constexpr(-3e38)  # a pivot below every score, and finite: differences of pivots are never NaN
-MIXED_PARTS = {"none": 2, "small": 2, "large": 4}  # of a tile with masks, which take registers; by softcap
 SMALL_SOFTCAP = 60.0  # exp(±60) times any number of keys is a normal float32: no maximum is needed
+MIXED_PARTS = {"none": 2, "small": 2, "large": 4}  # of a tile with masks, which take registers; by softcap
 
 
 @triton.jit
@@ -319,11 +319,8 @@ def attention_mass(
     d_main, d_rest = _depths(d, tma)
     sources = [_key_source(k, keys, depth, tma) for depth in (d_main, d_rest)]
     # scores are in units of log 2, so that an exponential is one instruction
-    log2_e = LOG2_E.value
-    size, by = "none", scale * log2_e
-    if softcap is not None:
-        size = "small" if softcap <= SMALL_SOFTCAP else "large"
-        by = scale / softcap * (2 * log2_e if size == "small" else 1)
+    size = softcap_kind(softcap, SMALL_SOFTCAP)
+    by, cap = exponents(softcap, scale, size)
     parts = 1 if tma and 192 < d else MIXED_PARTS[size]  # one program a processor has all registers
     row_tiles = triton.cdiv(S * group, rows)
     masses = torch.empty(B, Hk, S, group, dtype=torch.float32, device=q.device)
@@ -337,7 +334,7 @@ def attention_mass(
             None if lse is None else lse.contiguous(), None if sinks is None else sinks.contiguous(), masses,
             S, triton.cdiv(S, keys), row_tiles, Hq, B,
             *q.stride()[:3], *k.stride()[:3],
-            by, (softcap or 1.0) * log2_e, window,
+            by, cap, window,
             FIXED_PIVOT=lse is not None or size == "small", SOFTCAP=size, GROUP=group,
             D=d, D_MAIN=d_main, D_REST=d_rest, ROWS=rows, KEYS=keys, MIXED_KEYS=max(16, keys // parts),
             TMA=tma, PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages,

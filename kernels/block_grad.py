@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import LOG2_E
+from tokensel_kernels.primitives import LOG2_E, exponents, softcap_kind, tanh
 from tokensel_kernels.tiles import on_device, row_columns
 
 
 @triton.jit
 def logits_gradient(
     product, column, label, lse, coefficient, bias_ptr, columns, scale, cap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """c · (softmax(z) - onehot) · dz/du of a tile of products, u being the logits before the softcap. (ROWS, COLUMNS)
 
@@ -27,19 +27,24 @@ def logits_gradient(
     c = tl.arange(0, COLUMNS)
     if HAS_BIAS:
         product += tl.load(bias_ptr + column + c, mask=c < columns - column, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
+    if SOFTCAP == "small":
         # tanh(y) = 1 - 2 r with r = 1 / (1 + exp(2 y)), the reciprocal as a squared rsqrt: one operation of its unit
         root = tl.rsqrt(1.0 + tl.exp2(product * scale))
         r = root * root
         p = tl.exp2(r * (-2.0 * cap) - (lse - cap)[:, None])
+    elif SOFTCAP == "large":
+        t = tanh(product * scale)
+        p = tl.exp2(t * cap - lse[:, None])
     else:
         p = tl.exp2(product * scale - lse[:, None])
     if TAIL:
         p = tl.where((c < columns - column)[None, :], p, 0.0)
     onehot = tl.where(c[None, :] == (label - column)[:, None], coefficient[:, None], 0.0)
     dz = p * coefficient[:, None] - onehot
-    if HAS_SOFTCAP:
+    if SOFTCAP == "small":
         dz *= 4.0 * (r - r * r)
+    if SOFTCAP == "large":
+        dz *= 1.0 - t * t
     return dz
 
 
@@ -48,7 +53,7 @@ def _block_gradient_kernel(
     z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
     first_column, C,  # shapes
     z_stride, dz_stride,  # strides
-    scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,  # constants
 ):  # fmt: skip
     """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
@@ -62,16 +67,9 @@ def _block_gradient_kernel(
         c = column + tl.arange(0, COLUMNS)
         z = tl.load(z_ptr + at * z_stride + c, mask=c < C, other=0.0)[None, :]
         dz = logits_gradient(
-            z, column, label, lse, coefficient, bias_ptr, C, scale, cap, HAS_BIAS, HAS_SOFTCAP, False, COLUMNS
+            z, column, label, lse, coefficient, bias_ptr, C, scale, cap, HAS_BIAS, SOFTCAP, False, COLUMNS
         )
         tl.store(dz_ptr + at * dz_stride + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(c < C)[None, :])
-
-
-def exponents(softcap: float | None, logit_scale: float) -> tuple[float, float]:
-    """(scale, cap) of `logits_gradient`: from a product to the exponent of 2, and the softcap in units of log 2."""
-    if softcap is None:
-        return logit_scale * LOG2_E.value, 0.0
-    return 2 * logit_scale * LOG2_E.value / softcap, softcap * LOG2_E.value
 
 
 def write_block_gradient(
@@ -94,11 +92,12 @@ def write_block_gradient(
         dz: [K, C] to write, in the type of the products that follow; last dimension contiguous.
     """
     K, C = z.shape
+    kind = softcap_kind(softcap)
     with on_device(z):
         _block_gradient_kernel[(K,)](
             z, bias, labels, lse, coefficient * logit_scale, dz,
             first_column, C,
             z.stride(0), dz.stride(0),
-            *exponents(softcap, logit_scale), HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None, COLUMNS=row_columns(z), num_warps=8,
+            *exponents(softcap, logit_scale, kind), HAS_BIAS=bias is not None,
+            SOFTCAP=kind, COLUMNS=row_columns(z), num_warps=8,
         )  # fmt: skip

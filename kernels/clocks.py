@@ -121,7 +121,7 @@ def attention_tiles(S: int, group: int, rows: int, keys: int, only_prompt: bool)
         stop = -(-prompt_keys // keys) if only_prompt else last // keys + 1
         whole = min((first + 1) // keys, stop)
         prompt = min(whole, prompt_keys // keys)
-        other = whole - -(-prompt_keys // keys) if not only_prompt else 0
+        other = max(0, whole - -(-prompt_keys // keys)) if not only_prompt else 0
         counted[0] += prompt
         counted[1] += other
         counted[2] += stop - prompt - other

@@ -38,6 +38,7 @@ ARCHITECTURES = {
 PROCESSORS = {"sm_80": 108, "sm_90": clocks.PROCESSORS, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
 ROWS = 8192  # tokens of a step, and of a sequence
+UNUSUAL = ("unaligned", "ragged vocabulary", "ragged vocabulary, entropy")  # compiled, but not estimated
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _INSTRUCTIONS = {
@@ -126,6 +127,17 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         )
         part = (x, w, labels, coefficient, lse)
         yield _Call("unaligned", functools.partial(selected_gradients, *part, want=(True, True, False), **head))
+    if half:  # its last block is no whole tile, and no size of it a multiple of 16
+        x, w = tensor(N, D), tensor(V + 1, D)
+        head = {"softcap": None, "logit_scale": 1.0}
+        pair = [(x, w)] * 2
+        for entropy in (False, True):
+            name = "ragged vocabulary" + ", entropy" * entropy
+            ragged = functools.partial(hidden_stats, pair, labels, bias=None, ignore_index=-100, **head)
+            yield _Call(name, functools.partial(ragged, entropy=entropy))
+        part = (x, w, labels, coefficient, lse)
+        ragged = functools.partial(selected_gradients, *part, bias=None, want=(True, True, False), **head)
+        yield _Call("ragged vocabulary", ragged)
     position = tensor(1, N, like=torch.int64)
     sinks = tensor(shape.heads, like=torch.float32)
     all_lse = tensor(1, shape.heads, N, like=torch.float32)
@@ -262,7 +274,7 @@ def _compile_calls(arch: str, shape: str, sizes: Shape, every: bool) -> Iterator
                     _CODE[id(compiled)] = compiled, _take_apart(compiled)
                 code = _CODE[id(compiled)][1]
                 estimate = None
-                if arch == "sm_90" and element == "bf16" and call.options != "unaligned":
+                if arch == "sm_90" and element == "bf16" and call.options not in UNUSUAL:
                     alike = [other for other in launches if other.kernel is launch.kernel]
                     estimate = _estimate(alike, code, sizes) if launch is alike[0] else None
                 yield _row(launch, call, code, arch, element, shape, estimate)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensel_kernels import tiles
-from tokensel_kernels.primitives import LN_2, LOG2_E, NOTHING
+from tokensel_kernels.primitives import LN_2, LOG2_E, NOTHING, softcap_kind, tanh
 
 LOWEST_PIVOT = tl.constexpr(-1e38)  # finite, so that no difference of two pivots is NaN
 BLOCKS_AT_ONCE = 2  # loads of 16 bytes that a thread has under way
@@ -21,7 +21,7 @@ BLOCKS_AT_ONCE = 2  # loads of 16 bytes that a thread has under way
 @triton.jit
 def _logit(
     product, bias_ptr, column, mask, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The logits of products, elementwise; tanh |x| as (1 - e) / (1 + e), e = exp(-2 |x|), to an ulp or two of 1.
 
@@ -32,10 +32,12 @@ def _logit(
         z += tl.load(bias_ptr + column, mask=mask).to(tl.float32)
     if HAS_SCALE:
         z *= logit_scale
-    if HAS_SOFTCAP:
+    if SOFTCAP == "small":
         e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E / softcap))
         capped = softcap * ((1.0 - e) / (1.0 + e))
         z = tl.where(z < 0, -capped, capped)
+    if SOFTCAP == "large":
+        z = softcap * tanh(z / softcap)
     return z
 
 
@@ -69,7 +71,7 @@ def _sweep_row(
     z_ptr, bias_ptr, sums_ptr,  # pointers
     row, label, V,  # shapes
     z_stride, field_stride,  # strides
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr, BLOCKS: tl.constexpr,  # constants
 ):  # fmt: skip
     """Statistics of one row of logits."""
@@ -91,7 +93,7 @@ def _sweep_row(
     if not ALIGNED:
         inside = (at >= begin) & (at < stop)
         z = tl.load(source + at, mask=inside, other=0.0)
-        z = _logit(z, bias_ptr, at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        z = _logit(z, bias_ptr, at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
         top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
         start = BLOCK
@@ -100,12 +102,12 @@ def _sweep_row(
         for block in tl.static_range(BLOCKS):
             c = column + block * BLOCK + at
             z = tl.load(source + c)
-            z = _logit(z, bias_ptr, c - begin, None, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+            z = _logit(z, bias_ptr, c - begin, None, logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP)
             top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
     for column in range(whole, stop, BLOCK):
         inside = at < stop - column
         z = tl.load(source + column + at, mask=inside, other=0.0)
-        z = _logit(z, bias_ptr, column + at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        z = _logit(z, bias_ptr, column + at - begin, inside, logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
         top, pivot, total, first, second = _take(z, top, pivot, total, first, second, ENTROPY)
 
@@ -118,10 +120,12 @@ def _sweep_row(
         row_second = LN_2 * LN_2 * tl.sum(rescale * (second + shift * (2.0 * first + shift * total)), 0)
         row_first = LN_2 * tl.sum(rescale * (first + shift * total), 0)
     row_total = tl.sum(rescale * total, 0)
+    # a row whose logits are all below the pivots, such as one that is masked with the lowest number: its largest counts
+    row_total = tl.where((row_total == 0.0) & (row_top > -float("inf")), 1.0, row_total)
     # a label that no column has reads nothing, and its target logit is -inf
     real = (label >= 0) & (label < V)
     target = tl.load(z_ptr + offset + label, mask=real, other=0.0)
-    target = _logit(target, bias_ptr, label, real, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+    target = _logit(target, bias_ptr, label, real, logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP)
     target = tl.where(real, target, -float("inf"))
     tl.store(sums_ptr + row, row_top)
     tl.store(sums_ptr + field_stride + row, row_total)
@@ -137,7 +141,7 @@ def _logits_stats_kernel(
     first_column, V,  # shapes
     z_stride, history_z_stride, field_stride, model_stride,  # strides
     logit_scale, softcap, ignore_index, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr,
     BLOCKS: tl.constexpr,  # constants
 ):  # fmt: skip
     MODELS: tl.constexpr = 2 if PAIR else 1
@@ -151,7 +155,7 @@ def _logits_stats_kernel(
             z_ptr, bias_ptr, sums_ptr,
             row, label, V,
             z_stride, field_stride,
-            logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
+            logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
         )  # fmt: skip
     if PAIR:
         if model == 1:
@@ -159,7 +163,7 @@ def _logits_stats_kernel(
                 history_z_ptr, bias_ptr, sums_ptr + model_stride,
                 row, label, V,
                 history_z_stride, field_stride,
-                logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
+                logit_scale, softcap, HAS_BIAS, HAS_SCALE, SOFTCAP, ENTROPY, ALIGNED, THREADS, BLOCKS,
             )  # fmt: skip
 
 
@@ -197,7 +201,7 @@ def write_logits_sums(
             first_column, C,
             z.stride(0), history_z.stride(0), sums.stride(0), sums.stride(1),
             logit_scale, softcap or 1.0, ignore_index, PAIR=len(logits) == 2,
-            HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, HAS_SOFTCAP=softcap is not None,
+            HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, SOFTCAP=softcap_kind(softcap),
             ENTROPY=len(sums) == 5, ALIGNED=not any(t.stride(0) * t.element_size() % 16 for t in (z, history_z)),
             THREADS=threads, BLOCKS=BLOCKS_AT_ONCE, num_warps=warps,
         )  # fmt: skip

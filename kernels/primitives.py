@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SMALL_SOFTCAP = 32.0  # of logits, whose statistics have to be as exact as float32 is
 NOTHING = tl.constexpr(-1000.0)  # 2^-1000 is 0 in float32, and 0 · 1000² is 0, where 0 · inf is not
 
 
@@ -75,24 +76,38 @@ def head_logits(
 
 @triton.jit
 def log2_logits(
-    product, bias_ptr, column, columns, scale, slope,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+    product, bias_ptr, column, columns, scale, cap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits in units of log2, but for a constant, in one multiplication and addition; -inf past the columns.
+    """A tile of logits in units of log2, but for a constant, by as few operations as can be; -inf past the columns.
 
-    Without a softcap product · scale, scale = logit_scale · log2 e. With one, tanh(t) = 1 - 2 / (1 + exp(2 t)) leaves
-    slope / (1 + 2^(product · scale)) and the constant -slope / 2, for scale = 2 logit_scale · log2 e / softcap and
-    slope = -2 softcap · log2 e: no series, and no cancellation against the constant. (ROWS, COLUMNS)
+    With a small softcap, tanh(t) = 1 - 2 / (1 + exp(2 t)) leaves -2 cap / (1 + 2^(product · scale)) and the constant
+    cap: no series, and an error that grows with the cap. `scale` and `cap` are those of `exponents`. (ROWS, COLUMNS)
     """
     c = column + tl.arange(0, COLUMNS)
     offset = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32) * scale
-    edge = tl.where(c < columns, 0.0, -float("inf"))
-    if HAS_SOFTCAP:
-        r = 1.0 / (1.0 + tl.exp2(product * scale + offset[None, :]))
-        return r * slope + edge[None, :]
-    return product * scale + (offset + edge)[None, :]
+    if SOFTCAP == "none":
+        edge = tl.where(c < columns, 0.0, -float("inf"))
+        return product * scale + (offset + edge)[None, :]
+    else:
+        x = product * scale + offset[None, :]
+        z = cap * tanh(x) if SOFTCAP == "large" else (1.0 / (1.0 + tl.exp2(x))) * (-2.0 * cap)
+        return tl.where((c < columns)[None, :], z, -float("inf"))
+
+
+def softcap_kind(softcap: float | None, small: float = SMALL_SOFTCAP) -> str:
+    """How a softcap is computed: "none", "small", by one exponential whose rounding grows with it, or "large"."""
+    return "none" if softcap is None else "small" if softcap <= small else "large"
+
+
+def exponents(softcap: float | None, logit_scale: float, kind: str) -> tuple[float, float]:
+    """(scale, cap) that kernels take: from a product to an exponent of 2, or with a large softcap to the argument of
+    tanh; and the softcap in units of log 2."""
+    if softcap is None:
+        return logit_scale * LOG2_E.value, 0.0
+    return (2 * LOG2_E.value if kind == "small" else 1.0) * logit_scale / softcap, softcap * LOG2_E.value
 
 
 @triton.jit

@@ -13,6 +13,7 @@ in one flattened loop, so that the next tile's loads run under what is done with
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -20,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.block_grad import exponents, logits_gradient
+from tokensel_kernels.block_grad import logits_gradient
 from tokensel_kernels.gather_rows import gather_rows, scatter_rows
-from tokensel_kernels.primitives import grouped_tile, load_tile, multiply
+from tokensel_kernels.primitives import exponents, grouped_tile, load_tile, multiply, softcap_kind
 from tokensel_kernels.tiles import (
     ProductTile,
     interpreting,
@@ -45,7 +46,7 @@ def _logits_gradient_kernel(
     x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, count_ptr, dz,  # pointers
     first_column, N, V, D, width,  # shapes
     x_stride, w_stride, dz_stride,  # strides
-    scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     SPECIALIZE: tl.constexpr,  # constants
 ):  # fmt: skip
@@ -78,17 +79,17 @@ def _logits_gradient_kernel(
         if TMA and not SPECIALIZE:  # in halves, so that what is stored leaves room for the loads
             left, right = _halves(product, ROWS, COLUMNS)
             left = logits_gradient(
-                left, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL, HALF
+                left, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, SOFTCAP, TAIL, HALF
             )
             dz.store([row, local], left.to(dz.dtype))
             right = logits_gradient(
-                right, column + HALF, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL,
+                right, column + HALF, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, SOFTCAP, TAIL,
                 HALF,
             )  # fmt: skip
             dz.store([row, local + HALF], right.to(dz.dtype))
         else:
             whole = logits_gradient(
-                product, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, TAIL, COLUMNS
+                product, column, label, lse, coefficient, bias_ptr, V, scale, cap, HAS_BIAS, SOFTCAP, TAIL, COLUMNS
             )
             if TMA:
                 dz.store([row, local], whole.to(dz.dtype))
@@ -261,6 +262,9 @@ def selected_gradients(
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     tile, plain = product_tile(hidden, "gradient", weight), product_tile(hidden, "matmul", weight)
+    kind = softcap_kind(softcap)
+    if kind == "large":  # whose tanh takes registers
+        tile = dataclasses.replace(tile, columns=tile.columns // 2)
     width = block_columns(N, V, D, tile, plain, BLOCK_BYTES, hidden.element_size())
 
     specialize = tile.specialize and softcap is None  # Triton 3.7.1 finds no warps for the softcap
@@ -290,7 +294,7 @@ def selected_gradients(
                 x_by_row, w_by_row, bias, kept.label, kept.lse, kept.coefficient, count, dz_written,
                 first, N, V, D, block,
                 x.stride(0), weight.stride(0), dz.stride(0),
-                *exponents(softcap, logit_scale), HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+                *exponents(softcap, logit_scale, kind), HAS_BIAS=bias is not None, SOFTCAP=kind,
                 TAIL=block % tile.columns != 0, SPECIALIZE=specialize, **tile.constants(),
             )  # fmt: skip
             if want_hidden:

@@ -11,6 +11,8 @@ Inside, logits are in units of log2, so that a softmax is one exp2 of one multip
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -19,14 +21,15 @@ from torch import Tensor
 from tokensel_kernels.gather_rows import kept_rows
 from tokensel_kernels.primitives import (
     LN_2,
-    LOG2_E,
     NOTHING,
+    exponents,
     grouped_tile,
     head_logits,
     load_tile,
     log2_logits,
     multiply,
     online_softmax,
+    softcap_kind,
 )
 from tokensel_kernels.tiles import GROUP, ProductTile, empty_rows, interpreting, on_device, product_tile, tile_source
 
@@ -98,7 +101,7 @@ def _sweep_vocabulary(
     x, w, bias_ptr, index_ptr, sums_ptr,  # pointers
     row, start, stop, slab, V, D,  # shapes
     x_stride, w_stride, field_stride,  # strides
-    scale, slope, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
@@ -117,7 +120,7 @@ def _sweep_vocabulary(
             a = load_tile(x, row, k, slab, D, x_stride, ROWS, DEPTH, TMA)
             b = load_tile(w, column, k, V, D, w_stride, COLUMNS, DEPTH, TMA)
             product = multiply(a, b.T, product, PRECISION)
-        u = log2_logits(product, bias_ptr, column, V, scale, slope, HAS_BIAS, HAS_SOFTCAP, COLUMNS)
+        u = log2_logits(product, bias_ptr, column, V, scale, cap, HAS_BIAS, SOFTCAP, COLUMNS)
         if MOMENTS:  # from the tile itself, so that the label's logit can be told to be the largest
             hit = tl.arange(0, COLUMNS)[None, :] == (label - column)[:, None]
             target += tl.sum(tl.where(hit, u, 0.0), 1)
@@ -145,7 +148,7 @@ def _hidden_stats_kernel(
     x, w, history_x, history_w, bias_ptr, index_ptr, count_ptr, sums_ptr,  # pointers
     first_row, slab, V, D, history_D, share, splits,  # shapes
     x_stride, w_stride, history_x_stride, history_w_stride, field_stride,  # strides
-    scale, slope, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr,
+    scale, cap, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
@@ -165,7 +168,7 @@ def _hidden_stats_kernel(
             x, w, bias_ptr, index_ptr, out,
             row, start, stop, slab, V, D,
             x_stride, w_stride, field_stride,
-            scale, slope, HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+            scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
         )  # fmt: skip
     if PAIR:
         if model == 1:
@@ -173,7 +176,7 @@ def _hidden_stats_kernel(
                 history_x, history_w, bias_ptr, index_ptr, out,
                 row, start, stop, slab, V, history_D,
                 history_x_stride, history_w_stride, field_stride,
-                scale, slope, HAS_BIAS, HAS_SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+                scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
             )  # fmt: skip
 
 
@@ -278,6 +281,9 @@ def hidden_stats(
     x, w, history_x, history_w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w, history_x, history_w))
     plain = softcap is None and not entropy
     tile = product_tile(x, "stats" if plain else "full_stats", w, history_w)
+    kind = softcap_kind(softcap)
+    if kind == "large":  # whose tanh takes registers
+        tile = dataclasses.replace(tile, columns=tile.columns // 2)
     slab = _slab_rows(N, tile)
     row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
     share = vocabulary_share(row_tiles, column_tiles, tile.processors) * tile.columns
@@ -290,10 +296,8 @@ def hidden_stats(
     out, history_out = gathered[0], gathered[-1]
     sources = [tile_source(t, tile.rows, tile.depth, tile) for t in (out, history_out)]
     heads = [tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w)]
-    log2e = LOG2_E.value
-    scale = logit_scale * log2e if softcap is None else 2 * logit_scale * log2e / softcap
-    slope = 0.0 if softcap is None else -2 * softcap * log2e
-    head = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
+    scale, cap = exponents(softcap, logit_scale, kind)
+    head = {"PAIR": MODELS == 2, "HAS_BIAS": bias is not None}
     order, count = kept_rows(labels != ignore_index)
     with on_device(x):
         for first in range(0, N, slab):
@@ -301,19 +305,19 @@ def hidden_stats(
                 x, w, history_x, history_w, bias, labels, order, count, out, history_out, index, stats,
                 first, V, D, history_D,
                 *(t.stride(0) for t in (x, w, history_x, history_w, out, history_out)), *stats.stride()[:2],
-                logit_scale, softcap or 1.0, PAIR=MODELS == 2, **head, TARGET=not entropy,
+                logit_scale, softcap or 1.0, **head, HAS_SOFTCAP=softcap is not None, TARGET=not entropy,
                 BLOCK=128 if interpreting() else 1024, num_warps=4,
             )  # fmt: skip
             _hidden_stats_kernel[(row_tiles * splits,)](
                 sources[0], heads[0], sources[1], heads[1], bias, index, count, sums,
                 first, slab, V, D, history_D, share, splits,
                 out.stride(0), w.stride(0), history_out.stride(0), history_w.stride(0), sums.stride(0),
-                scale, slope, PAIR=MODELS == 2, **head, MOMENTS=entropy, SPECIALIZE=specialize, **tile.constants(),
+                scale, cap, **head, SOFTCAP=kind, MOMENTS=entropy, SPECIALIZE=specialize, **tile.constants(),
             )  # fmt: skip
             _merge_shares_kernel[(triton.cdiv(slab, 32), MODELS)](
                 sums, order, count, stats,
                 first, slab, shares,
                 sums.stride(0), *stats.stride()[:2],
-                -slope / 2, MOMENTS=entropy, ROWS=32, SHARES=16, num_warps=4,
+                cap if kind == "small" else 0.0, MOMENTS=entropy, ROWS=32, SHARES=16, num_warps=4,
             )  # fmt: skip
     return stats

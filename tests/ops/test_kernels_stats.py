@@ -124,6 +124,28 @@ def test_the_label_s_logit_is_the_largest_where_it_is():
     assert torch.equal(stats.correct, labels != -100)
 
 
+@pytest.mark.parametrize("softcap", [32.0, 33.0, 1e4, 1e9])
+def test_a_softcap_of_any_size(softcap):
+    """A large one hardly bends the logits, and its rounding must not grow with it."""
+    hidden, weight, labels, bias = make()
+    options = {"bias": bias, "softcap": softcap}
+    exact, eager = (truth(hidden, weight, labels, **options, dtype=d) for d in (torch.float64, torch.float32))
+    for entropy in (False, True):
+        stats = token_stats(hidden, weight, labels, **options, entropy=entropy, impl="fused")
+        assert_within_budget(stats, exact, eager, labels, FIELDS if entropy else FIELDS[:3])
+
+
+def test_an_infinite_hidden_state_meets_no_column_that_is_not_there():
+    """Under a softcap its logits are numbers; past the vocabulary it would multiply zeros."""
+    hidden, weight, labels, bias = make(V=150)
+    hidden[3, 5] = torch.inf
+    weight[:, 5] = weight[:, 5].abs() + 0.1
+    labels[3] = 7
+    stats = token_stats(hidden, weight, labels, bias=bias, softcap=5.0, impl="fused")
+    exact = truth(hidden, weight, labels, bias, softcap=5.0, dtype=torch.float64)
+    torch.testing.assert_close(stats.lse[3].double(), exact["lse"][3], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("low", [-1e30, -torch.inf])
 @pytest.mark.parametrize("where", ["first", "last", "a share"])
 def test_tokens_that_are_forbidden_leave_the_others_moments(low, where):
@@ -242,7 +264,9 @@ def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options, frozen", [({}, True), ({"softcap": 6.0, "logit_scale": 0.7}, False)], ids=["head frozen", "head trained"]
+    "options, frozen",
+    [({}, True), ({"softcap": 6.0, "logit_scale": 0.7}, False), ({"softcap": 1e9}, False)],
+    ids=["head frozen", "head trained", "large softcap"],
 )
 def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monkeypatch):
     monkeypatch.setattr(tokensel.ops.chunked, "WORKSPACE_MIB", 0.0023)  # blocks of nine rows
@@ -267,6 +291,19 @@ def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monk
 
 
 # Statistics from logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_logits_there_are(dtype):
+    logits = torch.full((2, 40), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
+    logits[1, 3] = 0.0
+    labels = torch.tensor([5, 3], device=DEVICE)
+    stats, _ = token_stats_from_logits(logits, labels, entropy=True, impl="fused")
+    expected, _ = token_stats_from_logits(logits, labels, entropy=True, impl="reference")
+    for name in FIELDS:
+        ours, truly = getattr(stats, name)[1:], getattr(expected, name)[1:]
+        torch.testing.assert_close(ours, truly, atol=1e-6, rtol=1e-6)
+    assert torch.equal(stats.nll[0], expected.nll[0]) and stats.correct.all() and stats.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -137,6 +137,7 @@ def test_attention_tiles_are_those_that_rows_see():
     # 16 queries of one head, 4 keys a tile; the first 4 keys are prompt: rows 4..15 see 1 prompt tile, the rest theirs
     assert clocks.attention_tiles(16, 1, 4, 4, only_prompt=False) == (3, 0 + 1 + 2, 3)
     assert clocks.attention_tiles(16, 1, 4, 4, only_prompt=True) == (3, 0, 0)
+    assert clocks.attention_tiles(20, 1, 4, 4, only_prompt=False) == (4, 3, 7)  # the prompt ends inside a tile
     prompt, other, mixed = clocks.attention_tiles(8192, 4, 128, 128, only_prompt=False)
     rows = 6144 * 4 // 128
     assert prompt == rows * 16 and mixed == rows and other == sum((2048 + 32 * r) // 128 - 16 for r in range(rows))

@@ -72,13 +72,15 @@ def prompt_attention_mass_varlen(
     start = torch.minimum(cu_seqlens.long()[document.clamp(min=0)].clamp(min=0), position)
     turn = None if turn_ids is None else run_start(turn_ids[None], position[None])
     query_mask = ~prompt_mask if query_mask is None else query_mask
-    masks = (prompt_mask[None], query_mask[None], None)  # no padding
+    asked = query_mask[None]
     documents = (start[None], turn)
     log_all = None if lse is None else lse[None]
     heads = (q.transpose(0, 1)[None], k.transpose(0, 1)[None])  # views [1, H, T, d]
     scale = d**-0.5 if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):  # or it would round what is float32 on purpose
-        return compute_mass(*heads, *masks, *documents, log_all, scale, softcap, window, sinks, impl)[0]
+        return compute_mass(
+            *heads, prompt_mask[None], asked, None, *documents, log_all, scale, softcap, window, sinks, impl
+        )[0]
 
 
 def _check_borders(cu_seqlens: Tensor, tokens: int) -> None:
