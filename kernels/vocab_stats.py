@@ -122,7 +122,7 @@ def _sweep_vocabulary(
             product = multiply(a, b.T, product, PRECISION)
         u = log2_logits(product, bias_ptr, column, V, scale, cap, HAS_BIAS, SOFTCAP, COLUMNS)
         if MOMENTS:  # from the tile itself, so that the label's logit can be told to be the largest
-            hit = tl.arange(0, COLUMNS)[None, :] == (label - column)[:, None]
+            hit = (column + tl.arange(0, COLUMNS))[None, :] == label[:, None]
             target += tl.sum(tl.where(hit, u, 0.0), 1)
         if SPECIALIZE:  # its warps hand nothing on from tile to tile, so that each has sums of its own
             top = tl.full([ROWS], -float("inf"), tl.float32)
