@@ -282,8 +282,9 @@ def hidden_stats(
     plain = softcap is None and not entropy
     tile = product_tile(x, "stats" if plain else "full_stats", w, history_w)
     kind = softcap_kind(softcap)
-    if kind == "large":  # whose tanh takes registers
-        tile = dataclasses.replace(tile, columns=tile.columns // 2)
+    # tanh takes registers; so do a ragged vocabulary's masks where a thread has a whole row
+    if kind == "large" or (tile.specialize and V % 16):
+        tile = dataclasses.replace(tile, columns=tile.columns // 2, specialize=False)
     slab = _slab_rows(N, tile)
     row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
     share = vocabulary_share(row_tiles, column_tiles, tile.processors) * tile.columns

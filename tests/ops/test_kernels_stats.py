@@ -329,7 +329,7 @@ def test_statistics_from_logits_of_one_and_two_models(dtype, entropy):
 
 def test_warps_of_their_own_give_the_same(monkeypatch):
     """A tile's sums are then a share of their own, of which there may be more than programs."""
-    hidden, weight, labels, bias = make(V=700, dtype=torch.bfloat16)
+    hidden, weight, labels, bias = make(V=720, dtype=torch.bfloat16)
     expected = token_stats(hidden, weight, labels, bias=bias, softcap=9.0, impl="fused")
     tile = tiles.ProductTile(16, 64, 32, 4, 1, precision="widened", specialize=True)
     if DEVICE == "cpu":
