@@ -15,7 +15,7 @@ newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
+.PHONY: help quickstart test test-all test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,13 +24,16 @@ quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show wh
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/.installed  ## run the tests (CPU, six minutes on two cores)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not chips"
 
 test-all: test  ## and those that are slow and rarely break
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
+test-chips: .venv/.installed  ## compile every kernel for four chips: after a change of kernels or tiles (3 min)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m chips
+
 coverage: .venv/.installed  ## run all tests and print what they cover
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not chips" --cov --cov-report=term:skip-covered
 
 test-portable: .venv/.installed  ## run the numeric tests as an old machine and another user would, on one thread and two
 	tools/test_portable.sh 1

@@ -118,6 +118,22 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         part = (labels[:1024], coefficient[:1024], lse[:1024])
         head["bias"] = None if b is None else b[:8192]
         yield _Call(name, functools.partial(write_block_gradient, z, *part, dz, first_column=0, **head))
+    position = tensor(1, N, like=torch.int64)
+    sinks = tensor(shape.heads, like=torch.float32)
+    all_lse = tensor(1, shape.heads, N, like=torch.float32)
+    group = shape.heads // shape.key_heads
+    plain = {"key_mask": None, "low": None, "prompt_end": None, "window": None, "softcap": None, "sinks": None}
+    options = {"key_mask": position > 0, "low": position, "prompt_end": position, "window": 4096}
+    options |= {"softcap": 50.0, "sinks": sinks}
+    sizes = HEAD_SIZES if half and every else (64, 128, 256) if half else (128,)
+    for d in sizes:
+        q, k = tensor(1, shape.heads, N, d), tensor(1, shape.key_heads, N, d)
+        mass = functools.partial(attention_mass, q, k, position > 0, position > 0, scale=0.1)
+        for given in (None, all_lse):
+            name = f"head size {d}, group {group}" + ", lse given" * (given is not None)
+            yield _Call(name, functools.partial(mass, lse=given, **plain))
+            if d == 128:
+                yield _Call(f"{name}, all options", functools.partial(mass, lse=given, **options))
     if half:  # rows that begin between two multiples of 16 bytes: no descriptor can read them
         x, w = tensor(N, D - 4), tensor(V, D - 4)
         head = {"bias": None, "softcap": None, "logit_scale": 1.0}
@@ -138,22 +154,6 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         part = (x, w, labels, coefficient, lse)
         ragged = functools.partial(selected_gradients, *part, bias=None, want=(True, True, False), **head)
         yield _Call("ragged vocabulary", ragged)
-    position = tensor(1, N, like=torch.int64)
-    sinks = tensor(shape.heads, like=torch.float32)
-    all_lse = tensor(1, shape.heads, N, like=torch.float32)
-    group = shape.heads // shape.key_heads
-    plain = {"key_mask": None, "low": None, "prompt_end": None, "window": None, "softcap": None, "sinks": None}
-    options = {"key_mask": position > 0, "low": position, "prompt_end": position, "window": 4096}
-    options |= {"softcap": 50.0, "sinks": sinks}
-    sizes = HEAD_SIZES if half and every else (64, 128, 256) if half else (128,)
-    for d in sizes:
-        q, k = tensor(1, shape.heads, N, d), tensor(1, shape.key_heads, N, d)
-        mass = functools.partial(attention_mass, q, k, position > 0, position > 0, scale=0.1)
-        for given in (None, all_lse):
-            name = f"head size {d}, group {group}" + ", lse given" * (given is not None)
-            yield _Call(name, functools.partial(mass, lse=given, **plain))
-            if d == 128:
-                yield _Call(f"{name}, all options", functools.partial(mass, lse=given, **options))
 
 
 def _cut(launch: Launch) -> str:
@@ -277,7 +277,8 @@ def _compile_calls(arch: str, shape: str, sizes: Shape, every: bool) -> Iterator
                 if arch == "sm_90" and element == "bf16" and call.options not in UNUSUAL:
                     alike = [other for other in launches if other.kernel is launch.kernel]
                     estimate = _estimate(alike, code, sizes) if launch is alike[0] else None
-                yield _row(launch, call, code, arch, element, shape, estimate)
+                again = any(other.kernel is launch.kernel for other in launches[: launches.index(launch)])
+                yield _row(launch, call, code, arch, element, shape, estimate, again)
 
 
 def _compile(launch: Launch, arch: str) -> object:
@@ -291,7 +292,14 @@ def _compile(launch: Launch, arch: str) -> object:
 
 
 def _row(
-    launch: Launch, call: _Call, code: _Code, arch: str, element: str, shape: str, estimate: clocks.Estimate | None
+    launch: Launch,
+    call: _Call,
+    code: _Code,
+    arch: str,
+    element: str,
+    shape: str,
+    estimate: clocks.Estimate | None,
+    again: bool,
 ) -> CompiledKernel:
     main = max(code.loops, key=lambda loop: loop.step.get("tensor", 0), default=None)
     pipes = {"step": main.step, "around": main.around} if main else {"around": by_pipe(code.code)}
@@ -299,7 +307,7 @@ def _row(
         pipes["step"] = loop
     return CompiledKernel(
         kernel=launch.name,
-        case=", ".join(part for part in (_cut(launch), call.options) if part),
+        case=", ".join(part for part in (_cut(launch), call.options, "last block" * again) if part),
         arch=arch,
         element=element,
         shape=shape,

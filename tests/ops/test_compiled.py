@@ -19,18 +19,23 @@ PRODUCTS = {"hidden_stats", "logits_gradient", "hidden_gradient", "head_gradient
 MATRIX = {"sm_80": "MMA", "sm_90": "WGMMA", "sm_100": "tcgen05", "gfx942": "MFMA"}
 
 
-OTHERS = {"sm_90": ("Qwen2.5-7B", "Gemma-2-2B")}  # whose head is compiled, too: most of it is what a Llama's is
+# sm_90 up to what is unusual, with other models, whose head is compiled, too; everything for every chip elsewhere
 SCRIPT = """
 import dataclasses, itertools, json, sys
 from tokensel_kernels.compiled import compile_all
 
-arch, *others = sys.argv[1:]
-rows = list(compile_all(arch))
+arch, whole, *others = sys.argv[1:]
+rows = itertools.takewhile(lambda kernel: whole == "True" or "unaligned" not in kernel.case, compile_all(arch))
+rows = list(rows)
 for shape in others:
     rows += itertools.takewhile(lambda kernel: kernel.kernel != "key_tiles", compile_all(arch, shape))
 print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
-CHIPS = [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.slow) for arch in ARCHITECTURES]
+CHIPS = [("sm_90", False)]
+CHIPS += [
+    pytest.param((arch, True), marks=[pytest.mark.chips, pytest.mark.xdist_group(arch)], id=arch)
+    for arch in ARCHITECTURES
+]
 
 
 def compiled_in_a_process(*command):
@@ -39,11 +44,13 @@ def compiled_in_a_process(*command):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture(scope="module", params=CHIPS)
+@pytest.fixture(scope="module", params=CHIPS, ids=str)
 def everything(request):
-    done = compiled_in_a_process("-c", SCRIPT, request.param, *OTHERS.get(request.param, ()))
+    """(chip, rows of all models)"""
+    arch, whole = request.param
+    done = compiled_in_a_process("-c", SCRIPT, arch, str(whole), *([] if whole else ["Qwen2.5-7B", "Gemma-2-2B"]))
     assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+    return arch, json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def reports(everything):
 def test_no_kernel_spills_or_takes_more_than_the_chip_has(reports):
     arch, found = reports
     assert {r["arch"] for r in found} == {arch}
-    assert len({(r["kernel"], r["case"], r["element"]) for r in found}) == len(found) > 60
+    assert len({(r["kernel"], r["case"], r["element"]) for r in found}) == len(found) > 50
     for report in found:
         where = f"{report['kernel']} ({report['case']}, {report['element']})"
         assert report["spilled"] == 0, where
@@ -129,7 +136,8 @@ def test_the_machine_code_of_a_hopper_gpu_keeps_what_was_reached(everything):
         assert all(r["estimate"] is None for r in found)
         return
     for shape, highest in {"Llama-3.1-8B": LLAMA, "Qwen2.5-7B": QWEN, "Gemma-2-2B": GEMMA}.items():
-        assert_estimates([r for r in found if r["shape"] == shape], highest)
+        if rows := [r for r in found if r["shape"] == shape]:
+            assert_estimates(rows, highest)
     backward = [r["ratio_high"] for r in found if r["kernel"] in ("logits_gradient", "hidden_gradient", "head_gradient")
                 and r["shape"] == "Llama-3.1-8B" and r["ratio_high"] and "," not in r["case"]]  # fmt: skip
     assert len(backward) == 3 and sum(backward) / 3 <= 1.10
@@ -145,7 +153,8 @@ def test_what_the_docs_and_auto_read_is_what_is_compiled(everything):
     written = json.loads(ESTIMATES.read_text()).get(arch)
     if written is None or written["triton"] != triton.__version__:
         pytest.skip(f"no estimates of {arch} by Triton {triton.__version__} are written down")
-    for shape, rows in written["shapes"].items():
+    shapes = {r["shape"] for r in found}
+    for shape, rows in ((s, r) for s, r in written["shapes"].items() if s in shapes):
         now = {(r["kernel"], r["case"]): [round(r["ratio_low"], 3), round(r["ratio_high"], 3)]
                for r in found if r["shape"] == shape and r["estimate"]}  # fmt: skip
         then = {(r["kernel"], r["case"]): [r["low"], r["high"]] for r in rows}

@@ -23,7 +23,12 @@ def custom_operator(name: str, schema: str, fake: Callable[..., R]) -> Callable[
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        operator = torch.library.custom_op(f"tokensel::{name}", function, mutates_args=(), schema=schema)
+        def separate(*args: P.args, **kwargs: P.kwargs) -> object:
+            """An operator's results may not be views of one tensor."""
+            result = function(*args, **kwargs)
+            return [t.clone() for t in result] if isinstance(result, list) else result
+
+        operator = torch.library.custom_op(f"tokensel::{name}", separate, mutates_args=(), schema=schema)
         operator.register_fake(fake)
 
         @functools.wraps(function)
