@@ -23,7 +23,7 @@ help:  ## list the targets
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/.installed  ## run the tests (CPU, six minutes on two cores)
+test: .venv/.installed  ## run the tests (CPU, eight minutes on two cores)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not chips"
 
 test-all: test  ## and those that are slow and rarely break
