@@ -148,10 +148,14 @@ def test_an_infinite_hidden_state_meets_no_column_that_is_not_there():
 
 @pytest.mark.parametrize("low", [-1e30, -torch.inf])
 @pytest.mark.parametrize("where", ["first", "last", "a share"])
-def test_tokens_that_are_forbidden_leave_the_others_moments(low, where):
+@pytest.mark.parametrize("processors", [1, 100], ids=["one share", "many shares"])
+def test_tokens_that_are_forbidden_leave_the_others_moments(low, where, processors, monkeypatch):
     """A bias that forbids part of the vocabulary: its square is no number, and no likelihood is left of it."""
+    tile = tiles.ProductTile(16, 64, 16, 4, 1, precision="widened", processors=processors)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tokensel_kernels.vocab_stats, "product_tile", lambda *a: tile)
     hidden, weight, labels, bias = make(V=300)
-    forbidden = {"first": slice(0, 40), "last": slice(260, 300), "a share": slice(64, 192)}[where]
+    forbidden = {"first": slice(0, 70), "last": slice(260, 300), "a share": slice(64, 192)}[where]
     bias[forbidden] = low
     allowed = torch.ones(300, dtype=torch.bool, device=DEVICE)
     allowed[forbidden] = False
