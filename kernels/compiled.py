@@ -143,7 +143,7 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         )
         part = (x, w, labels, coefficient, lse)
         yield _Call("unaligned", functools.partial(selected_gradients, *part, want=(True, True, False), **head))
-    if half:  # its last block is no whole tile, and no size of it a multiple of 16
+        # a vocabulary whose last block is no whole tile, and no size of it a multiple of 16
         x, w = tensor(N, D), tensor(V + 1, D)
         head = {"softcap": None, "logit_scale": 1.0}
         pair = [(x, w)] * 2
@@ -273,12 +273,11 @@ def _compile_calls(arch: str, shape: str, sizes: Shape, every: bool) -> Iterator
                 if id(compiled) not in _CODE:
                     _CODE[id(compiled)] = compiled, _take_apart(compiled)
                 code = _CODE[id(compiled)][1]
-                estimate = None
-                if arch == "sm_90" and element == "bf16" and call.options not in UNUSUAL:
-                    alike = [other for other in launches if other.kernel is launch.kernel]
-                    estimate = _estimate(alike, code, sizes) if launch is alike[0] else None
-                again = any(other.kernel is launch.kernel for other in launches[: launches.index(launch)])
-                yield _row(launch, call, code, arch, element, shape, estimate, again)
+                alike = [other for other in launches if other.kernel is launch.kernel]
+                first = launch is alike[0]
+                estimated = first and arch == "sm_90" and element == "bf16" and call.options not in UNUSUAL
+                estimate = _estimate(alike, code, sizes) if estimated else None
+                yield _row(launch, call, code, arch, element, shape, estimate, again=not first)
 
 
 def _compile(launch: Launch, arch: str) -> object:
