@@ -6,7 +6,13 @@ Where noise was planted, how much of it a method keeps can be counted instead of
 
 from __future__ import annotations
 
+import inspect
 import random
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -24,6 +30,25 @@ _BOILERPLATE = (
     "Thank you for reaching out today; we hope that this reply has been of great value to you.",
     "For more information, kindly visit our help pages or contact the friendly support team.",
 )
+# Modules of every Python's standard library whose import does nothing else.
+_MODULES = """abc argparse array ast asyncio base64 bdb binascii bisect builtins calendar cmath cmd code codecs codeop
+collections collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg csv
+dataclasses datetime decimal difflib dis doctest email email.charset email.feedparser email.generator email.header
+email.headerregistry email.message email.parser email.policy email.utils enum errno filecmp fileinput fnmatch fractions
+ftplib functools gc getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http.client
+http.cookiejar http.cookies http.server imaplib importlib importlib.abc importlib.machinery importlib.metadata
+importlib.resources importlib.util io ipaddress itertools json json.decoder json.encoder keyword linecache locale
+logging logging.config logging.handlers mailbox marshal math mimetypes modulefinder multiprocessing
+multiprocessing.managers multiprocessing.pool netrc numbers operator optparse os os.path pathlib pdb pickle pickletools
+pkgutil platform plistlib poplib pprint profile pstats py_compile pyclbr pydoc queue quopri random re reprlib
+rlcompleter runpy sched secrets select selectors shelve shlex shutil signal smtplib socket socketserver stat statistics
+string stringprep struct subprocess symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit
+tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.case unittest.loader unittest.mock
+unittest.result unittest.runner unittest.suite urllib.error urllib.parse urllib.request urllib.response
+urllib.robotparser uuid venv warnings weakref webbrowser wsgiref.handlers wsgiref.headers wsgiref.simple_server
+wsgiref.util xml.dom xml.dom.minidom xml.etree.ElementTree xml.sax xml.sax.handler xml.sax.saxutils xmlrpc.client
+xmlrpc.server zipapp zipfile zipimport zlib zoneinfo""".split()
+_WORDS = range(8, 91)  # of an answer
 
 
 def make_rows(n: int, seed: int) -> list[dict]:
@@ -78,6 +103,65 @@ def _conversion(rng: random.Random) -> tuple[str, str]:
         f"There are {factor} {small} in one of the {unit}. {n} times {factor} is {n * factor}. "
         f"So {n} {unit} are {n * factor} {small}.",
     )
+
+
+def docstring_rows(seed: int = 0) -> list[dict]:
+    """Real English that comes with every Python: {"messages": [question, answer]}, some 2,500 rows, shuffled.
+
+    A row asks what a module, class, function or method of the standard library is or does. Its answer is the prose at
+    the start of the docstring, 8 to 90 words of ASCII, none twice. Another release of Python gives other rows.
+
+    Raises:
+        ValueError: Python runs with -OO, which strips docstrings.
+    """
+    rows, answers = [], set()
+    for name in _MODULES:
+        for question, docstring in _questions(name, import_module(name)):
+            answer = _first_prose(docstring)
+            begins_well = answer[:1].isupper()  # not with a signature
+            if begins_well and answer.isascii() and len(answer.split()) in _WORDS and answer not in answers:
+                answers.add(answer)
+                turns = {"user": question, "assistant": answer}
+                rows.append({"messages": [{"role": role, "content": text} for role, text in turns.items()]})
+    if not rows:
+        raise ValueError("the standard library has no docstrings under `python -OO`; run Python without -OO")
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _questions(name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """What can be asked of a module and what is public in it, each with its docstring."""
+    yield f"What is the module `{name}` for?", module.__doc__
+    members = vars(module)
+    for key in sorted(getattr(module, "__all__", members)):
+        value, path = members.get(key), f"{name}.{key}".removeprefix("builtins.")
+        if key.startswith("_") or not hasattr(module, "__all__") and getattr(value, "__module__", name) != name:
+            continue
+        if inspect.isclass(value):
+            yield f"What is the class `{path}`?", value.__doc__
+            for inner, method in sorted(vars(value).items()):
+                method = getattr(method, "__func__", method)  # of a classmethod or staticmethod
+                if inspect.isroutine(method) and not inner.startswith("_") and _is_pythons(method):
+                    yield f"What does `{path}.{inner}` do?", method.__doc__
+        elif inspect.isroutine(value) and _is_pythons(value):
+            yield f"What does `{path}` do?", value.__doc__
+
+
+def _is_pythons(function: Any) -> bool:
+    """Whether a function is the standard library's own, and not put there by another library, as some do."""
+    return (getattr(function, "__module__", None) or "builtins").split(".")[0] in sys.stdlib_module_names
+
+
+def _first_prose(docstring: Any) -> str:
+    """The paragraphs that a docstring begins with, up to the first list, example or table, as one line."""
+    prose: list[str] = []
+    for paragraph in inspect.cleandoc(docstring).split("\n\n") if isinstance(docstring, str) else ():
+        lines, words = paragraph.splitlines(), paragraph.split()
+        unlike_prose = any(line.startswith((" ", ">>>", "-", "*", "=", ".. ", ":")) for line in lines)
+        if unlike_prose or paragraph.rstrip().endswith(":") or len(prose) + len(words) >= _WORDS.stop:
+            break
+        prose += words
+    return " ".join(prose)
 
 
 def make_tokenizer(rows: list[dict], vocab_size: int = 1024) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tokensel.testing import NOISE_KINDS, make_model, make_rows, make_tokenizer, plant_noise
+from tokensel.testing import NOISE_KINDS, docstring_rows, make_model, make_rows, make_tokenizer, plant_noise
 
 ROWS = make_rows(60, seed=3)
 TOKENIZER = make_tokenizer(ROWS, vocab_size=600)
@@ -203,3 +203,28 @@ def test_an_unknown_kind_and_a_share_outside_0_to_1_are_errors():
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"share must be in \[0, 1\]; got {share}"):
             plant("random", share)
+
+
+# Docstrings
+
+
+def test_docstrings_make_hundreds_of_different_questions_with_answers_in_prose():
+    rows = docstring_rows()
+    assert len(rows) >= 1500
+    questions, answers = zip(*[[message["content"] for message in row["messages"]] for row in rows], strict=True)
+    assert all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in rows)
+    assert len(set(questions)) == len(set(answers)) == len(rows)
+    for question, answer in zip(questions, answers, strict=True):
+        assert re.fullmatch(r"What (does `[\w.]+` do|is the (class|module) `[\w.]+`( for)?)\?", question)
+        assert answer.isascii() and 8 <= len(answer.split()) <= 90 and "\n" not in answer and ">>>" not in answer
+        assert not answer.endswith(":")
+    known = dict(zip(questions, answers, strict=True))
+    assert known["What does `textwrap.dedent` do?"].startswith("Remove any common leading whitespace from every line")
+    assert known["What is the class `fractions.Fraction`?"].startswith("This class implements rational numbers.")
+
+
+def test_docstrings_are_shuffled_by_their_seed_alone():
+    first, again, other = docstring_rows(1), docstring_rows(1), docstring_rows(2)
+    assert first == again != other
+    by_question = sorted(first, key=str)
+    assert by_question == sorted(other, key=str) != first
