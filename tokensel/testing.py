@@ -1,5 +1,5 @@
 """Instruction data whose noise is known token by token, a tokenizer, a small model and a trainer that counts what it
-kept of the noise: all made here, seeded.
+kept of the noise: all made here, seeded. Real ones are `docstring_rows` and `pretrained`.
 
 Where noise was planted, how much of it a method keeps can be counted instead of guessed.
 """
@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tokensel.pretrained import pretrained as pretrained
 from tokensel.trainer import SelectiveTrainer
 
 NOISE_KINDS = ("none", "boilerplate", "random", "mixed", "swapped")
@@ -25,7 +26,7 @@ RANDOM_SHARE = 0.3  # of the response tokens of a row with random noise
 
 _NAMES = "Ada Ben Chloe Dario Elif Farah Goran Hana Ivo Jun Kofi Lena Mara Nils Oya Pia Ravi Sora Tom Uma".split()
 _THINGS = "apples pencils stamps marbles ribbons candles postcards buttons lemons shells coins seeds".split()
-_BOILERPLATE = (
+BOILERPLATE = (
     "As always, please remember to check every detail with a qualified expert before you act on it.",
     "Thank you for reaching out today; we hope that this reply has been of great value to you.",
     "For more information, kindly visit our help pages or contact the friendly support team.",
@@ -176,7 +177,7 @@ def make_tokenizer(rows: list[dict], vocab_size: int = 1024) -> PreTrainedTokeni
         show_progress=False,
     )
     # the boilerplate too, so that a planted sentence is as many tokens as any other
-    texts = [row["prompt"] + row["completion"] for row in rows] + list(_BOILERPLATE)
+    texts = [row["prompt"] + row["completion"] for row in rows] + list(BOILERPLATE)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -218,7 +219,7 @@ def plant_noise(
     """Encodes rows and plants noise in their responses.
 
     Args:
-        rows: as `make_rows` makes them.
+        rows: as `make_rows` makes them, or chats, as `docstring_rows` makes them: the response is their last answer.
         kind: "boilerplate" puts one of three fixed sentences between two sentences of the response, "random" replaces
             30 % of the response tokens by uniformly drawn ones (never special), "mixed" does both, "swapped" gives the
             row another row's whole response, "none" does nothing.
@@ -227,43 +228,59 @@ def plant_noise(
     Returns:
         Rows of `input_ids`, `labels` (-100 on the prompt) and `noise` (1 on planted tokens), lists of one length.
     Raises:
-        ValueError: an unknown kind, or a share outside [0, 1].
+        ValueError: an unknown kind, a share outside [0, 1], or a chat whose template does not write its last answer
+            behind the generation prompt as it is given.
     """
     if kind not in NOISE_KINDS:
         raise ValueError(f"kind must be one of {', '.join(NOISE_KINDS)}; got {kind!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1]; got {share}")
     rng = random.Random(seed)
-    planted = []
-    for number, row in enumerate(rows):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        pieces = [(row["completion"], 0)]
+    specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = sorted({*range(len(tokenizer))} - specials - {*tokenizer.all_special_ids})
+    planted, parts = [], [_parts(row, tokenizer) for row in rows]
+    for number, (prompt, completion, end) in enumerate(parts):
+        pieces = [(completion, 0)]
         if kind in ("boilerplate", "mixed") and rng.random() < share:
-            sentences = row["completion"].split(". ")
+            sentences = completion.split(". ")
             cut = len(". ".join(sentences[: rng.randint(1, max(1, len(sentences) - 1))])) + 1
-            sentence = " " + rng.choice(_BOILERPLATE)
-            pieces = [(row["completion"][:cut], 0), (sentence, 1), (row["completion"][cut:], 0)]
+            sentence = " " + rng.choice(BOILERPLATE)
+            pieces = [(completion[:cut], 0), (sentence, 1), (completion[cut:], 0)]
         if kind == "swapped" and rng.random() < share:
             other = (number + rng.randrange(1, len(rows))) % len(rows)
-            pieces = [(rows[other]["completion"], 1)]
+            pieces = [(parts[other][1], 1)]
         response, noise = [], []
         for text, is_noise in pieces:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             response += ids
             noise += [is_noise] * len(ids)
         if kind in ("random", "mixed") and rng.random() < share:
-            specials = len(tokenizer.all_special_ids)
             for place in rng.sample(range(len(response)), round(RANDOM_SHARE * len(response))):
-                response[place], noise[place] = rng.randrange(specials, len(tokenizer)), 1
-        response.append(tokenizer.eos_token_id)
+                response[place], noise[place] = rng.choice(words), 1
         planted.append(
             {
-                "input_ids": prompt + response,
-                "labels": [-100] * len(prompt) + response,
-                "noise": [0] * len(prompt) + noise + [0],
+                "input_ids": prompt + response + end,
+                "labels": [-100] * len(prompt) + response + end[:1] + [-100] * len(end[1:]),
+                "noise": [0] * len(prompt) + noise + [0] * len(end),
             }
         )
     return planted
+
+
+def _parts(row: dict, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str, list[int]]:
+    """Token ids of the prompt, the response's text, and the token ids that end it, the first of which is trained."""
+    if "messages" not in row:
+        return tokenizer(row["prompt"])["input_ids"], row["completion"], [tokenizer.eos_token_id]
+    *before, answer = row["messages"]
+    prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+    text, opened = str(tokenizer.apply_chat_template(row["messages"], tokenize=False)), prompt + answer["content"]
+    if answer["role"] != "assistant" or not text.startswith(opened):
+        raise ValueError(
+            "a chat must end with an assistant's answer that the chat template writes behind its generation prompt as "
+            f"it is; got {text!r}"
+        )
+    start, end = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text[len(opened) :]))
+    return start, answer["content"], end
 
 
 class PlantedNoiseTrainer(SelectiveTrainer):

@@ -53,7 +53,7 @@ FLOORS = [
     "data",
     "arguments metrics settings",
     "report.watch choose_history checkpoint",
-    "trainer",
+    "trainer pretrained",
     "sft testing",
     "loading",
     "ranking",

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from tokensel.data import encode_rows
 from tokensel.testing import NOISE_KINDS, docstring_rows, make_model, make_rows, make_tokenizer, plant_noise
 
 ROWS = make_rows(60, seed=3)
@@ -18,6 +19,10 @@ SENTENCES = (
 
 def plant(kind, share=1.0, seed=0, rows=ROWS):
     return plant_noise(rows, TOKENIZER, kind=kind, share=share, seed=seed)
+
+
+def as_chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def clean_ids(row):
@@ -203,6 +208,41 @@ def test_an_unknown_kind_and_a_share_outside_0_to_1_are_errors():
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"share must be in \[0, 1\]; got {share}"):
             plant("random", share)
+
+
+def test_a_chat_without_noise_is_as_encode_rows_has_it_and_with_noise_its_answer_alone_changes():
+    tokenizer = make_tokenizer(ROWS, vocab_size=600)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    chats = [as_chat(row["prompt"], row["completion"]) for row in ROWS]
+    encoded, _ = encode_rows(chats, tokenizer, max_length=512)
+    clean = plant_noise(chats, tokenizer, kind="none", share=0, seed=0)
+    assert [row["input_ids"] for row in clean] == encoded["input_ids"]
+    assert [row["labels"] for row in clean] == encoded["labels"]
+    noisy = plant_noise(chats, tokenizer, kind="random", share=1, seed=0)
+    specials = tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"])
+    for row, before in zip(noisy, clean, strict=True):
+        changed = [a != b for a, b in zip(row["input_ids"], before["input_ids"], strict=True)]
+        response = sum(label != -100 for label in row["labels"]) - 1  # without <|end|>
+        assert sum(row["noise"]) == round(0.3 * response) and len(row["noise"]) == len(row["input_ids"])
+        assert all(n or not c for c, n in zip(changed, row["noise"], strict=True))
+        planted = [token for token, n in zip(row["input_ids"], row["noise"], strict=True) if n]
+        assert not set(planted) & set(specials)
+        assert all(label != -100 for label, n in zip(row["labels"], row["noise"], strict=True) if n)
+
+
+def test_a_chat_that_ends_otherwise_than_with_its_answer_is_an_error():
+    tokenizer = make_tokenizer(ROWS, vocab_size=600)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match="a chat must end with an assistant's answer"):
+        plant_noise([as_chat("sort", "it")], tokenizer, kind="none", share=0, seed=0)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="a chat must end with an assistant's answer"):
+        chat = [{"role": "assistant", "content": "sort"}, {"role": "user", "content": "it"}]
+        plant_noise([{"messages": chat}], tokenizer, kind="none", share=0, seed=0)
 
 
 # Docstrings
