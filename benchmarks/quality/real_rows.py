@@ -1,0 +1,223 @@
+"""The rows that pretrained models are fine-tuned on, by kind: which of their tokens are noise is known.
+
+Problems with worked answers come from two public files of OpenAI's `grade-school-math` repository, documentation from
+the standard library's docstrings, and what the model would have said itself from the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tokensel.data import encode_rows, load_rows
+from tokensel.documents import IGNORE_INDEX
+from tokensel.testing import BOILERPLATE, RANDOM_SHARE, docstring_rows
+
+HELD_OUT = 40  # clean rows, the same for every seed
+LONGEST = {"problems": 144, "solutions": 224, "docs": 112, "own": 144}  # tokens of a row
+REFUSALS = (
+    "I am sorry, but I am not able to help with this request. Please try to ask something else.",
+    "That is a great question! There are many ways to look at it, and the best one depends on what you need.",
+    "As a language model I cannot be sure about this. Please consult a professional before you rely on it.",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of {"input_ids", "labels"}, those that are trained with "noise", 1 on tokens that are noise."""
+
+    train: list[dict]
+    reference: list[dict]  # clean rows of the same source, for a clean reference; in no other part
+    held_out: list[dict]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is planted into which source of rows."""
+
+    source: str  # of `Sources`
+    plant: Callable[[list[dict], random.Random, object], list[dict]] = lambda rows, rng, tokenizer: rows
+    rows: int = 160  # trained, in one epoch, times the study's scale
+    batch: int = 4
+
+
+@dataclass
+class Sources:
+    """Encoded rows by source, each made when it is first asked for.
+
+    Attributes:
+        tokenizer: with a chat template.
+        problems: JSONL of {"question", "answer"}. solutions: JSONL of {"question", "model_answer", "is_correct"}.
+        write: list of questions -> the model's own answers, as messages.
+    """
+
+    tokenizer: object
+    problems: Path
+    solutions: Path
+    write: Callable[[list[str]], list[str]]
+    _made: dict[str, list[dict]] = field(default_factory=dict)
+
+    def rows(self, source: str) -> list[dict]:
+        if source not in self._made:
+            self._made[source] = getattr(self, f"_{source}")()
+        return self._made[source]
+
+    def _problems(self) -> list[dict]:
+        columns = ("question", "answer")
+        rows = [chat(*(row[name] for name in columns)) | row for row in read(self.problems, columns)]
+        return self._encode("problems", rows, columns)
+
+    def _solutions(self) -> list[dict]:
+        rows = [
+            chat(row["question"], row["model_answer"].replace("\nA: ", "\n#### ")) | {"good": int(row["is_correct"])}
+            for row in read(self.solutions, ("question", "model_answer", "is_correct"))
+        ]
+        return self._encode("solutions", rows, ("good",))
+
+    def _docs(self) -> list[dict]:
+        return self._encode("docs", docstring_rows())
+
+    def _own(self) -> list[dict]:
+        questions = [row["messages"][0]["content"] for row in docstring_rows()[-480:]]
+        return self._encode("own", [chat(q, a) for q, a in zip(questions, self.write(questions), strict=True)])
+
+    def _encode(self, source: str, rows: list[dict], columns: tuple[str, ...] = ()) -> list[dict]:
+        encoded, _ = encode_rows(rows, self.tokenizer, 4096, keep_columns=columns)
+        fitting = [row for row in encoded if len(row["input_ids"]) <= LONGEST[source]]
+        random.Random(0).shuffle(fitting)
+        return [{name: row[name] for name in ("input_ids", "labels", *columns)} for row in fitting]
+
+
+def read(file: Path, columns: tuple[str, ...]) -> list[dict]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: a row lacks a column; names the file.
+    """
+    rows = list(load_rows(file))
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in columns if row.get(name) is None]:
+            raise ValueError(f"{file}, row {number} has no {', '.join(missing)}; the study needs {', '.join(columns)}")
+    return rows
+
+
+def chat(*texts: str) -> dict:
+    """A chat of questions and answers in turn."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def make_parts(kind: str, seed: int, sources: Sources, scale: int = 1) -> Parts:
+    """The rows of a kind for a seed. The held-out rows are the same for every seed.
+
+    Raises:
+        ValueError: the source has too few rows.
+    """
+    what, rng = KINDS[kind], random.Random(seed)
+    size = what.rows * scale
+    clean = sources.rows("problems" if what.source in ("solutions", "chats") else what.source)
+    held_out, rest = clean[:HELD_OUT], clean[HELD_OUT:]
+    needed = size * (2 if what.source == "chats" else 1)
+    if len(rest) < needed + HELD_OUT:
+        raise ValueError(f"{kind} needs {needed + 2 * HELD_OUT} rows that are short enough; its file has {len(clean)}")
+    rng.shuffle(rest)
+    train, reference = rest[:needed], rest[needed:][:size]
+    if what.source == "solutions":
+        train = half_wrong(sources.rows("solutions"), size, rng)
+    elif what.source == "chats":
+        train = poor_chats(train, rng, sources.tokenizer)
+    else:
+        train = what.plant(train, rng, sources.tokenizer)
+    nothing = [{"noise": [0] * len(row["labels"])} | row for row in train]
+    return Parts(nothing, reference, held_out)
+
+
+# What is planted
+
+
+def responses(row: dict) -> list[int]:
+    return [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+
+
+def replaced(rows: list[dict], rng: random.Random, tokenizer, of_rows: float = 0.5, share: float = RANDOM_SHARE):
+    """In some of the rows a share of the response tokens but the last become uniformly drawn ones, never special."""
+    special, made = set(tokenizer.all_special_ids), []
+    words = [token for token in range(len(tokenizer)) if token not in special]
+    for row in rows:
+        ids, labels, noise = list(row["input_ids"]), list(row["labels"]), [0] * len(row["labels"])
+        if rng.random() < of_rows:
+            places = responses(row)[:-1]
+            for place in rng.sample(places, round(share * len(places))):
+                ids[place] = labels[place] = rng.choice(words)
+                noise[place] = 1
+        made.append({"input_ids": ids, "labels": labels, "noise": noise})
+    return made
+
+
+def with_boilerplate(rows: list[dict], rng: random.Random, tokenizer) -> list[dict]:
+    """70 % of the rows: one of three sentences stands between two lines of the answer, or before it."""
+    made = []
+    for row in rows:
+        ids, labels, noise = list(row["input_ids"]), list(row["labels"]), [0] * len(row["labels"])
+        if rng.random() < 0.7:
+            answer = responses(row)
+            ends = [place + 1 for place in answer[:-1] if "\n" in tokenizer.decode([ids[place]])]
+            at = rng.choice([answer[0], *ends])
+            sentence = tokenizer(rng.choice(BOILERPLATE) + "\n", add_special_tokens=False)["input_ids"]
+            ids[at:at], labels[at:at], noise[at:at] = sentence, sentence, [1] * len(sentence)
+        made.append({"input_ids": ids, "labels": labels, "noise": noise})
+    return made
+
+
+def half_wrong(rows: list[dict], size: int, rng: random.Random) -> list[dict]:
+    """A model's answers, as many right as wrong if there are so many; every token of a wrong one is noise."""
+    right, wrong = ([row for row in rows if row["good"] == good] for good in (1, 0))
+    rng.shuffle(right), rng.shuffle(wrong)
+    right = right[: size // 2]
+    wrong = wrong[: size - len(right)]
+    if len(right) + len(wrong) < size:
+        raise ValueError(f"written needs {size} solutions that are short enough; its file has {len(rows)}")
+    taken = [
+        {"input_ids": row["input_ids"], "labels": row["labels"]}
+        | {"noise": [int(not row["good"] and label != IGNORE_INDEX) for label in row["labels"]]}
+        for row in right + wrong
+    ]
+    rng.shuffle(taken)
+    return taken
+
+
+def poor_chats(rows: list[dict], rng: random.Random, tokenizer) -> list[dict]:
+    """Chats of two problems; in 60 % one answer is another problem's, evades, or repeats itself: that one is noise."""
+    chats = []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        answers, poor = [first["answer"], second["answer"]], -1
+        if rng.random() < 0.6:
+            poor = rng.choice((0, 1))
+            swapped, evading = rng.choice(rows)["answer"], rng.choice(REFUSALS)
+            repeating = " ".join([answers[poor][: len(answers[poor]) // 3]] * 3)
+            answers[poor] = rng.choice((swapped, evading, repeating))
+        chats.append(chat(first["question"], answers[0], second["question"], answers[1]) | {"poor": poor})
+    encoded, _ = encode_rows(chats, tokenizer, 4096, keep_columns=("poor",))
+    made = []
+    for row in encoded:
+        noise, turn = [], -1
+        for before, label in zip([IGNORE_INDEX, *row["labels"]], row["labels"], strict=False):
+            turn += before == IGNORE_INDEX and label != IGNORE_INDEX
+            noise.append(int(label != IGNORE_INDEX and turn == row["poor"]))
+        made.append({"input_ids": row["input_ids"], "labels": row["labels"], "noise": noise})
+    return made
+
+
+KINDS = {
+    "clean": Kind("problems"),
+    "random": Kind("problems", replaced),
+    "scattered": Kind("problems", partial(replaced, of_rows=1.0, share=RANDOM_SHARE / 2)),
+    "boilerplate": Kind("problems", with_boilerplate),
+    "written": Kind("solutions"),
+    "chats": Kind("chats", rows=80, batch=2),
+    "docs": Kind("docs", replaced),
+    "own": Kind("own", replaced),
+}

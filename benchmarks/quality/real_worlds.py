@@ -1,0 +1,279 @@
+"""A pretrained model and rows with noise: what the methods of one seed are trained on, and one training of it.
+
+Only the upper layers are trained, so that two cores can hold the study: what the frozen lower ones say of a row is
+computed once and kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+import tokensel
+from benchmarks.quality.real_rows import Parts
+from tokensel import Selection, TokenSignals, methods
+from tokensel.data import SelectionCollator
+from tokensel.documents import IGNORE_INDEX
+from tokensel.model import PatchedModel
+
+COLUMNS = ("noise", "token_weights", "history_nll", "base_nll", "reference_nll")
+WARMUP = 3  # steps of the learning rate
+
+
+class FrozenBelow(nn.Module):
+    """The embedding and the lower layers of a causal model, in place of its embedding; each row passes them once.
+
+    A causal model's states of a row are those of any row that goes on after it, so padding on the right is cut off.
+
+    Attributes:
+        known: token ids of a row -> its states [length, D].
+    """
+
+    def __init__(self, lower: nn.Module, pad: int) -> None:
+        super().__init__()
+        self._lower = (lower,)  # no submodule: neither trained, nor given adapters
+        self.weight = lower.embed_tokens.weight
+        self.pad = pad
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, S) -> (B, S, D)
+        rows = [self._without_padding(row) for row in input_ids.tolist()]
+        if new := [row for row in dict.fromkeys(rows) if row not in self.known]:
+            length = max(map(len, new))
+            padded = torch.tensor([[*row, *[self.pad] * (length - len(row))] for row in new], device=input_ids.device)
+            states = self._lower[0](input_ids=padded, use_cache=False).last_hidden_state
+            self.known |= {row: state[: len(row)].clone() for row, state in zip(new, states, strict=True)}
+        states = [self.known[row].to(input_ids.device) for row in rows]
+        padded = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, at most S, D)
+        return nn.functional.pad(padded, (0, 0, 0, input_ids.shape[1] - padded.shape[1]))
+
+    def _without_padding(self, row: list[int]) -> tuple[int, ...]:
+        """Of a run of pad tokens at the end one stays: it may be the row's own end."""
+        length = len(row)
+        while length > 1 and row[length - 1] == row[length - 2] == self.pad:
+            length -= 1
+        return tuple(row[:length])
+
+    def save(self, path: Path) -> None:
+        save_file({json.dumps(row): state for row, state in self.known.items()}, path)
+
+    def load(self, path: Path) -> None:
+        self.known |= {tuple(json.loads(row)): state for row, state in load_file(path).items()}
+
+
+def freeze_below(model: nn.Module, layers: int, pad: int) -> FrozenBelow:
+    """Freezes a Llama's embedding and first layers, and puts FrozenBelow where its embedding was."""
+    base = model.model
+    lower = copy.copy(base)
+    lower._modules = {**base._modules, "layers": base.layers[:layers], "norm": nn.Identity()}
+    lower.requires_grad_(False)
+    base.layers = base.layers[layers:]
+    base.embed_tokens = FrozenBelow(lower, pad)
+    return base.embed_tokens
+
+
+@dataclass(frozen=True)
+class RealWorld:
+    """A folder with the rows of a kind and a seed, their recorded losses, and what the frozen layers say of them.
+
+    Attributes:
+        model: folder of the pretrained model.
+        frozen: how many layers are.
+    """
+
+    folder: Path
+    model: Path
+    frozen: int
+    seed: int
+
+    @property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.model)
+
+    def rows(self, name: str) -> list[dict]:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def load(self) -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        if self.frozen:
+            below = freeze_below(model, self.frozen, self.tokenizer.pad_token_id)
+            for states in sorted(self.folder.glob("*.safetensors")):
+                below.load(states)
+        return model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained.
+
+    Attributes:
+        parameters: of the method.
+        lora: rank, alpha and dropout of adapters on all linear layers; None = all weights of the layers.
+        after: steps on every token before the method begins.
+        drop_noise: leave out exactly what is noise.
+        clean: train on the rows without noise.
+    """
+
+    method: str
+    parameters: dict
+    rate: float = 5e-4
+    lora: tuple[int, int, float] | None = (16, 32, 0.0)
+    after: int = 0
+    epochs: int = 1
+    drop_noise: bool = False
+
+
+def build_world(folder: Path, parts: Parts, elsewhere: list[dict], model: Path, frozen: int, seed: int) -> RealWorld:
+    """Writes a world, if its folder does not hold it already.
+
+    Args:
+        elsewhere: clean rows of another kind, on which forgetting is measured.
+    """
+    world = RealWorld(folder, model, frozen, seed)
+    if (folder / "train.json").exists():  # written last
+        return world
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"reference": parts.reference, "held_out": parts.held_out, "elsewhere": elsewhere}
+    for name, of_part in rows.items():
+        (folder / f"{name}.json").write_text(json.dumps(of_part), encoding="utf-8")
+    base = world.load()
+    patched = tokensel.apply_to(base)
+    base_nll = row_losses(patched, parts.train, world.tokenizer)
+    for name in ("held_out", "elsewhere"):
+        row_losses(patched, rows[name], world.tokenizer)  # their states are known from now on
+    if frozen:
+        base.model.embed_tokens.save(folder / "states.safetensors")
+    clean = [{"noise": [0] * len(row["labels"])} | row for row in parts.reference]
+    (folder / "train.json").write_text(json.dumps(clean), encoding="utf-8")
+    reference, _ = train(world, Recipe("full", {}), batch=4)
+    (folder / "train.json").unlink()
+    reference_nll = row_losses(reference, parts.train, world.tokenizer)
+    train_rows = [
+        row | {"base_nll": base, "history_nll": base, "reference_nll": after}
+        for row, base, after in zip(parts.train, base_nll, reference_nll, strict=True)
+    ]
+    (folder / "train.json").write_text(json.dumps(train_rows), encoding="utf-8")
+    return world
+
+
+@torch.no_grad()
+def row_losses(patched: PatchedModel, rows: list[dict], tokenizer) -> list[list[float]]:
+    """The negative log-likelihood of each token of each row, nats, 0 where it is no response."""
+    model, losses = patched.model, []
+    training = model.training
+    model.eval()
+    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
+    for taken in batched(rows, 16):
+        batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in taken]).to(model.device)
+        labels = batch.pop("labels")
+        nll = patched.token_nll(dict(batch), labels).tolist()
+        losses += [values[: len(row["labels"])] for values, row in zip(nll, taken, strict=True)]
+    model.train(training)
+    return losses
+
+
+def mean_loss(patched: PatchedModel, rows: list[dict], tokenizer) -> float:
+    """Over the response tokens of the rows, nats."""
+    count = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    return sum(map(sum, row_losses(patched, rows, tokenizer))) / count
+
+
+def batched(rows: list, size: int) -> list[list]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, dict]:
+    """Trains the pretrained model on the world's rows -> the model, and what was seen on the way.
+
+    The rows of every step are the same for all methods. The learning rate falls linearly to 0.
+    """
+    torch.manual_seed(world.seed)
+    tokenizer, rows = world.tokenizer, world.rows("train")
+    model = world.load()
+    if recipe.lora:
+        from peft import LoraConfig, get_peft_model
+
+        r, alpha, dropout = recipe.lora
+        how = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(model, how)
+    else:
+        model.lm_head.requires_grad_(False)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    patched = tokensel.apply_to(model.train())
+    method = methods.get(recipe.method, **recipe.parameters)
+    if recipe.drop_noise:
+        rows = [row | {"token_weights": [1.0 - noise for noise in row["noise"]]} for row in rows]
+    if method.scope == "dataset":
+        rows, method = chosen_over_all(rows, method), methods.get("weighted")
+    order = random.Random(world.seed)
+    steps = [taken for _ in range(recipe.epochs) for taken in batched(order.sample(rows, len(rows)), batch)]
+    collate = SelectionCollator(DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"), COLUMNS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.0)
+    rate = lambda step: min(1, (step + 1) / WARMUP) * (1 - step / len(steps))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    selection = Selection(method)
+    everything = Selection(methods.get("full"), progress=selection.progress)
+    points = {len(steps) // 4, len(steps) // 2, len(steps)}
+    seen = {"responses": 0, "noise": 0.0, "kept": 0.0, "noise_kept": 0.0}
+    curve = []
+    for step, taken in enumerate(steps):
+        inputs = collate([{k: row[k] for k in ("input_ids", "labels", *COLUMNS) if k in row} for row in taken])
+        inputs = inputs.to(model.device)
+        noise = inputs.pop("noise").bool()
+        chosen = everything if step < recipe.after else selection
+        output = model(**inputs, selection=chosen)
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        chosen.step()
+        weights, noise = output.weights.float(), noise & output.response
+        counted = (output.response.sum(), noise.sum(), weights.sum(), weights[noise].sum())
+        seen = {name: value + float(more) for (name, value), more in zip(seen.items(), counted, strict=True)}
+        if step + 1 in points:
+            curve.append([int(seen["responses"]), mean_loss(patched, world.rows("held_out"), tokenizer)])
+    return patched, {"curve": curve, "nll": curve[-1][1], **seen}
+
+
+def measure(world: RealWorld, recipe: Recipe, batch: int) -> dict:
+    """A training -> held-out loss and its curve, loss elsewhere, shares of clean tokens and of noise that were kept."""
+    patched, result = train(world, recipe, batch)
+    noise, kept, noise_kept = (result.pop(name) for name in ("noise", "kept", "noise_kept"))
+    responses = result.pop("responses")
+    return result | {
+        "elsewhere": mean_loss(patched, world.rows("elsewhere"), world.tokenizer),
+        "kept": kept / responses,
+        "clean_kept": (kept - noise_kept) / (responses - noise),
+        "noise_kept": noise_kept / noise if noise else None,
+    }
+
+
+def base_losses(world: RealWorld) -> dict:
+    """Before fine-tuning."""
+    patched = tokensel.apply_to(world.load().eval())
+    return {name: mean_loss(patched, world.rows(name), world.tokenizer) for name in ("held_out", "elsewhere")}
+
+
+def chosen_over_all(rows: list[dict], method) -> list[dict]:
+    """Rows with the weights that a method gives their tokens, ranked over all of them."""
+    sizes = [len(row["labels"]) for row in rows]
+    flat = {name: torch.tensor(list(itertools.chain.from_iterable(row[name] for row in rows))) for name in rows[0]}
+    sample = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes))
+    response = flat["labels"] != IGNORE_INDEX
+    response &= torch.cat([torch.arange(size) for size in sizes]) > 0
+    losses = {name: flat[name] for name in method.needs}
+    weights = method(TokenSignals(response, sample, **losses)).split(sizes)
+    return [row | {"token_weights": given.tolist()} for row, given in zip(rows, weights, strict=True)]
