@@ -150,9 +150,11 @@ def _check_made(folder: Path, source: Packaged) -> None:
     """Refuses a folder whose files are not those that were written."""
     manifest = folder / _MANIFEST
     made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    wrong = {_MANIFEST} if made.get("sha256") != source.sha256 else set()
-    files, written = _digests(folder), made.get("files", {})
-    wrong |= {file for file in {*files, *written} if files.get(file) != written.get(file)}
+    if made.get("sha256") == source.sha256:
+        files, written = _digests(folder), made.get("files", {})
+        wrong = {file for file in {*files, *written} if files.get(file) != written.get(file)}
+    else:
+        wrong = {_MANIFEST}
     if wrong:
         raise ValueError(
             f"{folder}: {', '.join(sorted(wrong))} missing or not as pretrained() wrote it; remove the folder, and "
