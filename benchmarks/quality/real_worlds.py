@@ -1,6 +1,6 @@
 """A pretrained model and rows with noise: what the methods of one seed are trained on, and one training of it.
 
-Only the upper layers are trained, so that two cores can hold the study: what the frozen lower ones say of a row is
+Only the upper layers are trained, so that two cores can hold the study: what the frozen lower ones make of a row is
 computed once and kept.
 """
 
@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 import tokensel
 from benchmarks.quality.real_rows import Parts
+from benchmarks.quality.runner import device_used
 from tokensel import Selection, TokenSignals, methods
 from tokensel.data import SelectionCollator
 from tokensel.documents import IGNORE_INDEX
-from tokensel.model import PatchedModel
+from tokensel.files import making_folder
+from tokensel.model import PatchedModel, unwrap
 
 COLUMNS = ("noise", "token_weights", "history_nll", "base_nll", "reference_nll")
 WARMUP = 3  # steps of the learning rate
@@ -82,9 +85,21 @@ def freeze_below(model: nn.Module, layers: int, pad: int) -> FrozenBelow:
     return base.embed_tokens
 
 
+def restore_below(model: nn.Module) -> nn.Module:
+    """The whole model, without adapters' wrapper or tokensel's patch: as it generates, with what was trained."""
+    tokensel.remove(model)
+    model = unwrap(model)
+    base = model.model
+    if isinstance(base.embed_tokens, FrozenBelow):
+        (lower,) = base.embed_tokens._lower
+        base.layers = nn.ModuleList([*lower.layers, *base.layers])
+        base.embed_tokens = lower.embed_tokens
+    return model
+
+
 @dataclass(frozen=True)
 class RealWorld:
-    """A folder with the rows of a kind and a seed, their recorded losses, and what the frozen layers say of them.
+    """A folder with the rows of a kind and a seed, their recorded losses, and what the frozen layers make of them.
 
     Attributes:
         model: folder of the pretrained model.
@@ -104,7 +119,7 @@ class RealWorld:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
     def load(self) -> nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(device_used())
         if self.frozen:
             below = freeze_below(model, self.frozen, self.tokenizer.pad_token_id)
             for states in sorted(self.folder.glob("*.safetensors")):
@@ -121,7 +136,6 @@ class Recipe:
         lora: rank, alpha and dropout of adapters on all linear layers; None = all weights of the layers.
         after: steps on every token before the method begins.
         drop_noise: leave out exactly what is noise.
-        clean: train on the rows without noise.
     """
 
     method: str
@@ -134,15 +148,19 @@ class Recipe:
 
 
 def build_world(folder: Path, parts: Parts, elsewhere: list[dict], model: Path, frozen: int, seed: int) -> RealWorld:
-    """Writes a world, if its folder does not hold it already.
+    """A world, made if its folder is not there: a folder is whole or not there.
 
     Args:
-        elsewhere: clean rows of another kind, on which forgetting is measured.
+        elsewhere: clean rows of another kind, on which forgetting is measured; [] = it is not.
     """
-    world = RealWorld(folder, model, frozen, seed)
-    if (folder / "train.json").exists():  # written last
-        return world
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with making_folder(folder) as unfinished:
+            _write_world(RealWorld(unfinished, model, frozen, seed), parts, elsewhere)
+    return RealWorld(folder, model, frozen, seed)
+
+
+def _write_world(world: RealWorld, parts: Parts, elsewhere: list[dict]) -> None:
+    folder = world.folder
     rows = {"reference": parts.reference, "held_out": parts.held_out, "elsewhere": elsewhere}
     for name, of_part in rows.items():
         (folder / f"{name}.json").write_text(json.dumps(of_part), encoding="utf-8")
@@ -151,19 +169,17 @@ def build_world(folder: Path, parts: Parts, elsewhere: list[dict], model: Path, 
     base_nll = row_losses(patched, parts.train, world.tokenizer)
     for name in ("held_out", "elsewhere"):
         row_losses(patched, rows[name], world.tokenizer)  # their states are known from now on
-    if frozen:
+    if world.frozen:
         base.model.embed_tokens.save(folder / "states.safetensors")
     clean = [{"noise": [0] * len(row["labels"])} | row for row in parts.reference]
     (folder / "train.json").write_text(json.dumps(clean), encoding="utf-8")
     reference, _ = train(world, Recipe("full", {}), batch=4)
-    (folder / "train.json").unlink()
     reference_nll = row_losses(reference, parts.train, world.tokenizer)
     train_rows = [
         row | {"base_nll": base, "history_nll": base, "reference_nll": after}
         for row, base, after in zip(parts.train, base_nll, reference_nll, strict=True)
     ]
     (folder / "train.json").write_text(json.dumps(train_rows), encoding="utf-8")
-    return world
 
 
 @torch.no_grad()
@@ -182,8 +198,10 @@ def row_losses(patched: PatchedModel, rows: list[dict], tokenizer) -> list[list[
     return losses
 
 
-def mean_loss(patched: PatchedModel, rows: list[dict], tokenizer) -> float:
-    """Over the response tokens of the rows, nats."""
+def mean_loss(patched: PatchedModel, rows: list[dict], tokenizer) -> float | None:
+    """Over the response tokens of the rows, nats; None without rows."""
+    if not rows:
+        return None
     count = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
     return sum(map(sum, row_losses(patched, rows, tokenizer))) / count
 
@@ -193,9 +211,26 @@ def batched(rows: list, size: int) -> list[list]:
 
 
 def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, dict]:
-    """Trains the pretrained model on the world's rows -> the model, and what was seen on the way.
+    """Trains the pretrained model on the world's rows -> the model, and what was seen on the way."""
+    seen = {"responses": 0, "noise": 0.0, "kept": 0.0, "noise_kept": 0.0}
+    curve = []
+    for patched, step, last, counted in training_steps(world, recipe, batch):
+        seen = {name: value + float(more) for (name, value), more in zip(seen.items(), counted, strict=True)}
+        if step in {last // 4, last // 2, last}:
+            curve.append([int(seen["responses"]), mean_loss(patched, world.rows("held_out"), world.tokenizer)])
+    return patched, {"curve": curve, "nll": curve[-1][1], **seen}
+
+
+def training_steps(
+    world: RealWorld, recipe: Recipe, batch: int
+) -> Iterator[tuple[PatchedModel, int, int, tuple[Tensor, ...]]]:
+    """Trains the pretrained model on the world's rows, and stops after each optimizer step for whoever looks at it.
 
     The rows of every step are the same for all methods. The learning rate falls linearly to 0.
+
+    Yields:
+        The model, the steps done, the steps that there are, and of this step's tokens: how many are response, how many
+        of these noise, the weight kept of all and of the noise.
     """
     torch.manual_seed(world.seed)
     tokenizer, rows = world.tokenizer, world.rows("train")
@@ -208,8 +243,6 @@ def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, d
         model = get_peft_model(model, how)
     else:
         model.lm_head.requires_grad_(False)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     patched = tokensel.apply_to(model.train())
     method = methods.get(recipe.method, **recipe.parameters)
     if recipe.drop_noise:
@@ -225,9 +258,6 @@ def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, d
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     selection = Selection(method)
     everything = Selection(methods.get("full"), progress=selection.progress)
-    points = {len(steps) // 4, len(steps) // 2, len(steps)}
-    seen = {"responses": 0, "noise": 0.0, "kept": 0.0, "noise_kept": 0.0}
-    curve = []
     for step, taken in enumerate(steps):
         inputs = collate([{k: row[k] for k in ("input_ids", "labels", *COLUMNS) if k in row} for row in taken])
         inputs = inputs.to(model.device)
@@ -242,10 +272,7 @@ def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, d
         chosen.step()
         weights, noise = output.weights.float(), noise & output.response
         counted = (output.response.sum(), noise.sum(), weights.sum(), weights[noise].sum())
-        seen = {name: value + float(more) for (name, value), more in zip(seen.items(), counted, strict=True)}
-        if step + 1 in points:
-            curve.append([int(seen["responses"]), mean_loss(patched, world.rows("held_out"), tokenizer)])
-    return patched, {"curve": curve, "nll": curve[-1][1], **seen}
+        yield patched, step + 1, len(steps), counted
 
 
 def measure(world: RealWorld, recipe: Recipe, batch: int) -> dict:
@@ -263,7 +290,7 @@ def measure(world: RealWorld, recipe: Recipe, batch: int) -> dict:
 
 def base_losses(world: RealWorld) -> dict:
     """Before fine-tuning."""
-    patched = tokensel.apply_to(world.load().eval())
+    patched = tokensel.apply_to(world.load())
     return {name: mean_loss(patched, world.rows(name), world.tokenizer) for name in ("held_out", "elsewhere")}
 
 
