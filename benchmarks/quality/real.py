@@ -99,7 +99,7 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
         worlds = dict(
             run_all(
                 build_world,
-                {kind: _world(study, kind, seed, sources, folder) for kind in needed},
+                {kind: world_arguments(study, kind, seed, sources, folder) for kind in needed},
                 f"worlds of seed {seed}",
             )
         )
@@ -114,7 +114,7 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
             save()
 
 
-def _world(study: RealStudy, kind: str, seed: int, sources: Sources, folder: Path) -> tuple:
+def world_arguments(study: RealStudy, kind: str, seed: int, sources: Sources, folder: Path) -> tuple:
     """Arguments of build_world."""
     away = "docs" if KINDS[kind].source not in ("docs", "own") else "problems"
     elsewhere = sources.rows(away)[: HELD_OUT // 2]
