@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tokensel.data import encode_rows, load_rows
+from tokensel.data import encode_rows, load_rows, place_of_row
 from tokensel.documents import IGNORE_INDEX
 from tokensel.testing import BOILERPLATE, RANDOM_SHARE, docstring_rows
 
 HELD_OUT = 40  # clean rows, the same for every seed
+OWN = 480  # questions that the model answers itself, times the study's scale
 LONGEST = {"problems": 144, "solutions": 224, "docs": 112, "own": 144}  # tokens of a row
 REFUSALS = (
     "I am sorry, but I am not able to help with this request. Please try to ask something else.",
@@ -50,14 +51,16 @@ class Sources:
 
     Attributes:
         tokenizer: with a chat template.
-        problems: JSONL of {"question", "answer"}. solutions: JSONL of {"question", "model_answer", "is_correct"}.
-        write: list of questions -> the model's own answers, as messages.
+        problems: JSONL of {"question", "answer"}, if a kind that is asked for needs it.
+        solutions: JSONL of {"question", "model_answer", "is_correct"}, likewise.
+        write: list of questions -> the model's own answers.
     """
 
     tokenizer: object
-    problems: Path
-    solutions: Path
+    problems: Path | None
+    solutions: Path | None
     write: Callable[[list[str]], list[str]]
+    scale: int = 1
     _made: dict[str, list[dict]] = field(default_factory=dict)
 
     def rows(self, source: str) -> list[dict]:
@@ -81,7 +84,7 @@ class Sources:
         return self._encode("docs", docstring_rows())
 
     def _own(self) -> list[dict]:
-        questions = [row["messages"][0]["content"] for row in docstring_rows()[-480:]]
+        questions = [row["messages"][0]["content"] for row in docstring_rows()[-OWN * self.scale :]]
         return self._encode("own", [chat(q, a) for q, a in zip(questions, self.write(questions), strict=True)])
 
     def _encode(self, source: str, rows: list[dict], columns: tuple[str, ...] = ()) -> list[dict]:
@@ -95,12 +98,13 @@ def read(file: Path, columns: tuple[str, ...]) -> list[dict]:
     """The rows of a file.
 
     Raises:
-        ValueError: a row lacks a column; names the file.
+        FileNotFoundError, ValueError: there is no such file, or a row lacks a column; names the file and the row.
     """
     rows = list(load_rows(file))
-    for number, row in enumerate(rows, start=1):
-        if missing := [name for name in columns if row.get(name) is None]:
-            raise ValueError(f"{file}, row {number} has no {', '.join(missing)}; the study needs {', '.join(columns)}")
+    for number, row in enumerate(rows):
+        if missing := [name for name in columns if not isinstance(row.get(name), (str, bool))]:
+            place = place_of_row(file, number)
+            raise ValueError(f"{place}: no {', '.join(missing)}; the study needs {', '.join(columns)} in each row")
     return rows
 
 
@@ -118,11 +122,15 @@ def make_parts(kind: str, seed: int, sources: Sources, scale: int = 1) -> Parts:
     """
     what, rng = KINDS[kind], random.Random(seed)
     size = what.rows * scale
-    clean = sources.rows("problems" if what.source in ("solutions", "chats") else what.source)
+    clean_source = "problems" if what.source in ("solutions", "chats") else what.source
+    clean = sources.rows(clean_source)
     held_out, rest = clean[:HELD_OUT], clean[HELD_OUT:]
     needed = size * (2 if what.source == "chats" else 1)
     if len(rest) < needed + HELD_OUT:
-        raise ValueError(f"{kind} needs {needed + 2 * HELD_OUT} rows that are short enough; its file has {len(clean)}")
+        raise ValueError(
+            f"the kind {kind} needs {needed + 2 * HELD_OUT:,} rows of at most {LONGEST[clean_source]} tokens at "
+            f"--scale {scale}; there are {len(clean):,}: give a larger file or leave the kind out"
+        )
     rng.shuffle(rest)
     train, reference = rest[:needed], rest[needed:][:size]
     if what.source == "solutions":
@@ -179,7 +187,10 @@ def half_wrong(rows: list[dict], size: int, rng: random.Random) -> list[dict]:
     right = right[: size // 2]
     wrong = wrong[: size - len(right)]
     if len(right) + len(wrong) < size:
-        raise ValueError(f"written needs {size} solutions that are short enough; its file has {len(rows)}")
+        raise ValueError(
+            f"the kind written needs {size:,} solutions of at most {LONGEST['solutions']} tokens; there are "
+            f"{len(right) + len(wrong):,}, no more than half of them right: give a larger file or leave the kind out"
+        )
     taken = [
         {"input_ids": row["input_ids"], "labels": row["labels"]}
         | {"noise": [int(not row["good"] and label != IGNORE_INDEX) for label in row["labels"]]}
