@@ -17,7 +17,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks.quality.tables import TABLES
+from benchmarks.quality.tables import SHORT_TABLES
 from benchmarks.resume import RESULTS, digest
 from benchmarks.speed import long_rows, tables
 from benchmarks.speed.plots import PICTURES
@@ -31,6 +31,11 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def read_if_measured(name: str) -> dict | None:
+    """None where there are no results yet."""
+    return read(name) if (RESULTS / f"{name}.json").exists() else None
+
+
 @functools.cache
 def speed_results() -> dict[str, Results]:
     """By machine, what is committed: cpu.json and a file of each GPU."""
@@ -42,7 +47,7 @@ def speed_results() -> dict[str, Results]:
 
 def quickstart() -> str:
     """The quickstart's table, and what it says of each method."""
-    from examples.quickstart import verdict
+    from tokensel.comparison import verdict
 
     results = read("quickstart")
     rows = results["table"]
@@ -81,7 +86,19 @@ def speed(device: str) -> str:
 
 
 def quality(study: str) -> str:
-    return TABLES[study](read(f"quality.{study}"))
+    """Of the model that is made here, what the docs show."""
+    return SHORT_TABLES[study](read(f"quality.{study}"))
+
+
+def real(model: str | None = None) -> str:
+    """Of a pretrained model, with its picture; SmolLM2 without a name."""
+    from benchmarks.quality.real_tables import real_table
+
+    results = read_if_measured("quality.real" + (f".{model}" if model else ""))
+    if results is None:
+        return "not measured"
+    curves = "Held-out loss over the response tokens seen, by kind of rows"
+    return real_table(results) + (f"\n\n![{curves}](real.svg)" if model is None else "")
 
 
 def rows_of_any_length() -> str:
@@ -211,7 +228,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
     },
     "docs/quality.md": {
-        **{study: functools.partial(quality, study) for study in TABLES},
+        "real": real,
+        "real gemma3": functools.partial(real, "gemma3"),
+        **{study: functools.partial(quality, study) for study in SHORT_TABLES},
         "long_rows": rows_of_any_length,
     },
     "docs/models.md": {"architectures": architectures},
@@ -252,6 +271,12 @@ def draw_feedback() -> None:
     plot_feedback(read("quality.feedback"), DOCS / "feedback.png")
 
 
+def draw_real() -> None:
+    from benchmarks.quality.plots import plot_real
+
+    plot_real(read("quality.real"), DOCS / "real.svg")
+
+
 def draw_long_rows() -> None:
     long_rows.plot(read("long_rows"), DOCS / "long_rows.png")
 
@@ -263,6 +288,8 @@ def pictures() -> list[tuple[list[str], str, Callable[[], None]]]:
         for key, results in speed_results().items()
     ]
     feedback, peaks = read("quality.feedback")["rows"], read("long_rows")["peak_mib"]
+    if real_results := read_if_measured("quality.real"):
+        of_speed.append((["real.svg"], digest(real_results["rows"]), draw_real))
     return [
         *of_speed,
         (["feedback.png"], digest(feedback), draw_feedback),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tokensel.comparison import verdict
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = ["full", "random", "sstoken", "history_excess"]
 
@@ -118,7 +120,7 @@ def claims(line):
 )
 def test_the_verdict_follows_the_numbers(sstoken, random, full):
     nll = {"full": 2.5, "random": 2.7, "sstoken": sstoken, "history_excess": 9.0}
-    lines = load_quickstart().verdict([{"method": m, "held-out clean NLL": v} for m, v in nll.items()])
+    lines = verdict([{"method": m, "held-out clean NLL": v} for m, v in nll.items()])
     assert [line.partition(":")[0] for line in lines] == ["sstoken", "history_excess"]
     assert claims(lines[0]) == {"random": random, "full": full}
     assert claims(lines[1]) == {"random": False, "full": False}

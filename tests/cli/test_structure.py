@@ -55,7 +55,7 @@ FLOORS = [
     "report.watch choose_history checkpoint",
     "trainer pretrained",
     "sft testing",
-    "loading",
+    "loading comparison",
     "ranking",
     "offline finetune",
     "cli",
