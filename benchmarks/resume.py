@@ -42,6 +42,18 @@ def resume(path: Path, settings: dict) -> dict:
     return results if all(results.get(name) == value for name, value in settings.items()) else dict(settings)
 
 
+def goes_on(results: dict, settings: dict, path: Path) -> dict:
+    """The results with the settings, for results that may come from several machines and commits.
+
+    Raises:
+        ValueError: they are of other settings; names these.
+    """
+    if other := [name for name, value in settings.items() if results.get(name, value) != value]:
+        told = ", ".join(f"{name} {results[name]}, not {settings[name]}" for name in other)
+        raise ValueError(f"{path} is of other settings ({told}); --output another folder, or --fresh replaces it")
+    return results | settings
+
+
 def write(path: Path, results: dict, indent: int | None = None) -> None:
     """Replaces the file as a whole: whoever interrupts this keeps the one before."""
     with replacing(path) as whole:

@@ -1,12 +1,14 @@
-"""The plot of the study of feedback."""
+"""The plots of the studies."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 
+from benchmarks.quality.real import SHOWN
+from benchmarks.quality.real_tables import kinds_measured
 from benchmarks.quality.tables import of
-from benchmarks.resume import digest
+from benchmarks.resume import digest, measured
 
 
 def plot_feedback(results: dict, path: Path) -> None:
@@ -33,3 +35,35 @@ def plot_feedback(results: dict, path: Path) -> None:
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
     figure.savefig(path, dpi=110, metadata={"Description": digest(rows)})
+
+
+def plot_real(results: dict, path: Path) -> None:
+    """Held-out loss over the response tokens that have been seen, mean over the seeds; a panel a kind of rows."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "tokensel"
+    kinds = kinds_measured(results)
+    columns = min(4, len(kinds))
+    figure = Figure(figsize=(3 * columns, 2.8 * -(-len(kinds) // columns) + 0.4), layout="constrained")
+    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat
+    for kind, axes in zip(kinds, panels, strict=False):
+        base = results["bases"].get(kind)
+        for name in SHOWN:
+            curves = of(results["rows"][kind].get(name, []), "curve")
+            if not curves:
+                continue
+            at_points = zip(*curves, strict=True)  # each of all seeds
+            points = [[statistics.mean(values) for values in zip(*seeds, strict=True)] for seeds in at_points]
+            if measured(base):
+                points.insert(0, [0, base["held_out"]])
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{SHOWN.index(name)}", label=name)
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel("response tokens", fontsize=8)
+        axes.tick_params(labelsize=8)
+    for axes in panels:  # those without a kind
+        axes.set_axis_off()
+    figure.axes[0].set_ylabel("held-out NLL (nats)", fontsize=8)
+    lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Description": digest(results["rows"]), "Date": None})

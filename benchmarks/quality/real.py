@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
+from benchmarks.quality.real_answers import right_answers
 from benchmarks.quality.real_rows import HELD_OUT, KINDS, Sources, make_parts
-from benchmarks.quality.real_worlds import Recipe, base_losses, batched, build_world, measure
+from benchmarks.quality.real_worlds import RealWorld, Recipe, base_losses, batched, build_world, measure
 from benchmarks.quality.runner import device_used, run_all
-from benchmarks.resume import measured
+from benchmarks.resume import digest, measured
 from tokensel.files import replacing
 from tokensel.testing import pretrained
 
@@ -22,6 +24,7 @@ FROZEN = {"smollm2": 20, "gemma3": 0}  # of 30 and 18 layers, unless the study i
 PAPER = {"rate": 1e-4, "lora": (64, 16, 0.1)}  # of arXiv 2510.18250
 WARMUP_SHARE = 0.2  # of the rows that the released recipe leaves REL out for
 
+# Those that are wanted most come first: a study that is interrupted has them.
 RECIPES = {
     "full": Recipe("full", {}),
     "oracle": Recipe("full", {}, drop_noise=True),
@@ -45,6 +48,7 @@ RECIPES = {
     "random, all weights": Recipe("random", {}, rate=5e-5, lora=None),
     "sstoken, all weights": Recipe("sstoken", {}, rate=5e-5, lora=None),
 }
+SHOWN = ("full", "random", "oracle", "sstoken")  # recipes whose learning curves are drawn; the last is ours
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,15 @@ class RealStudy:
 
     Attributes:
         model: a name that `tokensel.testing.pretrained` knows.
+        problems: JSONL of {"question", "answer"}. solutions: JSONL of {"question", "model_answer", "is_correct"}. None
+            where no kind needs it.
         work: folder for the model, the worlds and what the model wrote itself; it may be thrown away.
         scale: rows and steps, times this; above 1 all layers are trained.
     """
 
     model: str
-    problems: Path
-    solutions: Path
+    problems: Path | None
+    solutions: Path | None
     work: Path
     scale: int
     seeds: int
@@ -70,88 +76,139 @@ class RealStudy:
     def frozen(self) -> int:
         return FROZEN[self.model] if self.scale == 1 else 0
 
-    def recipe(self, name: str, rows: int) -> Recipe:
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Whose answers to held-out problems are read: the base's, and after fine-tuning on clean rows."""
+        if "clean" not in self.kinds:
+            return ()
+        return ("base", "full") if self.scale == 1 else tuple(dict.fromkeys(("base", "full", SHOWN[-1])))
+
+    def recipe(self, name: str, kind: str) -> Recipe:
         recipe = RECIPES[name]
         if name == "sstoken, the paper's recipe":
+            rows = KINDS[kind].rows * self.scale
             recipe = Recipe("sstoken", {"rel_warmup": round(WARMUP_SHARE * rows)}, **PAPER)
         return recipe
 
 
+def settings(study: RealStudy) -> dict:
+    """What results must have in common to stand in one file; a file of rows that was not given is left open.
+
+    Raises:
+        ValueError: a kind needs a file that was not given.
+        OSError: a file is not there or cannot be read.
+    """
+    files = {"problems": study.problems, "solutions": study.solutions}
+    needed = {"problems": ("problems", "solutions", "chats"), "solutions": ("solutions",)}
+    for name, file in files.items():
+        if file is None and (kinds := [kind for kind in study.kinds if KINDS[kind].source in needed[name]]):
+            without = [kind for kind, what in KINDS.items() if what.source in ("docs", "own")]
+            raise ValueError(
+                f"give --{name} FILE, which the kinds {', '.join(kinds)} need; --kinds {','.join(without)} needs none"
+            )
+    sha256 = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file}
+    return {"study": "real", "model": study.model, "scale": study.scale, **sha256}
+
+
 def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
-    """Fills results["rows"][kind][recipe], a list over seeds, with the runs that it lacks; saves each as it ends."""
+    """Fills in what the results lack, and saves each run as it ends.
+
+    Their form: {"rows": {kind: {recipe: [run of each seed]}}, "bases": {kind: losses before fine-tuning}, "answers":
+    {"base" or recipe: {"right", "of"}}, "machines": [...]}; a run's "machine" is its place among these.
+
+    Raises:
+        ValueError: a file has a row that is of no use, or too few; nothing has been trained then.
+        ModuleNotFoundError: the model's package is not installed.
+    """
     rows = results.setdefault("rows", {})
     for kind in study.kinds:
         for name in study.recipes:
             of_seeds = rows.setdefault(kind, {}).setdefault(name, [])
             of_seeds += [None] * (study.seeds - len(of_seeds))
-    results.setdefault("bases", {})
-    here = machine(device_used())
-    if here not in results.setdefault("machines", []):
-        results["machines"].append(here)
-    where = results["machines"].index(here)
+    bases, answers = results.setdefault("bases", {}), results.setdefault("answers", {})
+    lacking = {
+        seed: [(name, kind) for name in study.recipes for kind in study.kinds if not measured(rows[kind][name][seed])]
+        for seed in range(study.seeds)
+    }
+    unanswered = [name for name in study.answering if not measured(answers.get(name))]
+    needed = dict.fromkeys((kind, seed) for seed, runs in lacking.items() for _, kind in runs)
+    needed |= dict.fromkeys([("clean", 0)] if unanswered else [])
+    if not needed:
+        return
+    where = _place_of(machine(device_used()), results.setdefault("machines", []))
     folder = pretrained_folder(study)
     sources = make_sources(study, folder)
-    for seed in range(study.seeds):
-        waiting = [
-            (name, kind) for name in study.recipes for kind in study.kinds if not measured(rows[kind][name][seed])
-        ]
-        needed = dict.fromkeys(kind for _, kind in waiting)
-        worlds = dict(
-            run_all(
-                build_world,
-                {kind: world_arguments(study, kind, seed, sources, folder) for kind in needed},
-                f"worlds of seed {seed}",
-            )
-        )
-        bases = {kind: (worlds[kind],) for kind in needed if kind not in results["bases"]}
-        results["bases"] |= dict(run_all(base_losses, bases, "bases"))
+    arguments = {place: world_arguments(study, *place, sources, folder) for place in needed}
+    for seed, runs in lacking.items():
+        build = {place: arguments[place] for place in needed if place[1] == seed}
+        worlds = {kind: world for (kind, _), world in run_all(build_world, build, f"worlds of seed {seed}")}
+        lost = {kind: (base_losses, worlds[kind]) for kind in worlds if not measured(bases.get(kind))}
+        for kind, losses in run_all(_in_world, lost, "bases"):
+            bases[kind] = losses
+            save()
         tasks = {
-            (kind, name): (worlds[kind], study.recipe(name, KINDS[kind].rows * study.scale), KINDS[kind].batch)
-            for name, kind in waiting
+            (kind, name): (measure, worlds[kind], study.recipe(name, kind), KINDS[kind].batch) for name, kind in runs
         }
-        for (kind, name), run in run_all(measure, tasks, f"runs of seed {seed}"):
+        for (kind, name), run in run_all(_in_world, tasks, f"runs of seed {seed}"):
             rows[kind][name][seed] = run | {"machine": where}
             save()
+        if unanswered and seed == 0:
+            batch = KINDS["clean"].batch
+            how = {name: study.recipe(name, "clean") if name != "base" else None for name in unanswered}
+            tasks = {name: (right_answers, worlds["clean"], recipe, batch) for name, recipe in how.items()}
+            for name, answered in run_all(_in_world, tasks, "answers"):
+                answers[name] = answered | {"machine": where}
+                save()
+
+
+def _place_of(here: dict, machines: list[dict]) -> int:
+    if here not in machines:
+        machines.append(here)
+    return machines.index(here)
+
+
+def _in_world(function: Callable[..., dict], world: RealWorld | dict, *arguments: object) -> dict:
+    """What the function returns, or why its world failed."""
+    return function(world, *arguments) if isinstance(world, RealWorld) else world
 
 
 def world_arguments(study: RealStudy, kind: str, seed: int, sources: Sources, folder: Path) -> tuple:
-    """Arguments of build_world."""
+    """Arguments of build_world. The folder's name tells the rows and the model: others never take its place."""
     away = "docs" if KINDS[kind].source not in ("docs", "own") else "problems"
-    elsewhere = sources.rows(away)[: HELD_OUT // 2]
+    known = away == "docs" or study.problems
+    elsewhere = sources.rows(away)[: HELD_OUT // 2] if known else []
     parts = make_parts(kind, seed, sources, study.scale)
-    name = f"{study.model}-{kind}-{seed}-x{study.scale}"
+    name = f"{kind}-{seed}-{digest([folder.name, study.frozen, seed, vars(parts), elsewhere])}"
     return study.work / "worlds" / name, parts, elsewhere, folder, study.frozen, seed
 
 
 def pretrained_folder(study: RealStudy) -> Path:
     """The model as a directory."""
-    folder = study.work / study.model
-    if not (folder / "config.json").exists():
-        model, tokenizer = pretrained(study.model, study.work / "cache")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
+    _, tokenizer = pretrained(study.model, study.work)
+    return Path(tokenizer.name_or_path)
 
 
 def make_sources(study: RealStudy, folder: Path) -> Sources:
     def write(questions: list[str]) -> list[str]:
-        if not (file := study.work / f"{study.model}-own.json").exists():
+        file = study.work / f"own-{digest([folder.name, questions])}.json"
+        if not file.exists():
             answers = own_answers(folder, questions)
             with replacing(file) as whole:
                 whole.write_text(json.dumps(answers), encoding="utf-8")
         return json.loads(file.read_text(encoding="utf-8"))
 
-    return Sources(AutoTokenizer.from_pretrained(folder), study.problems, study.solutions, write)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Sources(tokenizer, study.problems, study.solutions, write, study.scale)
 
 
 @torch.no_grad()
-def own_answers(folder: Path, questions: Iterable[str]) -> list[str]:
+def own_answers(folder: Path, questions: list[str]) -> list[str]:
     """What the model itself says to each question, sampled from its own distribution."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device_used())
     torch.manual_seed(0)
     answers = []
-    for taken in batched(list(questions), 32):
+    for taken in batched(questions, 32):
         chats = [[{"role": "user", "content": question}] for question in taken]
         how = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
         batch = tokenizer.apply_chat_template(chats, **how).to(model.device)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -55,6 +56,7 @@ def device_used() -> torch.device:
 
 def be_quiet() -> None:
     disable_progress_bar()  # of loading a model; the studies show their own
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)
 
 

@@ -34,6 +34,12 @@ def of(runs: list[dict], name: str) -> list[float]:
     return [run[name] for run in runs if measured(run) and name in run]
 
 
+def differences(runs: list[dict | None], others: list[dict | None], name: str = "nll") -> list[float]:
+    """A value minus the other's, of every seed that has both."""
+    pairs = zip(runs, others, strict=False)
+    return [run[name] - other[name] for run, other in pairs if measured(run) and measured(other)]
+
+
 def cell(runs: list[dict | None], text: str) -> str:
     """A text made of the runs that there are, with how many failed."""
     failed = sum(run is not None and not measured(run) for run in runs)
@@ -108,10 +114,36 @@ def feedback_table(results: dict) -> str:
         noise, base, trained, rate = label.split("|")
         cells = [cell(signs["random"], spread(of(signs["random"], "nll")))]
         for sign in ("+", "-"):
-            pairs = [pair for pair in zip(signs[sign], signs["random"], strict=True) if all(map(measured, pair))]
-            cells.append(cell(signs[sign], spread([run["nll"] - chance["nll"] for run, chance in pairs])))
+            cells.append(cell(signs[sign], spread(differences(signs[sign], signs["random"]))))
         lines.append(f"| {noise} | {base} | {trained} | {rate} | {' | '.join(cells)} |")
     return with_notes(lines, results)
 
 
 TABLES = {"planted": planted_table, "text": text_table, "feedback": feedback_table}
+
+
+# What the docs show of them
+PLANTED = ("full", "random", "rho1", "token_cleaning", "min_k_pp", "history_excess", "attention", "sstoken", "rel")
+
+
+def planted_short(results: dict) -> str:
+    """The methods that a reader asks for first, with their default options."""
+    return planted_table(results | {"rows": {name: results["rows"][name] for name in PLANTED}})
+
+
+def feedback_short(results: dict) -> str:
+    """The range of the differences to `random` over rates, and LoRA or full; where + is safe."""
+    groups: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for label, signs in results["rows"].items():
+        noise, base, *_ = label.split("|")
+        for sign in ("+", "-"):
+            if found := differences(signs[sign], signs["random"]):
+                groups.setdefault((noise, base), {}).setdefault(sign, []).append(statistics.mean(found))
+    lines = ["| noise | base | `rel` minus `random` | `history_excess` minus it |", "| --- | --- | --: | --: |"]
+    for (noise, base), signs in groups.items():
+        ranges = [f"{min(signs[sign]):.3f} to {max(signs[sign]):.3f}" if sign in signs else "-" for sign in ("+", "-")]
+        lines.append(f"| {noise} | {base} | {' | '.join(ranges)} |")
+    return with_notes(lines, results)
+
+
+SHORT_TABLES = {"planted": planted_short, "text": text_table, "feedback": feedback_short}

@@ -1,0 +1,142 @@
+"""The tables of the study of pretrained models, from its results.
+
+Recipes that share a seed share rows and order, so that their difference says far more than two levels do.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.quality.real import RECIPES
+from benchmarks.quality.real_rows import KINDS
+from benchmarks.quality.tables import cell, differences, of, percent, spread, with_notes
+from benchmarks.resume import measured
+
+RIVALS = ("full", "random", "sstoken")  # what a method has to beat
+
+
+def real_table(results: dict) -> str:
+    """A table of kinds x recipes, and below it all that was measured of each kind."""
+    if not (kinds := kinds_measured(results)):
+        return "not measured"
+    return "\n".join(
+        [
+            *summary(results, kinds),
+            "",
+            *_answers(results),
+            *_machines(results),
+            "",
+            "<details><summary>Everything that was measured, by kind of rows</summary>",
+            "",
+            with_notes([line for kind in kinds for line in _of_kind(results, kind)], results),
+            "",
+            "</details>",
+        ]
+    )
+
+
+def kinds_measured(results: dict) -> list[str]:
+    """The kinds of rows that have a run."""
+    rows = results["rows"]
+    return [kind for kind in KINDS if any(measured(run) for runs in rows.get(kind, {}).values() for run in runs)]
+
+
+def summary(results: dict, kinds: list[str]) -> list[str]:
+    """Held-out NLL of `full`, and of every other recipe the difference to it."""
+    names = _in_order(name for kind in kinds for name in results["rows"][kind])
+    lines = [
+        f"| held-out NLL minus that of `full` | {' | '.join(kinds)} |",
+        "| --- |" + " --: |" * len(kinds),
+        f"| base, before: NLL | {' | '.join(_nats(_base(results, kind, 'held_out')) for kind in kinds)} |",
+    ]
+    for name in names:
+        cells = [_difference(results["rows"][kind], name) for kind in kinds]
+        if any(cells):
+            label = f"{name}: NLL" if rival(results["rows"][kinds[0]], name, "full") == name else name
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As the study has them, and then those that it does not know any more."""
+    found = dict.fromkeys(names)
+    return [*(name for name in RECIPES if name in found), *(name for name in found if name not in RECIPES)]
+
+
+def rival(of_kind: dict[str, list], recipe: str, method: str) -> str:
+    """The recipe of another method that is trained in the same way: "sstoken, all weights" -> "full, all weights"."""
+    _, comma, how = recipe.partition(", ")
+    return f"{method}{comma}{how}" if f"{method}{comma}{how}" in of_kind else method
+
+
+def beats(of_kind: dict[str, list], recipe: str) -> bool:
+    """Whether a recipe ends below all of its rivals, by more than half the range of the differences over seeds."""
+    for method in RIVALS:
+        other = rival(of_kind, recipe, method)
+        found = differences(of_kind[recipe], of_kind.get(other, []))
+        if other != recipe and (len(found) < 2 or statistics.mean(found) + (max(found) - min(found)) / 2 >= 0):
+            return False
+    return True
+
+
+def _difference(of_kind: dict[str, list], recipe: str) -> str:
+    """ "" where nothing was begun."""
+    runs = of_kind.get(recipe, [])
+    if not any(run is not None for run in runs):
+        return ""
+    full = rival(of_kind, recipe, "full")
+    text = spread(of(runs, "nll") if full == recipe else differences(runs, of_kind.get(full, [])))
+    return cell(runs, f"**{text}**" if full != recipe and beats(of_kind, recipe) else text)
+
+
+def _of_kind(results: dict, kind: str) -> list[str]:
+    of_kind, base = results["rows"][kind], _base(results, kind, "elsewhere")
+    lines = [
+        f"| {kind} | held-out NLL | minus `full` | minus `random` | noise kept | clean kept | forgotten |",
+        "| --- |" + " --: |" * 6,
+    ]
+    for name in _in_order(of_kind):
+        runs = of_kind[name]
+        if not any(run is not None for run in runs):
+            continue
+        rivals = [rival(of_kind, name, method) for method in ("full", "random")]
+        away = [value - base for value in of(runs, "elsewhere") if value is not None and base is not None]
+        cells = [
+            cell(runs, spread(of(runs, "nll"))),
+            *(spread(differences(runs, of_kind.get(other, []))) if other != name else "" for other in rivals),
+            *(percent(of(runs, share)) for share in ("noise_kept", "clean_kept")),
+            spread(away),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _answers(results: dict) -> list[str]:
+    """Exact match, where it was looked at."""
+    told = [
+        f"{answered['right']} of {answered['of']} {'before' if name == 'base' else f'after `{name}`'}"
+        for name, answered in results.get("answers", {}).items()
+        if measured(answered)
+    ]
+    return [f"Held-out problems answered right by greedy decoding, clean rows: {', '.join(told)}.", ""] if told else []
+
+
+def _machines(results: dict) -> list[str]:
+    """What the runs were measured on."""
+    commits: dict[str, list[str]] = {}
+    for used in results.get("machines", []):
+        versions = [f"{name} {used[name]}" for name in ("torch", "transformers") if name in used]
+        where = f"{used.get('gpu') or used['cpu']}, {used['cores']} cores, Python {used['python']}"
+        commits.setdefault(", ".join([where, *versions]), []).append(used["commit"][:9])
+    seeds = max((len(runs) for of_kind in results["rows"].values() for runs in of_kind.values()), default=0)
+    return [f"{seeds} seeds; {where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]
+
+
+def _base(results: dict, kind: str, name: str) -> float | None:
+    losses = results.get("bases", {}).get(kind)
+    return losses[name] if measured(losses) else None
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
