@@ -1,6 +1,6 @@
 """Does selection help? Held-out loss, noise kept and cost of every method, beside `full` and `random`, over seeds.
 
-Pretrained models, and rows that hold what real ones hold (16 hours on two cores, resumed run by run):
+Pretrained models, and rows that hold what real ones hold (hours on two cores):
 
     python -m benchmarks.quality real --problems FILE --solutions FILE --work DIR
     python -m benchmarks.quality signals --problems FILE --solutions FILE --work DIR    what the methods see
