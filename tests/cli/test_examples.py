@@ -44,8 +44,8 @@ def test_fsdp2_trains_on_two_ranks():
     assert all(0 < float(loss) < 2 * math.log(512) for _, loss in found)
 
 
-def load_quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart_example", EXAMPLES / "quickstart.py")
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -68,7 +68,7 @@ def quickstart(tmp_path_factory):
         original = yaml.safe_load
         patch.setattr(yaml, "safe_load", lambda text: reduce(original(text)))
         patch.setattr("builtins.print", lambda *args, **kwargs: printed.append(" ".join(map(str, args))))
-        module = load_quickstart()
+        module = load_example("quickstart")
         for seed in ("1", "0"):
             printed.clear()
             patch.setattr(sys, "argv", ["quickstart.py", "--output", str(out), "--seed", seed])
@@ -164,6 +164,51 @@ def test_the_quickstart_leaves_a_model_and_a_history_that_load(quickstart):
     assert AutoModelForCausalLM.from_pretrained(out / "base").config.vocab_size > 3
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     assert 40 < len(HistoryStore.open(out / "history.parquet", tokenizer=tokenizer)) <= 48
+
+
+def test_the_demo_compares_methods_on_docstrings_with_a_model_out_of_a_folder(tmp_path, monkeypatch, capsys):
+    """With a tiny model in SmolLM2's place, which tests/hf/test_pretrained.py loads."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tokensel.store import HistoryStore
+    from tokensel.testing import docstring_rows, make_model, make_tokenizer
+
+    texts = [[message["content"] for message in row["messages"]] for row in docstring_rows()[:300]]
+    tokenizer = make_tokenizer([{"prompt": prompt, "completion": answer} for prompt, answer in texts])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    make_model(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, seed=0).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    asked = []
+
+    def pretrained(*arguments):
+        asked.append(arguments)
+        loaded = (kind.from_pretrained(tmp_path / "tiny") for kind in (AutoModelForCausalLM, AutoTokenizer))
+        return tuple(loaded)
+
+    demo, out = load_example("demo"), tmp_path / "made"
+    monkeypatch.setattr(demo, "pretrained", pretrained)
+    monkeypatch.setattr(demo, "LORA", peft.LoraConfig(r=2, target_modules="all-linear"))
+    monkeypatch.setattr(demo, "STEPS", 4)
+    monkeypatch.setitem(demo.SETTINGS, "max_steps", 4)
+    for seed in ("1", "0"):
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(out), "--seed", seed])
+        demo.main()
+    assert set(asked) == {("smollm2", out / "models")}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in results["table"]] == list(demo.METHODS)
+    assert all(row["held-out clean NLL"] < results["base_nll"] for row in results["table"])
+    printed = capsys.readouterr().out
+    for name in set(demo.METHODS) - {"full", "random"}:
+        (line,) = [line for line in printed.splitlines()[-12:] if line.startswith(f"{name}: held-out clean NLL")]
+        assert set(claims(line)) == {"random", "full"}
+        assert line in (out / "selection.html").read_text(encoding="utf-8")
+    assert len(HistoryStore.open(out / "history.parquet", tokenizer=tokenizer)) == 4 * demo.ROWS_A_STEP
+    rows = [json.loads(line) for line in (out / "noisy.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert 0 < sum(any(row["noise"]) for row in rows) < len(rows)
 
 
 def test_a_method_of_ones_own_is_used_by_its_name():
