@@ -246,7 +246,7 @@ def training_steps(
     patched = tokensel.apply_to(model.train())
     method = methods.get(recipe.method, **recipe.parameters)
     if recipe.drop_noise:
-        rows = [row | {"token_weights": [1.0 - noise for noise in row["noise"]]} for row in rows]
+        rows = [row | {"token_weights": _of_clean(row)} for row in rows]
     if method.scope == "dataset":
         rows, method = chosen_over_all(rows, method), methods.get("weighted")
     order = random.Random(world.seed)
@@ -273,6 +273,12 @@ def training_steps(
         weights, noise = output.weights.float(), noise & output.response
         counted = (output.response.sum(), noise.sum(), weights.sum(), weights[noise].sum())
         yield patched, step + 1, len(steps), counted
+
+
+def _of_clean(row: dict) -> list[float]:
+    """1 on response tokens that are no noise; a prompt token with a weight would be trained, too."""
+    pairs = zip(row["labels"], row["noise"], strict=True)
+    return [float(label != IGNORE_INDEX and not noise) for label, noise in pairs]
 
 
 def measure(world: RealWorld, recipe: Recipe, batch: int) -> dict:
