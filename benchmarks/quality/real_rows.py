@@ -18,7 +18,8 @@ from tokensel.testing import BOILERPLATE, RANDOM_SHARE, docstring_rows
 
 HELD_OUT = 40  # clean rows, the same for every seed
 OWN = 480  # questions that the model answers itself, times the study's scale
-LONGEST = {"problems": 144, "solutions": 224, "docs": 112, "own": 144}  # tokens of a row
+LONGEST = {"problems": 144, "solutions": 224, "docs": 112, "own": 144}  # tokens of a row, on two cores
+LONGEST_SCALED = 512  # where there is a GPU for more
 REFUSALS = (
     "I am sorry, but I am not able to help with this request. Please try to ask something else.",
     "That is a great question! There are many ways to look at it, and the best one depends on what you need.",
@@ -89,9 +90,13 @@ class Sources:
 
     def _encode(self, source: str, rows: list[dict], columns: tuple[str, ...] = ()) -> list[dict]:
         encoded, _ = encode_rows(rows, self.tokenizer, 4096, keep_columns=columns)
-        fitting = [row for row in encoded if len(row["input_ids"]) <= LONGEST[source]]
+        fitting = [row for row in encoded if len(row["input_ids"]) <= longest(source, self.scale)]
         random.Random(0).shuffle(fitting)
         return [{name: row[name] for name in ("input_ids", "labels", *columns)} for row in fitting]
+
+
+def longest(source: str, scale: int) -> int:
+    return LONGEST[source] if scale == 1 else LONGEST_SCALED
 
 
 def read(file: Path, columns: tuple[str, ...]) -> list[dict]:
@@ -128,7 +133,7 @@ def make_parts(kind: str, seed: int, sources: Sources, scale: int = 1) -> Parts:
     needed = size * (2 if what.source == "chats" else 1)
     if len(rest) < needed + HELD_OUT:
         raise ValueError(
-            f"the kind {kind} needs {needed + 2 * HELD_OUT:,} rows of at most {LONGEST[clean_source]} tokens at "
+            f"the kind {kind} needs {needed + 2 * HELD_OUT:,} rows of at most {longest(clean_source, scale)} tokens at "
             f"--scale {scale}; there are {len(clean):,}: give a larger file or leave the kind out"
         )
     rng.shuffle(rest)
@@ -181,15 +186,19 @@ def with_boilerplate(rows: list[dict], rng: random.Random, tokenizer) -> list[di
 
 
 def half_wrong(rows: list[dict], size: int, rng: random.Random) -> list[dict]:
-    """A model's answers, as many right as wrong if there are so many; every token of a wrong one is noise."""
+    """A model's answers, as many right as wrong if there are so many; every token of a wrong one is noise.
+
+    Raises:
+        ValueError: too few rows.
+    """
     right, wrong = ([row for row in rows if row["good"] == good] for good in (1, 0))
     rng.shuffle(right), rng.shuffle(wrong)
     right = right[: size // 2]
     wrong = wrong[: size - len(right)]
     if len(right) + len(wrong) < size:
         raise ValueError(
-            f"the kind written needs {size:,} solutions of at most {LONGEST['solutions']} tokens; there are "
-            f"{len(right) + len(wrong):,}, no more than half of them right: give a larger file or leave the kind out"
+            f"the kind written needs {size:,} solutions that are not too long, half of them wrong; there are "
+            f"{len(wrong):,} wrong and {len(right):,} right: give a larger file or leave the kind out"
         )
     taken = [
         {"input_ids": row["input_ids"], "labels": row["labels"]}
@@ -209,7 +218,11 @@ def poor_chats(rows: list[dict], rng: random.Random, tokenizer) -> list[dict]:
             poor = rng.choice((0, 1))
             swapped, evading = rng.choice(rows)["answer"], rng.choice(REFUSALS)
             repeating = " ".join([answers[poor][: len(answers[poor]) // 3]] * 3)
-            answers[poor] = rng.choice((swapped, evading, repeating))
+            instead = rng.choice((swapped, evading, repeating))
+            if instead == answers[poor]:  # swapped with itself
+                poor = -1
+            else:
+                answers[poor] = instead
         chats.append(chat(first["question"], answers[0], second["question"], answers[1]) | {"poor": poor})
     encoded, _ = encode_rows(chats, tokenizer, 4096, keep_columns=("poor",))
     made = []
