@@ -97,7 +97,7 @@ def test_a_pair_tells_what_neither_signal_tells_alone():
 def test_a_pair_is_tested_on_rows_that_it_was_not_fitted_on():
     row = torch.arange(60) // 3
     areas = [signals.pair_area(torch.rand(60), torch.rand(60), torch.rand(60) < 0.4, row) for _ in range(60)]
-    assert sum(areas) / 60 == pytest.approx(0.5, abs=0.04)  # fitted on itself, it would be 0.64
+    assert sum(areas) / 60 == pytest.approx(0.5, abs=0.04)  # fitted on itself, it would be 0.62
 
 
 def test_weights_of_a_logistic_regression_are_where_its_gradient_is_zero():
