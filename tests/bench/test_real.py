@@ -240,10 +240,15 @@ def test_the_number_of_an_answer_is_behind_its_mark_or_the_last():
 
 
 def test_answers_are_what_the_whole_trained_model_says_token_by_token(made, world):
-    patched, _ = real_worlds.train(world, Recipe("full", {}, rate=0.05), 4)
+    patched, _ = real_worlds.train(world, Recipe("full", {}), 4)
     model = restore_below(patched.model)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data *= 5  # what it says depends on what it reads
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # and is not that again
     rows, tokenizer = world.rows("held_out")[:3], world.tokenizer
     said = real_answers.answers(model, rows, world.tokenizer, 12)
+    assert len(set(said)) == 3
     for row, text in zip(rows, said, strict=True):
         ids = real_answers.prompt(row)
         assert tokenizer.decode(ids).endswith("<s>assistant\n") and row["question"].strip() in tokenizer.decode(ids)

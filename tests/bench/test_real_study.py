@@ -254,6 +254,10 @@ def test_a_method_has_to_beat_random_at_its_own_rho_and_sstoken_too(results):
     assert not real_tables.beats(rows, "good, rho 0.85") and real_tables.beats(rows, "good")
     rows["sstoken"] = [run(0.9), run(1.4)]
     assert not real_tables.beats(rows, "good")
+    alone = {name: [run(1.0)] for name in ("full", "random", "sstoken")}
+    assert not real_tables.beats(alone | {"good": [run(0.5)]}, "good")  # one seed has no spread
+    alone = {name: runs * 2 for name, runs in alone.items()}
+    assert real_tables.beats(alone | {"good": [run(0.5)] * 2}, "good")
 
 
 def test_nothing_is_said_of_what_is_not_measured(results, tmp_path, monkeypatch):
