@@ -295,8 +295,9 @@ def signals_table(results: dict) -> str:
             f"| signal | {' | '.join(results['kinds'])} |",
             "| --- |" + " --: |" * len(at),
             *(_row(title, at, lambda found, name=name: _area(found, name)) for name, title in SIGNALS.items()),
-            _row("best pair", at, _best_pair),
-            _row("of what NLL loses, right behind noise", at, _behind),
+            _row("best pair", at, lambda found: f"{max(found['pairs'].values()):.3f}"),
+            _row("right behind noise, of all clean", at, lambda found: f"{100 * found['behind']:.0f} %"),
+            _row("right behind noise, of what NLL loses", at, _lost_behind),
             "",
         ]
     return "\n".join([*lines, *signals_notes(results)])
@@ -312,14 +313,13 @@ def _area(found: dict, name: str) -> str:
     return f"{signal['auc']:.3f} ({100 * signal[str(CAUGHT[-1])]['clean_lost']:.1f} %)"
 
 
-def _best_pair(found: dict) -> str:
-    names = max(found["pairs"], key=found["pairs"].get)
-    return f"{found['pairs'][names]:.3f}: {' and '.join(SIGNALS[name] for name in names.split(', '))}"
-
-
-def _behind(found: dict) -> str:
+def _lost_behind(found: dict) -> str:
     share = found["signals"]["nll"][str(CAUGHT[-1])]["behind"]
-    return "-" if share is None else f"{100 * share:.0f} % (of all clean {100 * found['behind']:.0f} %)"
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _best_pair(found: dict) -> str:
+    return " and ".join(SIGNALS[name] for name in max(found["pairs"], key=found["pairs"].get).split(", "))
 
 
 def signals_notes(results: dict) -> list[str]:
@@ -328,7 +328,8 @@ def signals_notes(results: dict) -> list[str]:
     notes = [
         "- ROC area: the chance that noise has more of a signal than a clean token. 0.5 says nothing; below, noise has "
         "less of it.",
-        f"- In brackets: the clean tokens that have as much of it as the {CAUGHT[-1]} % of the noise that have most.",
+        f"- In brackets: the clean tokens that have as much of it as the {CAUGHT[-1]} % of the noise that have most; they "
+        f"are what a signal loses. Right behind noise stand the {BEHIND} tokens after it.",
         f"- A pair is fitted on one half of the rows and tested on the other; the best of {math.comb(len(PAIRED), 2)} "
         "is shown. One seed.",
     ]
@@ -336,7 +337,10 @@ def signals_notes(results: dict) -> list[str]:
         if measured(found):
             at = found[str(SHOWN[-1])]
             share = f"{100 * at['noise'] / at['tokens']:.0f} % of them noise"
-            notes.append(f"- {kind}: {at['tokens']:,} response tokens of {at['rows']} rows, {share}")
+            pairs = "; ".join(f"{_best_pair(found[str(step)])} at step {step}" for step in SHOWN)
+            notes.append(
+                f"- {kind}: {at['tokens']:,} response tokens of {at['rows']} rows, {share}; best pair: {pairs}"
+            )
     notes += [f"- failed: {kind}: {found['failed']}" for kind, found in kinds.items() if found and not measured(found)]
     if (done := sum(found is not None for found in kinds.values())) < len(kinds):
         notes.append(f"- unfinished: {done} of {len(kinds)} kinds")

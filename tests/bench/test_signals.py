@@ -229,8 +229,14 @@ def test_the_table_has_areas_prices_and_the_best_pair(run, found):
     nll = at["signals"]["nll"]
     assert f"| NLL | {nll['auc']:.3f} ({100 * nll['80']['clean_lost']:.1f} %) |\n" in later
     best = max(at["pairs"].values())
-    assert f"| best pair | {best:.3f}: " in later and best < 1
+    assert f"| best pair | {best:.3f} |\n" in later and best < 1
+    assert f"noise, of all clean | {100 * at['behind']:.0f} % |\n" in later
+    assert f"noise, of what NLL loses | {100 * nll['80']['behind']:.0f} % |\n" in later
+    one, other = (
+        signals.SIGNALS[name] for pair, area in at["pairs"].items() if area == best for name in pair.split(", ")
+    )
     assert f"- random: {at['tokens']:,} response tokens of 30 rows, " in later
+    assert later.endswith(f"; {one} and {other} at step 200")
 
 
 def test_the_picture_names_the_results_that_it_shows(run, tmp_path):
