@@ -328,7 +328,7 @@ def signals_notes(results: dict) -> list[str]:
     notes = [
         "- ROC area: the chance that noise has more of a signal than a clean token. 0.5 says nothing; below, noise has "
         "less of it.",
-        f"- In brackets: the clean tokens that have as much of it as the {CAUGHT[-1]} % of the noise that have most; they "
+        f"- In brackets: the clean tokens that have as much of it as the {CAUGHT[-1]} % of the noise with most; they "
         f"are what a signal loses. Right behind noise stand the {BEHIND} tokens after it.",
         f"- A pair is fitted on one half of the rows and tested on the other; the best of {math.comb(len(PAIRED), 2)} "
         "is shown. One seed.",
