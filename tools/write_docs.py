@@ -101,6 +101,16 @@ def real(model: str | None = None) -> str:
     return real_table(results) + (f"\n\n![{curves}](real.svg)" if model is None else "")
 
 
+def signals() -> str:
+    """What each signal sees of the noise, with its picture."""
+    from benchmarks.quality.signals import signals_table
+
+    if (results := read_if_measured("quality.signals")) is None:
+        return "not measured"
+    seen = "Distributions of signals over noise and clean tokens, and their ROC areas over the steps"
+    return f"{signals_table(results)}\n\n![{seen}](signals.png)"
+
+
 def rows_of_any_length() -> str:
     return long_rows.table(read("long_rows"))
 
@@ -230,6 +240,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/quality.md": {
         "real": real,
         "real gemma3": functools.partial(real, "gemma3"),
+        "signals": signals,
         **{study: functools.partial(quality, study) for study in SHORT_TABLES},
         "long_rows": rows_of_any_length,
     },
@@ -277,24 +288,32 @@ def draw_real() -> None:
     plot_real(read("quality.real"), DOCS / "real.svg")
 
 
+def draw_signals() -> None:
+    from benchmarks.quality.signal_plots import plot_signals
+
+    plot_signals(read("quality.signals"), DOCS / "signals.png")
+
+
 def draw_long_rows() -> None:
     long_rows.plot(read("long_rows"), DOCS / "long_rows.png")
 
 
 def pictures() -> list[tuple[list[str], str, Callable[[], None]]]:
     """(files, digest of what they show, how they are drawn)."""
-    of_speed = [
+    drawn: list[tuple[list[str], str, Callable[[], None]]] = [
         ([f"{key}_{name}.svg" for name in PICTURES], results.digest, functools.partial(draw_speed, key))
         for key, results in speed_results().items()
     ]
-    feedback, peaks = read("quality.feedback")["rows"], read("long_rows")["peak_mib"]
-    if real_results := read_if_measured("quality.real"):
-        of_speed.append((["real.svg"], digest(real_results["rows"]), draw_real))
-    return [
-        *of_speed,
-        (["feedback.png"], digest(feedback), draw_feedback),
-        (["long_rows.png"], digest(peaks), draw_long_rows),
-    ]
+    others = (
+        ("quality.feedback", "rows", "feedback.png", draw_feedback),
+        ("quality.real", "rows", "real.svg", draw_real),
+        ("quality.signals", "kinds", "signals.png", draw_signals),
+        ("long_rows", "peak_mib", "long_rows.png", draw_long_rows),
+    )
+    for name, shown, picture, draw in others:
+        if results := read_if_measured(name):
+            drawn.append(([picture], digest(results[shown]), draw))
+    return drawn
 
 
 def shows(picture: Path, what: str) -> bool:

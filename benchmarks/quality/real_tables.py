@@ -130,7 +130,8 @@ def _machines(results: dict) -> list[str]:
         where = f"{used.get('gpu') or used['cpu']}, {used['cores']} cores, Python {used['python']}"
         commits.setdefault(", ".join([where, *versions]), []).append(used["commit"][:9])
     seeds = max((len(runs) for of_kind in results["rows"].values() for runs in of_kind.values()), default=0)
-    return [f"{seeds} seeds; {where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]
+    begun = f"{seeds} seed{'s' * (seeds != 1)}"
+    return [f"{begun}; {where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]
 
 
 def _base(results: dict, kind: str, name: str) -> float | None:
