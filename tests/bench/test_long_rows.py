@@ -1,4 +1,4 @@
-"""Memory against the length of a row: measured in steps that survive an interruption."""
+"""Memory against the length of a row, and of a large vocabulary: measured in steps that survive an interruption."""
 
 from __future__ import annotations
 
@@ -7,26 +7,52 @@ import json
 import pytest
 
 from benchmarks.resume import RESULTS
-from benchmarks.speed import long_rows
+from benchmarks.speed import large_vocabulary, long_rows
+
+
+class Here:
+    """A pool of processes that computes in this one."""
+
+    def __init__(self, *arguments, **settings):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *arguments):
+        pass
+
+    def apply(self, function, arguments):
+        return function(*arguments)
+
+
+class Spawned:
+    Pool = Here
+
+
+def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def peaks_of(way, shape, cache):
+        asked.append((way, shape, str(cache)))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"extra": 1000 * len(asked), "process": 7}
+
+    monkeypatch.setattr(large_vocabulary.multiprocessing, "get_context", lambda kind: Spawned)
+    monkeypatch.setattr(large_vocabulary, "peaks_of", peaks_of)
+    options = ["--output", str(tmp_path / "new"), "--cache", "models"]
+    with pytest.raises(KeyboardInterrupt):
+        large_vocabulary.main(options)
+    large_vocabulary.main(options)
+    ways = list(large_vocabulary.WAYS)
+    assert [way for way, *_ in asked] == [ways[0]] * 2 + [ways[1]] + [way for way in ways[1:] for _ in range(2)]
+    printed = capsys.readouterr().out
+    assert "| tokensel, adapters off | 4,000 | 7 | 5,000 | 7 |" in printed
+    assert "| logits of one model, float32 | 256 |  | 512 |  |" in printed
 
 
 def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
-    class Here:
-        def __init__(self, *arguments, **settings):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *arguments):
-            pass
-
-        def apply(self, function, arguments):
-            return function(*arguments)
-
-    class Spawned:
-        Pool = Here
-
     asked, errors = [], {2: ValueError("no luck"), 4: KeyboardInterrupt()}
 
     def peak_of(way, length):
