@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.quality.tables import SHORT_TABLES
 from benchmarks.resume import RESULTS, digest
-from benchmarks.speed import long_rows, tables
+from benchmarks.speed import large_vocabulary, long_rows, tables
 from benchmarks.speed.plots import PICTURES
 from benchmarks.speed.results import Results, load, machine_line
 
@@ -113,6 +113,10 @@ def signals() -> str:
 
 def rows_of_any_length() -> str:
     return long_rows.table(read("long_rows"))
+
+
+def step_of_a_large_vocabulary() -> str:
+    return large_vocabulary.table(read("large_vocabulary"))
 
 
 def architectures() -> str:
@@ -235,7 +239,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "step": step, "estimates": first_estimates},
     "docs/kernels.md": {"estimates": estimates},
     "docs/benchmarks.md": {
-        name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
+        **{name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))},
+        "large_vocabulary": step_of_a_large_vocabulary,
     },
     "docs/quality.md": {
         "real": real,

@@ -1,4 +1,4 @@
-"""One training step of Gemma 3 270M, whose vocabulary is 262,144: peak memory beside the published way.
+"""One training step of Gemma 3 270M, whose vocabulary is 262,144: the process at its peak, beside the published way.
 
     make .venv/.study
     .venv/bin/python -m benchmarks.speed.large_vocabulary
@@ -36,8 +36,6 @@ def model_and_batch(shape: tuple[int, int], cache: Path, attention: str):
 
     model, tokenizer = pretrained("gemma3", cache)
     assert len(tokenizer) == VOCABULARY
-    for parameter in model.parameters():  # of a file that is mapped, not read: it would be read in the step
-        parameter.data = parameter.data.clone()
     model.set_attn_implementation(attention)
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
     torch.manual_seed(0)
@@ -97,40 +95,31 @@ def published(shape: tuple[int, int], cache: Path) -> Iterator[None]:
     yield
 
 
-def backbone_alone(shape: tuple[int, int], cache: Path) -> Iterator[None]:
-    """Forward and backward up to the hidden states, without head, loss and history: what no way can spare."""
-    model, batch = model_and_batch(shape, cache, "sdpa")
-    batch.pop("labels")
-    yield
-    model.get_base_model().model(**batch, use_cache=False).last_hidden_state.sum().backward()
-    yield
-
-
 WAYS = {
-    "the backbone alone": backbone_alone,
     "tokensel, adapters off": adapters_off,
     "tokensel, a frozen copy": frozen_copy,
     "as published": published,
 }
 
 
-def peaks_of(way: str, shape: tuple[int, int], cache: Path) -> dict[str, float]:
-    """MiB: before a step (model, adapters, history), what one step needs above that, and the process at its peak."""
+def peak_of(way: str, shape: tuple[int, int], cache: Path) -> int:
+    """Of the process in one step, MiB: model, adapters and history, too."""
     steps = WAYS[way](shape, cache)
     next(steps)
-    extra = peak_extra_mib(lambda: next(steps), CPU)[0]
-    return {"extra": round(extra), "process": round(peak_memory_mib("cpu"))}
+    # not what the step adds: weights are mapped from their file, and a part of them is first read in the step
+    peak_extra_mib(lambda: next(steps), CPU)
+    return round(peak_memory_mib("cpu"))
 
 
 def table(results: dict) -> str:
     """A row for each way, and the size of one model's logits; below it where it was measured."""
-    head = [f"{rows} × {tokens} tokens: {what}" for rows, tokens in SHAPES for what in ("step, MiB", "process, MiB")]
-    lines = ["| | " + " | ".join(head) + " |", "| --- |" + " --: |" * len(head)]
-    for way, peaks in results["peaks"].items():
-        cells = [f"{peaks[f'{rows}x{tokens}'][key]:,}" for rows, tokens in SHAPES for key in ("extra", "process")]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    logits = [cell for rows, tokens in SHAPES for cell in (f"{rows * tokens * VOCABULARY * 4 >> 20:,}", "")]
-    lines.append(f"| logits of one model, float32 | {' | '.join(logits)} |")
+    shapes = [(rows, tokens, f"{rows}x{tokens}") for rows, tokens in SHAPES]
+    lines = ["| | " + " | ".join(f"{rows} × {tokens} tokens, MiB" for rows, tokens, _ in shapes) + " |"]
+    lines.append("| --- |" + " --: |" * len(shapes))
+    for way, peaks in results["peak_mib"].items():
+        lines.append(f"| {way} | {' | '.join(f'{peaks[shape]:,}' for *_, shape in shapes)} |")
+    logits = [f"{rows * tokens * VOCABULARY * 4 >> 20:,}" for rows, tokens, _ in shapes]
+    lines.append(f"| (logits of one model, float32) | {' | '.join(logits)} |")
     m = results["machine"]
     where = f"{m['cpu']}, PyTorch {m['torch']}, transformers {m['transformers']}, commit {m['commit'][:10]}"
     return "\n".join([*lines, "", f"`python -m benchmarks.speed.large_vocabulary` on {where}."])
@@ -143,11 +132,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     path = options.output / "large_vocabulary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = resume(path, {}) or {"machine": machine(CPU), "peaks": {way: {} for way in WAYS}}
-    missing = [(way, shape) for way in WAYS for shape in SHAPES if "{}x{}".format(*shape) not in results["peaks"][way]]
+    results = resume(path, {}) or {"machine": machine(CPU), "peak_mib": {way: {} for way in WAYS}}
+    missing = [
+        (way, shape) for way in WAYS for shape in SHAPES if "{}x{}".format(*shape) not in results["peak_mib"][way]
+    ]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for way, shape in tqdm(missing, unit="step"):
-            results["peaks"][way]["{}x{}".format(*shape)] = fresh.apply(peaks_of, (way, shape, options.cache))
+            results["peak_mib"][way]["{}x{}".format(*shape)] = fresh.apply(peak_of, (way, shape, options.cache))
             write(path, results)
     print(table(results))
 

@@ -33,14 +33,14 @@ class Spawned:
 def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def peaks_of(way, shape, cache):
+    def peak_of(way, shape, cache):
         asked.append((way, shape, str(cache)))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return {"extra": 1000 * len(asked), "process": 7}
+        return 1000 * len(asked)
 
     monkeypatch.setattr(large_vocabulary.multiprocessing, "get_context", lambda kind: Spawned)
-    monkeypatch.setattr(large_vocabulary, "peaks_of", peaks_of)
+    monkeypatch.setattr(large_vocabulary, "peak_of", peak_of)
     options = ["--output", str(tmp_path / "new"), "--cache", "models"]
     with pytest.raises(KeyboardInterrupt):
         large_vocabulary.main(options)
@@ -48,8 +48,8 @@ def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(tmp_path, monke
     ways = list(large_vocabulary.WAYS)
     assert [way for way, *_ in asked] == [ways[0]] * 2 + [ways[1]] + [way for way in ways[1:] for _ in range(2)]
     printed = capsys.readouterr().out
-    assert "| tokensel, adapters off | 4,000 | 7 | 5,000 | 7 |" in printed
-    assert "| logits of one model, float32 | 256 |  | 512 |  |" in printed
+    assert "| tokensel, a frozen copy | 4,000 | 5,000 |" in printed
+    assert "| (logits of one model, float32) | 256 | 512 |" in printed
 
 
 def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
