@@ -24,6 +24,7 @@ SIGNALS = dict(
     mass=column(3) / 4,
     uniform_mass=column(4) / 4 + 0.1,
     key=torch.arange(10) * 7919,
+    vocab_size=40,
     **{name: column(5 + i) for i, name in enumerate(RECORDED)},
 )
 GIVEN = TokenSignals(RESPONSE, SAMPLE, **SIGNALS)

@@ -266,6 +266,7 @@ class Selection:
             # 5. scores
             fields = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
             measured: dict[str, Any] = {name: to_labels(v) for name, v in fields.items() if v is not None}
+            signals["vocab_size"] = weight.shape[0]
             tokens = TokenSignals(response, layout.sample, weight=given, **measured, **losses, **signals)
             score = self.method.score(tokens)
             # 6. keep

@@ -120,6 +120,43 @@ def test_profit_keeps_what_is_probable_enough_over_all_responses(tau):
     assert int(methods.get("profit", tau=tau).count(RESPONSE, SAMPLE)) == 8
 
 
+def likeliest_share(nll, V):
+    """The share of uniform noise that maximises the likelihood of a sample's tokens, on a grid of a millionth."""
+    shares = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)[:-1]
+    likelihood = sum(torch.log((1 - shares) * math.exp(-x) + shares / V) for x in nll.tolist())
+    return float(shares[likelihood.argmax()])
+
+
+@pytest.mark.parametrize("noise", [[], [9.0], [6.5, 9.0, 7.0]], ids=len)
+def test_clean_posterior_is_that_of_the_likeliest_share_of_noise(noise):
+    V = 100  # a uniform draw costs 4.6 nats
+    clean = torch.tensor([0.1, 2.0, 0.7, 3.0, 1.2, 0.0, 0.4, 1.9]).double()
+    nll = torch.cat([clean, torch.tensor(noise).double()])
+    one = TokenSignals(torch.ones(len(nll)).bool(), torch.zeros(len(nll)).long(), nll=nll, vocab_size=V)
+    share = likeliest_share(nll, V)
+    expected = (1 - share) * torch.exp(-nll) / ((1 - share) * torch.exp(-nll) + share / V)
+    method = methods.get("clean_posterior")
+    torch.testing.assert_close(method.score(one), expected, rtol=0, atol=1e-3)
+    assert method(one).tolist() == [1.0] * 8 + [0.0] * len(noise)
+    assert (share > 0.05) == bool(noise)  # or the case would say nothing
+
+
+def test_clean_posterior_judges_a_token_by_its_sample():
+    # 6 nats are noise beside noise, and news in a sample that has none
+    quiet, noisy = [0.1, 6.0, 0.1, 0.1, 0.1], [0.1, 6.0, 9.0, 9.0, 9.0]
+    nll, sample = torch.tensor(quiet + noisy).double(), torch.tensor([0] * 5 + [5] * 5)
+    method = methods.get("clean_posterior")
+    assert method(TokenSignals(sample >= 0, sample, nll=nll, vocab_size=300)).tolist() == [1] * 5 + [1, 0, 0, 0, 0]
+
+
+def test_clean_posterior_of_losses_beyond_all_bounds():
+    nll = torch.tensor([0.0, 1e-30, 1e4, 3e38, 3e38])
+    everything = TokenSignals(torch.ones(5).bool(), torch.tensor([0, 0, 0, 3, 4]), nll=nll, vocab_size=2)
+    method = methods.get("clean_posterior")
+    assert method(everything).tolist() == [1, 1, 0, 0, 0]
+    assert method(TokenSignals(torch.zeros(5).bool(), everything.sample, nll=nll, vocab_size=2)).sum() == 0
+
+
 def test_min_k_pp_is_the_standardised_log_probability():
     score = methods.get("min_k_pp").score(GIVEN)
     expected = (-NLL + SIGNALS["entropy"]) / SIGNALS["logp_var"].sqrt()
@@ -227,6 +264,7 @@ EVERYTHING = [
     ("eslm", {"alpha": 0}),
     ("ada_eslm", {"alpha": 0, "alpha_min": 0}),
     ("profit", {"tau": 0}),
+    ("clean_posterior", {}),  # no token here costs more than a uniform draw by much
     ("min_k_pp", {"rho": 1}),
     ("soft_weights", {"temperature": math.inf}),
     ("t_shirt", {"rho": 1}),

@@ -113,3 +113,10 @@ def test_what_was_chosen_before_is_what_is_trained(model):
     )
     assert torch.equal(out.weights, chosen)
     torch.testing.assert_close(out.loss, (chosen * out.nll).sum() / chosen.sum(), rtol=1e-5, atol=0, check_dtype=False)
+
+
+def test_a_step_says_how_many_tokens_can_be_predicted(model):
+    out = step(model, padded(ROWS), methods.get("clean_posterior"))
+    known = {"nll": out.nll, "vocab_size": model.config.vocab_size}
+    expected = methods.get("clean_posterior").score(TokenSignals(out.response, out.sample, **known))
+    torch.testing.assert_close(out.score, expected, rtol=1e-6, atol=0)

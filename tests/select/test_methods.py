@@ -39,6 +39,7 @@ def signals(**changes):
         shuffled_nll=NLL + UNIFORM,
         alone_nll=NLL + 0.3,
         contrast_nll=MASS,
+        vocab_size=40,
     )
     return TokenSignals(**fields | changes)
 
@@ -50,7 +51,8 @@ def scored(name, given=None, **parameters):
 def test_all_methods_are_there():
     assert methods.names() == sorted(
         "full random weighted sstoken rel history_excess attention rho1 token_cleaning token_cleaning_iterative "
-        "forgetting eslm ada_eslm dft profit min_k_pp soft_weights shad_rft t_shirt critical_tokens".split()
+        "forgetting eslm ada_eslm dft profit clean_posterior min_k_pp soft_weights shad_rft t_shirt "
+        "critical_tokens".split()
     )
 
 

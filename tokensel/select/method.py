@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokensel.ops.checks import may_read_values
-from tokensel.select.rules import AdaptiveThreshold, AsGiven, AsScored, LearnAndForget, TopSamples, TopShare
+from tokensel.select.rules import Above, AdaptiveThreshold, AsGiven, AsScored, LearnAndForget, TopSamples, TopShare
 from tokensel.select.signals import RECORDED, TokenSignals
 
 
@@ -30,7 +30,7 @@ class SelectionMethod:
     name: str
     needs: AbstractSet[str]
     scorer: Callable[[TokenSignals], Tensor]
-    rule: TopShare | AsScored | AsGiven | LearnAndForget | TopSamples | AdaptiveThreshold
+    rule: TopShare | Above | AsScored | AsGiven | LearnAndForget | TopSamples | AdaptiveThreshold
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", frozenset(self.needs))
@@ -52,7 +52,7 @@ class SelectionMethod:
             if value is None:
                 how = f"; it needs {RECORDED[name]}" if name in RECORDED else ""
                 raise ValueError(f"method {self.name!r} needs signals.{name}, which is None{how}")
-            if value.is_floating_point():
+            if isinstance(value, Tensor) and value.is_floating_point():
                 _check_finite(name, value, signals.response)
         score = self.scorer(signals)
         _check_finite("score", score, signals.response)

@@ -15,6 +15,7 @@ from tokensel.ops.checks import check_number, check_positive
 from tokensel.select import scores
 from tokensel.select.method import SelectionMethod, builder, describe, get, names, register
 from tokensel.select.rules import (
+    Above,
     AdaptiveThreshold,
     AsGiven,
     AsScored,
@@ -266,7 +267,18 @@ def profit(tau: float = 0.1) -> SelectionMethod:
     check_number("tau", tau)
     if not 0 <= tau < 1:
         raise ValueError(f"tau must be in [0, 1), a probability; got {tau}")
-    return SelectionMethod("profit", {"nll"}, lambda s: (scores.probability(s) > tau).float(), AsScored())
+    return SelectionMethod("profit", {"nll"}, scores.probability, Above(tau))
+
+
+@register
+def clean_posterior() -> SelectionMethod:
+    """(1 - s) p / ((1 - s) p + s / V), tokens above 1/2: likelier said by the model than drawn at random. Ours.
+
+    s is the sample's share of noise, estimated from its losses alone: a clean sample keeps everything, a noisy one
+    loses what stands out. No reference, no history, no share to choose. The loss is still divided by all response
+    tokens. docs/quality.md says where it helps, and where nothing does.
+    """
+    return SelectionMethod("clean_posterior", {"nll", "vocab_size"}, scores.clean_posterior, Above(0.5))
 
 
 @register

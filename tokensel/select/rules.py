@@ -186,6 +186,20 @@ class AsScored:
 
 
 @dataclass(frozen=True)
+class Above:
+    """The tokens that score above a threshold; the loss is divided by all response tokens."""
+
+    threshold: float
+    scope: str = "sample"
+
+    def __call__(self, score: Tensor, signals: TokenSignals) -> Tensor:
+        return signals.response & (score > self.threshold)
+
+    def count(self, response: Tensor, sample: Tensor) -> Tensor:
+        return response.sum()
+
+
+@dataclass(frozen=True)
 class AsGiven:
     """Every token, with the weight that the data gives it; the loss is divided by the weights or by their number.
 

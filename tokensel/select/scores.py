@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tokensel.documents import uniform_from_keys
 from tokensel.select.rules import top_share
 from tokensel.select.signals import TokenSignals
+
+EM_STEPS = 16  # the share is within a token of its limit long before
 
 
 def sum_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
@@ -88,6 +92,20 @@ def constant(signals: TokenSignals) -> Tensor:
 def probability(signals: TokenSignals) -> Tensor:
     """p of the label under the current model."""
     return torch.exp(-signals["nll"])
+
+
+def clean_posterior(signals: TokenSignals) -> Tensor:
+    """(1 - s) p / ((1 - s) p + s / V): how likely the model and not a uniform draw of V tokens said the token.
+
+    The sample's share of noise s maximises the likelihood of its tokens under that mixture, Huber's contaminated model
+    (1964); expectation-maximisation from s = 1/2, each step the mean of 1 - posterior.
+    """
+    excess = signals["nll"] - math.log(signals["vocab_size"])  # over a uniform draw, nats
+    posterior = torch.sigmoid(-excess)
+    for _ in range(EM_STEPS):
+        share = mean_per_sample(1 - posterior, signals)
+        posterior = torch.sigmoid(-torch.logit(share) - excess)
+    return posterior
 
 
 def normalised_log_probability(signals: TokenSignals) -> Tensor:

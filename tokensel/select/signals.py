@@ -40,6 +40,7 @@ class TokenSignals:
             under another model or input, nats; `RECORDED` says which and how it is made.
         weight: float, the weight that the data gives a token (`token_weights`), also negative; None = 1 everywhere.
         key: int64 identity of the token (`tokensel.documents.token_keys`), what seeded random draws from.
+        vocab_size: V, how many tokens the model can predict.
         step: optimizer steps done, so that random selection draws anew each step.
         samples_seen: samples trained on before this optimizer step (for `rel_warmup`).
     """
@@ -59,13 +60,14 @@ class TokenSignals:
     contrast_nll: Tensor | None = None
     weight: Tensor | None = None
     key: Tensor | None = None
+    vocab_size: int | None = None
     step: int = 0
     samples_seen: int = 0
 
     def __post_init__(self) -> None:
         if check_tensor("response", self.response).dtype != torch.bool:
             raise TypeError(f"response must be torch.bool; got {self.response.dtype}")
-        names = [f.name for f in fields(self) if f.name not in ("response", "step", "samples_seen")]
+        names = [f.name for f in fields(self) if f.name not in ("response", "vocab_size", "step", "samples_seen")]
         tensors = {name: getattr(self, name) for name in names}
         for name, value in tensors.items():
             if value is not None:
