@@ -20,7 +20,7 @@ from benchmarks.resume import digest, measured
 from tokensel.files import replacing
 from tokensel.testing import pretrained
 
-FROZEN = {"smollm2": 20, "gemma3": 0}  # of 30 and 18 layers, unless the study is scaled up
+FROZEN = {"smollm2": 22, "gemma3": 0}  # of 30 and 18 layers, unless the study is scaled up
 PAPER = {"rate": 1e-4, "lora": (64, 16, 0.1)}  # of arXiv 2510.18250
 WARMUP_SHARE = 0.2  # of the rows that the released recipe leaves REL out for
 
@@ -29,6 +29,7 @@ RECIPES = {
     "full": Recipe("full", {}),
     "oracle": Recipe("full", {}, drop_noise=True),
     "random": Recipe("random", {}),
+    "clean_posterior": Recipe("clean_posterior", {}),
     "sstoken": Recipe("sstoken", {}),
     "history_excess": Recipe("history_excess", {}),
     "rho1, clean reference": Recipe("rho1", {}),
@@ -48,7 +49,13 @@ RECIPES = {
     "random, all weights": Recipe("random", {}, rate=5e-5, lora=None),
     "sstoken, all weights": Recipe("sstoken", {}, rate=5e-5, lora=None),
 }
-SHOWN = ("full", "random", "oracle", "sstoken")  # recipes whose learning curves are drawn; the last is ours
+SHOWN = (
+    "full",
+    "random",
+    "oracle",
+    "sstoken",
+    "clean_posterior",
+)  # recipes whose learning curves are drawn; the last is ours
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ def settings(study: RealStudy) -> dict:
                 f"give --{name} FILE, which the kinds {', '.join(kinds)} need; --kinds {','.join(without)} needs none"
             )
     sha256 = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file}
-    return {"study": "real", "model": study.model, "scale": study.scale, **sha256}
+    sizes = {"rows": {kind: what.rows for kind, what in KINDS.items()}, "held_out": HELD_OUT, "frozen": study.frozen}
+    return {"study": "real", "model": study.model, "scale": study.scale, "sizes": sizes, **sha256}
 
 
 def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:

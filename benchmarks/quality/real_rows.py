@@ -16,7 +16,7 @@ from tokensel.data import encode_rows, load_rows, place_of_row
 from tokensel.documents import IGNORE_INDEX
 from tokensel.testing import BOILERPLATE, RANDOM_SHARE, docstring_rows
 
-HELD_OUT = 40  # clean rows, the same for every seed
+HELD_OUT = 32  # clean rows, the same for every seed
 OWN = 480  # questions that the model answers itself, times the study's scale
 LONGEST = {"problems": 144, "solutions": 224, "docs": 112, "own": 144}  # tokens of a row, on two cores
 LONGEST_SCALED = 512  # where there is a GPU for more
@@ -42,7 +42,7 @@ class Kind:
 
     source: str  # of `Sources`
     plant: Callable[[list[dict], random.Random, object], list[dict]] = lambda rows, rng, tokenizer: rows
-    rows: int = 160  # trained, in one epoch, times the study's scale
+    rows: int = 128  # trained, in one epoch, times the study's scale
     batch: int = 4
 
 
@@ -241,7 +241,7 @@ KINDS = {
     "scattered": Kind("problems", partial(replaced, of_rows=1.0, share=RANDOM_SHARE / 2)),
     "boilerplate": Kind("problems", with_boilerplate),
     "written": Kind("solutions"),
-    "chats": Kind("chats", rows=80, batch=2),
+    "chats": Kind("chats", rows=64, batch=2),
     "docs": Kind("docs", replaced),
     "own": Kind("own", replaced),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_clean_posterior_is_that_of_the_likeliest_share_of_noise(noise):
     one = TokenSignals(torch.ones(len(nll)).bool(), torch.zeros(len(nll)).long(), nll=nll, vocab_size=V)
     share = likeliest_share(nll, V)
     expected = (1 - share) * torch.exp(-nll) / ((1 - share) * torch.exp(-nll) + share / V)
-    method = methods.get("clean_posterior")
+    method = methods.get("clean_posterior", warmup_steps=0)
     torch.testing.assert_close(method.score(one), expected, rtol=0, atol=1e-3)
     assert method(one).tolist() == [1.0] * 8 + [0.0] * len(noise)
     assert (share > 0.05) == bool(noise)  # or the case would say nothing
@@ -145,14 +146,22 @@ def test_clean_posterior_judges_a_token_by_its_sample():
     # 6 nats are noise beside noise, and news in a sample that has none
     quiet, noisy = [0.1, 6.0, 0.1, 0.1, 0.1], [0.1, 6.0, 9.0, 9.0, 9.0]
     nll, sample = torch.tensor(quiet + noisy).double(), torch.tensor([0] * 5 + [5] * 5)
-    method = methods.get("clean_posterior")
+    method = methods.get("clean_posterior", warmup_steps=0)
     assert method(TokenSignals(sample >= 0, sample, nll=nll, vocab_size=300)).tolist() == [1] * 5 + [1, 0, 0, 0, 0]
+
+
+def test_clean_posterior_keeps_everything_until_it_is_warm():
+    lost = given(nll=NLL * 100)
+    cold, warm = (methods.get("clean_posterior", warmup_steps=3)(replace(lost, step=step)) for step in (2, 3))
+    assert torch.equal(cold, methods.get("full")(lost)) and warm.sum() < cold.sum()
+    with pytest.raises(ValueError, match="warmup_steps must not be negative"):
+        methods.get("clean_posterior", warmup_steps=-1)
 
 
 def test_clean_posterior_of_losses_beyond_all_bounds():
     nll = torch.tensor([0.0, 1e-30, 1e4, 3e38, 3e38])
     everything = TokenSignals(torch.ones(5).bool(), torch.tensor([0, 0, 0, 3, 4]), nll=nll, vocab_size=2)
-    method = methods.get("clean_posterior")
+    method = methods.get("clean_posterior", warmup_steps=0)
     assert method(everything).tolist() == [1, 1, 0, 0, 0]
     assert method(TokenSignals(torch.zeros(5).bool(), everything.sample, nll=nll, vocab_size=2)).sum() == 0
 
@@ -264,7 +273,8 @@ EVERYTHING = [
     ("eslm", {"alpha": 0}),
     ("ada_eslm", {"alpha": 0, "alpha_min": 0}),
     ("profit", {"tau": 0}),
-    ("clean_posterior", {}),  # no token here costs more than a uniform draw by much
+    ("clean_posterior", {}),  # no token here costs much more than a uniform draw
+    ("clean_posterior", {"warmup_steps": 5001}),
     ("min_k_pp", {"rho": 1}),
     ("soft_weights", {"temperature": math.inf}),
     ("t_shirt", {"rho": 1}),

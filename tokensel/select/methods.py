@@ -271,14 +271,24 @@ def profit(tau: float = 0.1) -> SelectionMethod:
 
 
 @register
-def clean_posterior() -> SelectionMethod:
+def clean_posterior(warmup_steps: int = 5) -> SelectionMethod:
     """(1 - s) p / ((1 - s) p + s / V), tokens above 1/2: likelier said by the model than drawn at random. Ours.
 
     s is the sample's share of noise, estimated from its losses alone: a clean sample keeps everything, a noisy one
     loses what stands out. No reference, no history, no share to choose. The loss is still divided by all response
     tokens. docs/quality.md says where it helps, and where nothing does.
+
+    Args:
+        warmup_steps: optimizer steps that keep everything: to a base a new format is as surprising as noise.
     """
-    return SelectionMethod("clean_posterior", {"nll", "vocab_size"}, scores.clean_posterior, Above(0.5))
+    check_number("warmup_steps", warmup_steps)
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative (optimizer steps); got {warmup_steps}")
+
+    def scorer(signals: TokenSignals) -> Tensor:
+        return scores.constant(signals) if signals.step < warmup_steps else scores.clean_posterior(signals)
+
+    return SelectionMethod("clean_posterior", {"nll", "vocab_size"}, scorer, Above(0.5))
 
 
 @register
