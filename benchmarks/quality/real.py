@@ -49,13 +49,8 @@ RECIPES = {
     "random, all weights": Recipe("random", {}, rate=5e-5, lora=None),
     "sstoken, all weights": Recipe("sstoken", {}, rate=5e-5, lora=None),
 }
-SHOWN = (
-    "full",
-    "random",
-    "oracle",
-    "sstoken",
-    "clean_posterior",
-)  # recipes whose learning curves are drawn; the last is ours
+# whose learning curves are drawn; the last is ours
+SHOWN = ("full", "random", "oracle", "sstoken", "clean_posterior")
 
 
 @dataclass(frozen=True)
