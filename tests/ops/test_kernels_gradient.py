@@ -105,7 +105,7 @@ def memory_adds(monkeypatch):
 PATHS = ("pointers", "descriptors", "memory adds")
 # rows, vocabulary, hidden size, kept: more tiles than programs, fewer; as many rows as a tile, one, none, all
 WALKS = [
-    pytest.param(70, 130, 72, 70, torch.bfloat16, id="all"),
+    pytest.param(40, 130, 40, 40, torch.bfloat16, id="all"),
     pytest.param(40, 70, 40, 16, torch.float32, id="a tile"),
     pytest.param(20, 60, 72, 1, torch.float32, id="one"),
     pytest.param(20, 60, 24, 0, torch.bfloat16, id="none"),
