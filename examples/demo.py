@@ -1,7 +1,7 @@
 """The quickstart with a real model on real English: SmolLM2 learns to explain Python's standard library.
 
 The rows are docstrings, which come with every Python; half of the answers get 30 % random tokens. Fine-tunes LoRA
-adapters by three methods, prints a table, and writes a page in which one sees what was kept and why. No hub, no GPU.
+adapters by four methods, prints a table, and writes a page in which one sees what was kept and why. No hub, no GPU.
 
     python examples/demo.py [--output demo] [--cache demo/models] [--seed 0]
 """
@@ -25,7 +25,7 @@ from tokensel.settings import ScoreArguments
 from tokensel.testing import docstring_rows, held_out_nll, plant_noise, pretrained
 from tokensel.trainer import SelectiveTrainer
 
-METHODS = ("full", "random", "sstoken")
+METHODS = ("full", "random", "sstoken", "clean_posterior")
 RHO = 0.6
 STEPS, ROWS_A_STEP, HELD_OUT, MAX_LENGTH = 40, 4, 48, 112
 LORA = peft.LoraConfig(  # in the upper half of the layers, which spares half of the backward pass

@@ -1,7 +1,7 @@
 """ssToken fine-tuning end to end on data with planted token noise: no GPU, no hub, a few minutes on two cores.
 
 Makes a tokenizer, a small Llama-style model and instruction data; trains a base on clean rows; records its losses;
-fine-tunes on noisy rows by four methods; prints a table and writes a page in which one sees what was kept and why.
+fine-tunes on noisy rows by five methods; prints a table and writes a page in which one sees what was kept and why.
 
     python examples/quickstart.py [--output quickstart] [--seed 0]
 """
@@ -26,7 +26,7 @@ from tokensel.settings import ScoreArguments
 from tokensel.testing import held_out_nll, make_model, make_rows, make_tokenizer, plant_noise
 from tokensel.trainer import SelectiveTrainer
 
-METHODS = ("full", "random", "sstoken", "history_excess")
+METHODS = ("full", "random", "sstoken", "history_excess", "clean_posterior")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

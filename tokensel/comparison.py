@@ -5,6 +5,7 @@ What the quickstart and the demo have in common.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokensel.data import SelectionCollator
 from tokensel.metrics import peak_memory_mib
 from tokensel.report import format_table, plot_rel, write_selection_page
 from tokensel.report.watch import selected_samples
+from tokensel.select.methods import builder
 from tokensel.testing import PlantedNoiseTrainer, held_out_nll
 
 BESIDE = ("random", "full")  # what a method has to beat
@@ -39,10 +41,11 @@ def compare(
     """Fine-tunes a model by one method after the other, on a CPU.
 
     Args:
-        methods: names; all but "full" keep the share `rho`.
+        methods: names.
         make_model: gives the model, new each time.
         rows, held_out: datasets of `input_ids` and `labels`; those trained on with `noise`, 1 on planted tokens.
         output: a folder; a run's own is in it, named by the method.
+        rho: the share kept, of methods that keep a share.
         history_store: the losses of the model as `make_model` gives it, recorded on `rows`.
         settings: of `SelectiveTrainingArguments`.
     Returns:
@@ -54,7 +57,7 @@ def compare(
         arguments = SelectiveTrainingArguments(
             output_dir=str(output / name),
             method=name,
-            method_args=None if name == "full" else f"rho={rho}",
+            method_args=f"rho={rho}" if "rho" in inspect.signature(builder(name)).parameters else None,
             history="recorded",
             history_store=str(history_store),
             remove_unused_columns=False,
@@ -109,7 +112,7 @@ def verdict(table: list[dict]) -> list[str]:
 def write_comparison(output: Path, table: list[dict], runs: list[dict], *, base_nll: float, rho: float) -> None:
     """Prints the table and the verdict, and writes `selection.html`, `rel.png` and `results.json`."""
     notes = [
-        f"Base before fine-tuning: {base_nll:.4f}. Lower is better. rho = {rho} for all but full.",
+        f"Base before fine-tuning: {base_nll:.4f}. Lower is better. rho = {rho} for methods that keep a share.",
         *verdict(table),
         "Peak memory is of the process so far, so it only grows from row to row.",
     ]
