@@ -11,6 +11,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tokensel import Selection, SelectionMethod, TokenSignals
 from tokensel.data import SelectionCollator
 from tokensel.model import PatchedModel, eval_mode
 from tokensel.select.rules import AsScored
-from tokensel.select.scores import constant, mean_per_sample, normalised_log_probability
+from tokensel.select.scores import clean_posterior, constant, mean_per_sample, normalised_log_probability
 
 STEPS = (1, 10, 50, 200)  # of the optimizer, after which the rows are looked at
 SHOWN = (10, 200)  # of these in the table
@@ -48,6 +49,7 @@ SIGNALS = {
     "reference_excess": "NLL over the reference's",
     "near_nll": "NLL of the five around",
     "row_nll": "NLL of the row",
+    "noise_posterior": "1 - `clean_posterior`",
 }
 PAIRED = ("nll", "base_nll", "entropy", "surprise", "mass", "rel", "row_nll")
 DRAWN = ("nll", "base_nll", "rel", "entropy", "mass")  # what histograms are kept of
@@ -101,6 +103,7 @@ def signals_of(known: TokenSignals) -> dict[str, Tensor]:
         "reference_excess": nll - known["reference_nll"],
         "near_nll": mean_of_near(nll, known.response),
         "row_nll": mean_per_sample(nll, known),
+        "noise_posterior": 1 - clean_posterior(replace(known, nll=nll.double())),
     }
     return {name: values.double() for name, values in found.items()}
 

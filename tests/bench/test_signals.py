@@ -108,6 +108,16 @@ def test_weights_of_a_logistic_regression_are_where_its_gradient_is_zero():
     assert slope.abs().max() < 1e-4 and weights[2] < -1
 
 
+def noise_posterior(nll, vocab_size):
+    """Of one row: EM by hand."""
+    share = torch.tensor(0.5).double()
+    for _ in range(17):
+        drawn = share / vocab_size
+        posterior = drawn / (drawn + (1 - share) * torch.exp(-nll))
+        share = posterior.mean()
+    return posterior
+
+
 def test_signals_are_those_of_the_models_own_logits_and_attention(world):
     rows = world.rows("train")[:20]  # two batches, the second ragged
     base = AutoModelForCausalLM.from_pretrained(world.model, attn_implementation="eager")
@@ -134,6 +144,7 @@ def test_signals_are_those_of_the_models_own_logits_and_attention(world):
             "reference_excess": nll - torch.tensor([row["reference_nll"][i] for i in places]),
             "near_nll": torch.stack([nll[max(0, i - 2) : i + 3].mean() for i in range(len(places))]),
             "row_nll": nll.mean().expand(len(places)),
+            "noise_posterior": noise_posterior(nll, log_p.shape[1]),
         }
         assert set(expected) == set(signals.SIGNALS)
         mine = slice(place, place := place + len(places))
