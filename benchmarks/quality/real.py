@@ -30,6 +30,7 @@ RECIPES = {
     "oracle": Recipe("full", {}, drop_noise=True),
     "random": Recipe("random", {}),
     "clean_posterior": Recipe("clean_posterior", {}),
+    "clean_posterior, no repeats": Recipe("clean_posterior", {}, drop_repeats=True),
     "sstoken": Recipe("sstoken", {}),
     "history_excess": Recipe("history_excess", {}),
     "rho1, clean reference": Recipe("rho1", {}),

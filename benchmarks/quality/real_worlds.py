@@ -23,7 +23,7 @@ import tokensel
 from benchmarks.quality.real_rows import Parts
 from benchmarks.quality.runner import device_used
 from tokensel import Selection, TokenSignals, methods
-from tokensel.data import SelectionCollator
+from tokensel.data import SelectionCollator, weights_without_repeats
 from tokensel.documents import IGNORE_INDEX
 from tokensel.files import making_folder
 from tokensel.model import PatchedModel, unwrap
@@ -136,6 +136,7 @@ class Recipe:
         lora: rank, alpha and dropout of adapters on all linear layers; None = all weights of the layers.
         after: steps on every token before the method begins.
         drop_noise: leave out exactly what is noise.
+        drop_repeats: leave out the spans that many rows share, by `tokensel.data.weights_without_repeats`.
     """
 
     method: str
@@ -145,6 +146,7 @@ class Recipe:
     after: int = 0
     epochs: int = 1
     drop_noise: bool = False
+    drop_repeats: bool = False
 
 
 def build_world(folder: Path, parts: Parts, elsewhere: list[dict], model: Path, frozen: int, seed: int) -> RealWorld:
@@ -247,6 +249,8 @@ def training_steps(
     method = methods.get(recipe.method, **recipe.parameters)
     if recipe.drop_noise:
         rows = [row | {"token_weights": _of_clean(row)} for row in rows]
+    if recipe.drop_repeats:
+        rows = [row | {"token_weights": w} for row, w in zip(rows, weights_without_repeats(rows), strict=True)]
     if method.scope == "dataset":
         rows, method = chosen_over_all(rows, method), methods.get("weighted")
     order = random.Random(world.seed)

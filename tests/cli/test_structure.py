@@ -46,7 +46,7 @@ FLOORS = [
     "history",
     "step",
     "data.readers",
-    "data.collators data.rows",
+    "data.collators data.repeats data.rows",
     "data.chat",
     "data.layouts",
     "data.encode",

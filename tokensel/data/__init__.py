@@ -6,9 +6,18 @@ import warnings
 
 from tokensel.data.collators import SelectionCollator
 from tokensel.data.encode import EncodingCounts, encode_rows
+from tokensel.data.repeats import weights_without_repeats
 from tokensel.data.rows import RowError, load_rows, place_of_row
 
-__all__ = ["EncodingCounts", "RowError", "SelectionCollator", "encode_rows", "load_rows", "place_of_row"]
+__all__ = [
+    "EncodingCounts",
+    "RowError",
+    "SelectionCollator",
+    "encode_rows",
+    "load_rows",
+    "place_of_row",
+    "weights_without_repeats",
+]
 
 _RENAMED = {"EncodingReport": EncodingCounts, "WeightsCollator": SelectionCollator}  # until 0.3
 
