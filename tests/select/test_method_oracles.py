@@ -154,8 +154,30 @@ def test_clean_posterior_keeps_everything_until_it_is_warm():
     lost = given(nll=NLL * 100)
     cold, warm = (methods.get("clean_posterior", warmup_steps=3)(replace(lost, step=step)) for step in (2, 3))
     assert torch.equal(cold, methods.get("full")(lost)) and warm.sum() < cold.sum()
-    with pytest.raises(ValueError, match="warmup_steps must not be negative"):
-        methods.get("clean_posterior", warmup_steps=-1)
+    for wrong in (-1, 1.5, math.nan, True):
+        with pytest.raises(ValueError, match="warmup_steps must be a whole number"):
+            methods.get("clean_posterior", warmup_steps=wrong)
+    for wrong in (1, -3, 2.0, True, "7"):
+        with pytest.raises(ValueError, match="vocab_size must be a whole number"):
+            given(vocab_size=wrong)
+
+
+def test_clean_posterior_does_not_hear_what_the_data_leaves_out():
+    # the 6 nats would go with the noise beside them, if that were not gone already
+    nll, sample = torch.tensor([0.1, 0.2, 6.0, 9.0, 9.0, 9.0]).double(), torch.zeros(6).long()
+    weight = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    method = methods.get("clean_posterior", warmup_steps=0)
+    alone = TokenSignals(sample == 0, sample, nll=nll, vocab_size=100)
+    assert method(alone).tolist() == [1, 1, 0, 0, 0, 0]
+    assert method(replace(alone, weight=weight)).tolist() == [1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_clean_posterior_of_a_long_sample_in_half_precision(dtype):
+    nll, sample = torch.full((4000,), 1.0), torch.zeros(4000).long()
+    nll[::4] = 14.0
+    long = TokenSignals(sample == 0, sample, nll=nll.to(dtype), vocab_size=50_000)
+    assert torch.equal(methods.get("clean_posterior", warmup_steps=0)(long), (nll < 2).float())
 
 
 def test_clean_posterior_of_losses_beyond_all_bounds():

@@ -278,12 +278,13 @@ def clean_posterior(warmup_steps: int = 5) -> SelectionMethod:
     loses what stands out. No reference, no history, no share to choose. The loss is still divided by all response
     tokens. docs/quality.md says where it helps, and where nothing does.
 
+    It is for pretrained models: of a sample that costs a model more than a uniform draw would, nothing is kept.
+
     Args:
         warmup_steps: optimizer steps that keep everything: to a base a new format is as surprising as noise.
     """
-    check_number("warmup_steps", warmup_steps)
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must not be negative (optimizer steps); got {warmup_steps}")
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be a whole number of optimizer steps, 0 or more; got {warmup_steps!r}")
 
     def scorer(signals: TokenSignals) -> Tensor:
         return scores.constant(signals) if signals.step < warmup_steps else scores.clean_posterior(signals)

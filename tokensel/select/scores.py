@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from tokensel.documents import uniform_from_keys
 from tokensel.select.rules import top_share
 from tokensel.select.signals import TokenSignals
 
-EM_STEPS = 16  # the share is within a token of its limit long before
+EM_STEPS = 16  # on SmolLM2's vocabulary the share is then within a token or so of its limit; which are kept, nearer
 
 
 def sum_per_sample(values: Tensor, signals: TokenSignals) -> Tensor:
@@ -98,12 +99,16 @@ def clean_posterior(signals: TokenSignals) -> Tensor:
     """(1 - s) p / ((1 - s) p + s / V): how likely the model and not a uniform draw of V tokens said the token.
 
     The sample's share of noise s maximises the likelihood of its tokens under that mixture, Huber's contaminated model
-    (1964); expectation-maximisation from s = 1/2, each step the mean of 1 - posterior.
+    (1964); expectation-maximisation from s = 1/2, each step the mean of 1 - posterior. Tokens to which the data gives
+    weight 0 are judged, but say nothing of s.
     """
-    excess = signals["nll"] - math.log(signals["vocab_size"])  # over a uniform draw, nats
+    nll = signals["nll"]
+    nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # sums of a sample stall in bfloat16
+    excess = nll - math.log(signals["vocab_size"])  # over a uniform draw, nats
+    heard = signals if signals.weight is None else replace(signals, response=signals.response & (signals.weight != 0))
     posterior = torch.sigmoid(-excess)
     for _ in range(EM_STEPS):
-        share = mean_per_sample(1 - posterior, signals)
+        share = mean_per_sample(1 - posterior, heard)
         posterior = torch.sigmoid(-torch.logit(share) - excess)
     return posterior
 

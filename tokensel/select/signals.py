@@ -67,6 +67,9 @@ class TokenSignals:
     def __post_init__(self) -> None:
         if check_tensor("response", self.response).dtype != torch.bool:
             raise TypeError(f"response must be torch.bool; got {self.response.dtype}")
+        size = self.vocab_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise ValueError(f"vocab_size must be a whole number of tokens, 2 or more; got {size!r}")
         names = [f.name for f in fields(self) if f.name not in ("response", "vocab_size", "step", "samples_seen")]
         tensors = {name: getattr(self, name) for name in names}
         for name, value in tensors.items():
