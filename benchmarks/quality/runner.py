@@ -5,12 +5,15 @@ Every task runs on one thread, as many at a time as there are cores.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import datasets
@@ -60,25 +63,62 @@ def be_quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _begin_worker() -> None:
+def _serve(connection: Connection) -> None:
+    """A worker: receives tasks and sends what came out, until the parent is gone or says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
     be_quiet()
+    with contextlib.suppress(EOFError):
+        while True:
+            function, arguments = connection.recv()
+            connection.send(attempt(function, *arguments))
 
 
-def _call(task: tuple) -> tuple:
-    key, function, arguments = task
-    return key, attempt(function, *arguments)
+class _Worker:
+    """A process that runs one task after the other."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # or nobody would notice that the process is gone
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
 
 
 def run_all(function: Callable, tasks: dict, label: str, *, fresh: bool = False) -> Iterator[tuple]:
-    """(key, function(*arguments) or how it failed) of every task, as they end. fresh: a new process for each."""
-    if not tasks:
-        return
-    workers = 1 if device_used().type == "cuda" else len(os.sched_getaffinity(0))
-    waiting = [(key, function, arguments) for key, arguments in tasks.items()]
-    limit = 1 if fresh else None
-    with multiprocessing.get_context("spawn").Pool(workers, _begin_worker, maxtasksperchild=limit) as pool:
-        yield from tqdm(pool.imap_unordered(_call, waiting), total=len(waiting), desc=label, unit="run")
+    """(key, function(*arguments) or how it failed) of every task, as they end. fresh: a new process for each.
+
+    A process that is killed, out of memory say, fails its task alone.
+    """
+    most = 1 if device_used().type == "cuda" else len(os.sched_getaffinity(0))
+    waiting, busy, free = deque(tasks.items()), {}, []
+    try:
+        with tqdm(total=len(tasks), desc=label, unit="run", disable=not tasks) as bar:
+            while waiting or busy:
+                while waiting and len(busy) < most:
+                    key, arguments = waiting.popleft()
+                    worker = free.pop() if free else _Worker()
+                    busy[worker.connection] = worker, key
+                    worker.connection.send((function, arguments))
+                for connection in wait(list(busy)):
+                    worker, key = busy.pop(connection)
+                    try:
+                        result, alive = connection.recv(), True
+                    except (EOFError, ConnectionResetError):
+                        result, alive = {"failed": "its process was killed; out of memory?"}, False
+                    if alive and not fresh:
+                        free.append(worker)
+                    else:
+                        worker.end()
+                    bar.update()
+                    yield key, result
+    finally:
+        for worker in [*free, *(worker for worker, _ in busy.values())]:
+            worker.end()
 
 
 def _tune(world: World | dict, run: Run) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -247,6 +249,22 @@ def test_a_world_that_fails_costs_its_own_runs(run_study, monkeypatch, capsys):
 def test_every_failure_in_a_worker_comes_back_as_its_reason():
     results = dict(runner.run_all(math.sqrt, {"four": (4.0,), "minus": (-1.0,)}, "roots"))
     assert results["four"] == 2 and results["minus"]["failed"].startswith("ValueError: ")
+
+
+def killed_at(number):
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_own_task():
+    results = dict(runner.run_all(killed_at, {i: (i,) for i in range(6)}, "deaths"))
+    assert results.pop(1)["failed"].startswith("its process was killed")
+    assert sorted(results) == [0, 2, 3, 4, 5] and os.getpid() not in results.values()
+    assert len(set(results.values())) < 5  # a process runs one task after the other
+    alone = dict(runner.run_all(killed_at, {i: (i,) for i in range(2, 5)}, "alone", fresh=True))
+    assert len(set(alone.values())) == 3
 
 
 @pytest.mark.slow
