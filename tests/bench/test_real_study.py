@@ -260,6 +260,37 @@ def test_a_method_has_to_beat_random_at_its_own_rho_and_sstoken_too(results):
     assert real_tables.beats(alone | {"good": [run(0.5)] * 2}, "good")
 
 
+def test_recipes_are_compared_with_those_of_their_own_training_or_with_none():
+    def lines(**rows):
+        rows = {name.replace("_all_weights", ", all weights"): runs for name, runs in rows.items()}
+        return real_tables.summary({"rows": {"clean": rows, "docs": {"full": [run(1.0)] * 2}}}, ["clean", "docs"])[3:]
+
+    lora = {name: [run(1.0)] * 2 for name in ("full", "random", "sstoken")}
+    alone = lines(**lora, sstoken_all_weights=[run(0.5)] * 2)
+    assert alone[-1] == "| sstoken, all weights | - |  |"  # not the difference to another training's
+    assert lines(full_all_weights=[run(2.0)] * 2)[-1] == "| full, all weights: NLL | 2.000 ± 0.000 |  |"
+    both = {"full_all_weights": [run(2.0)] * 2, "sstoken_all_weights": [run(1.5)] * 2}
+    assert lines(**lora, **both)[-1] == "| sstoken, all weights | -0.500 ± 0.000 |  |"  # no random to beat: not bold
+    both["random_all_weights"] = [run(1.8)] * 2
+    assert lines(**lora, **both)[-1] == "| sstoken, all weights | **-0.500 ± 0.000** |  |"
+    for kinds in (["clean", "docs"], ["docs", "clean"]):  # whichever kind comes first
+        rows = {"clean": {"full, all weights": [run(2.0)]}, "docs": {"full": [run(1.0)]}}
+        assert "| full, all weights: NLL |" in "\n".join(real_tables.summary({"rows": rows}, kinds))
+
+
+def test_parameters_of_a_method_are_no_other_training():
+    rows = dict.fromkeys(["full", "random", "sstoken", "random, rho 0.85", "full, no repeats", "sstoken, rho 0.85"])
+    for suffix, random in (("rho 0.85", "random, rho 0.85"), ("rho 0.9", "random"), ("no repeats", "random")):
+        found = [real_tables.rival(rows, f"good, {suffix}", method) for method in real_tables.RIVALS]
+        assert found == ["full", random, "sstoken"]
+
+
+@pytest.mark.parametrize(("nll", "bold"), [(0.9994, True), (0.9996, False)])
+def test_a_difference_that_the_digits_do_not_show_is_not_bold(nll, bold):
+    rows = {name: [run(1.0)] * 2 for name in real_tables.RIVALS} | {"good": [run(nll)] * 2}
+    assert real_tables.beats(rows, "good") == bold
+
+
 def test_nothing_is_said_of_what_is_not_measured(results, tmp_path, monkeypatch):
     monkeypatch.setattr(write_docs, "RESULTS", tmp_path)
     assert write_docs.real() == "not measured" == real_tables.real_table({"rows": {"clean": {"full": [None]}}})
