@@ -41,6 +41,12 @@ def machine(device: torch.device) -> dict:
     return values
 
 
+def short_commit(commit: str) -> str:
+    """A commit as tables print it: ten digits, and "+changes" where what is measured was not as committed."""
+    digits, plus, changes = commit.partition("+")
+    return digits[:10] + plus + changes
+
+
 def _processor() -> str:
     if (info := Path("/proc/cpuinfo")).exists():
         for line in info.read_text().splitlines():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
+from benchmarks.machine import short_commit
 from benchmarks.quality.real import RECIPES
 from benchmarks.quality.real_rows import KINDS
 from benchmarks.quality.tables import cell, differences, of, percent, spread, with_notes
@@ -145,7 +146,7 @@ def _machines(results: dict) -> list[str]:
     for used in results.get("machines", []):
         versions = [f"{name} {used[name]}" for name in ("torch", "transformers") if name in used]
         where = f"{used.get('gpu') or used['cpu']}, {used['cores']} cores, Python {used['python']}"
-        commits.setdefault(", ".join([where, *versions]), []).append(used["commit"][:9])
+        commits.setdefault(", ".join([where, *versions]), []).append(short_commit(used["commit"]))
     seeds = max((len(runs) for of_kind in results["rows"].values() for runs in of_kind.values()), default=0)
     begun = f"{seeds} seed{'s' * (seeds != 1)}"
     return [f"{begun}; {where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]

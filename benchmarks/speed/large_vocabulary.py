@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, short_commit
 from benchmarks.resume import RESULTS, resume, write
 from benchmarks.speed.measure import peak_extra_mib
 from tokensel.metrics import peak_memory_mib
@@ -121,7 +121,7 @@ def table(results: dict) -> str:
     logits = [f"{rows * tokens * VOCABULARY * 4 >> 20:,}" for rows, tokens, _ in shapes]
     lines.append(f"| (logits of one model, float32) | {' | '.join(logits)} |")
     m = results["machine"]
-    where = f"{m['cpu']}, PyTorch {m['torch']}, transformers {m['transformers']}, commit {m['commit'][:10]}"
+    where = f"{m['cpu']}, PyTorch {m['torch']}, transformers {m['transformers']}, commit {short_commit(m['commit'])}"
     return "\n".join([*lines, "", f"`python -m benchmarks.speed.large_vocabulary` on {where}."])
 
 

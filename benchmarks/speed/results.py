@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import short_commit
 from benchmarks.resume import digest
 
 OURS = {"cpu": "tokensel chunked", "cuda": "tokensel fused"}  # whose figures are compared with the targets
@@ -92,4 +93,4 @@ def machine_line(results: Results) -> str:
     place = f"{m['gpu']}, " if "gpu" in m else ""
     busy = f"; load average {results.load:.1f} at the start, so others ran" if results.load > 0.5 else ""
     place += f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
-    return f"{place}, PyTorch {m['torch']}, commit {m['commit'][:10]}{busy}"
+    return f"{place}, PyTorch {m['torch']}, commit {short_commit(m['commit'])}{busy}"

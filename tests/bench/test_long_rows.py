@@ -52,6 +52,12 @@ def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(tmp_path, monke
     assert "| (logits of one model, float32) | 256 | 512 |" in printed
 
 
+def test_the_table_of_a_large_vocabulary_says_whether_its_files_had_changes():
+    results = json.loads((RESULTS / "large_vocabulary.json").read_text(encoding="utf-8"))
+    results["machine"]["commit"] = "0123456789abcdef+changes"
+    assert large_vocabulary.table(results).endswith("commit 0123456789+changes.")
+
+
 def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     asked, errors = [], {2: ValueError("no luck"), 4: KeyboardInterrupt()}
 

@@ -224,7 +224,7 @@ def results():
         "rows": {"clean": rows, "random": {"full": [None, None]}, "docs": {"full": [run(1.0, elsewhere=None)]}},
         "bases": {"clean": {"held_out": 2.0, "elsewhere": 3.0}, "docs": {"held_out": 4.0, "elsewhere": None}},
         "answers": {"base": {"right": 0, "of": 40}, "full": {"right": 3, "of": 40}},
-        "machines": [HERE, HERE | {"commit": "fedcba9876543210"}],
+        "machines": [HERE, HERE | {"commit": "fedcba9876543210+changes"}],
     }
 
 
@@ -241,7 +241,7 @@ def test_the_table_shows_differences_of_the_same_seed(results):
     assert "| good | 1.200 ± 0.240 | -0.050 ± 0.010 | -0.150 ± 0.010 | 20 % | 100 % | 0.100 ± 0.000 |" in lines
     assert not any(line.startswith("| rel |") for line in lines)
     assert "0 of 40 before, 3 of 40 after `full`" in "\n".join(lines)
-    assert "2 seeds; a chip, 2 cores, Python 3.11, torch 2.0; commit 012345678, fedcba987." in lines
+    assert "2 seeds; a chip, 2 cores, Python 3.11, torch 2.0; commit 0123456789, fedcba9876+changes." in lines
     assert "- failed: clean good, all weights seed 1: no luck" in lines
     assert any(line.startswith("- unfinished: ") for line in lines)
 

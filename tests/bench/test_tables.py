@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.speed import measure, peers, plots, tables, targets
 from benchmarks.speed.cases import Case
-from benchmarks.speed.results import load, ratio
+from benchmarks.speed.results import load, machine_line, ratio
 
 CPU = torch.device("cpu")
 ONCE = {"rounds": (1, 1)}
@@ -40,6 +40,12 @@ def test_results_of_two_machines_are_never_mixed(tmp_path):
         load([here, there])
     gpus = [write_results(tmp_path / f"{gpu}.json", device="cuda", gpu=gpu) for gpu in ("NVIDIA H100 80GB HBM3", "G")]
     assert set(load([here, *gpus])) == {"cpu", "nvidia_h100_80gb_hbm3", "g"}
+
+
+def test_a_line_of_a_machine_says_whether_its_files_had_changes(tmp_path):
+    for commit, told in (("0123456789abcdef", "0123456789"), ("0123456789abcdef+changes", "0123456789+changes")):
+        results = load([write_results(tmp_path / "some.json", commit=commit)])["cpu"]
+        assert machine_line(results).endswith(f"commit {told}")
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path):
