@@ -6,10 +6,13 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+A_DAY = 86400  # seconds
 
 
 def check_directory(setting: str, name_or_path: str | os.PathLike[str] | None) -> None:
@@ -50,24 +53,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which becomes `path` when the block ends well.
+    """Yields an empty folder beside `path`, no one else's, which becomes `path` when the block ends well.
 
-    After any exception in the block the temporary folder is gone. Where another process made `path` meanwhile, its
-    folder stays.
+    After any exception in the block that folder is gone. Where someone else made `path` meanwhile, theirs stays: it is
+    whole. What a killed process has left of `path` is removed once it is a day old.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed, and had this number
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = f".{path.name}."
+    for left in path.parent.iterdir():
+        if left.name.startswith(begun) and left.suffix == ".tmp" and _is_old(left):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(".tmp", begun, path.parent))
     try:
-        yield temporary
+        unfinished = temporary / path.name  # mkdtemp's own folder is closed to other users
+        unfinished.mkdir()
+        yield unfinished
         try:
-            os.rename(temporary, path)
+            os.rename(unfinished, path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > A_DAY
+    except FileNotFoundError:  # whoever made it has just ended
+        return False
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,26 @@ def test_of_two_processes_that_make_a_folder_at_once_the_first_wins(tmp_path):
             (faster / "by").write_text("the faster")
         (tmp_path / "made.of.another").rename(tmp_path / "made")
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["the faster"]
+
+
+def test_those_that_make_a_folder_at_once_have_one_of_their_own_each(tmp_path):
+    with making_folder(tmp_path / "new" / "made") as one, making_folder(tmp_path / "new" / "made") as other:
+        (one / "by").write_text("one")  # threads, or containers on one volume, whose processes have equal numbers
+        assert not list(other.iterdir())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["made"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "new" / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    old, young, other = (tmp_path / name for name in (".made.1.tmp", ".made.2.tmp", ".made2.1.tmp"))
+    for folder, hours in ((old, 25), (young, 23), (other, 25)):
+        folder.mkdir()
+        (folder / "weights").touch()
+        os.utime(folder, (time.time() - hours * 3600,) * 2)
+    with making_folder(tmp_path / "made"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"made", young.name, other.name}
 
 
 def test_a_missing_package_or_file_says_what_to_install(package, tmp_path, monkeypatch):
