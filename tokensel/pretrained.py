@@ -71,17 +71,22 @@ def pretrained(name: str, cache: str | os.PathLike[str]) -> tuple[Any, Any]:
     Returns:
         (causal language model, float32, in eval mode, on the CPU; fast tokenizer with a chat template and a pad token).
     Raises:
-        ValueError: another name, a weights file that is truncated or altered, or a folder that was changed.
+        ValueError: another name, a weights file that is truncated or altered, or a folder that was changed or holds a
+            foreign file.
         ModuleNotFoundError: the package is not installed; says what to run.
-        NotADirectoryError: `cache` is a file.
+        NotADirectoryError, FileNotFoundError: `cache` or the model's folder is a file, or a link that leads nowhere.
     """
     if name not in PRETRAINED:
         raise ValueError(f"name must be one of {', '.join(PRETRAINED)}; got {name!r}")
     cache = Path(cache)
-    if cache.exists() and not cache.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "cache must be a folder, and this is a file", str(cache))
     source = PRETRAINED[name]
     folder = cache / f"{name}-{source.sha256[:16]}"
+    for what, path in (("cache", cache), ("the model's folder", folder)):
+        if path.is_symlink() and not path.exists():
+            target = f"{what} must be a folder, and this link leads to {os.readlink(path)}, which is not there"
+            raise FileNotFoundError(errno.ENOENT, target, str(path))
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{what} must be a folder, and this is a file", str(path))
     if not folder.exists():
         with (
             naming_a_full_disk(folder, "a pretrained model", "give a cache with two gigabytes of room"),
@@ -148,13 +153,17 @@ def _dequantise(name: str, source: Packaged, folder: Path) -> None:
 
 def _check_made(folder: Path, source: Packaged) -> None:
     """Refuses a folder whose files are not those that were written."""
-    manifest = folder / _MANIFEST
-    made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    if made.get("sha256") == source.sha256:
-        files, written = _digests(folder), made.get("files", {})
-        wrong = {file for file in {*files, *written} if files.get(file) != written.get(file)}
-    else:
+    written = _written(folder / _MANIFEST, source)
+    if written is None:
         wrong = {_MANIFEST}
+    else:
+        if foreign := sorted(_names(folder) - {*written}):
+            raise ValueError(
+                f"{folder}: pretrained() did not write {', '.join(foreign)}; a model's folder may hold no foreign "
+                "file, so move that elsewhere"
+            )
+        found = _digests(folder)
+        wrong = {file for file in written if found.get(file) != written[file]}
     if wrong:
         raise ValueError(
             f"{folder}: {', '.join(sorted(wrong))} missing or not as pretrained() wrote it; remove the folder, and "
@@ -162,8 +171,23 @@ def _check_made(folder: Path, source: Packaged) -> None:
         )
 
 
+def _written(manifest: Path, source: Packaged) -> dict[str, str] | None:
+    """Digests of the files that a folder was made of; None where its manifest is damaged or of another source."""
+    try:
+        made = json.loads(manifest.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(made, dict) or made.get("sha256") != source.sha256 or not isinstance(made.get("files"), dict):
+        return None
+    return made["files"]
+
+
+def _names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file() and file.name != _MANIFEST}
+
+
 def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: _sha256([file]) for file in folder.iterdir() if file.is_file() and file.name != _MANIFEST}
+    return {name: _sha256([folder / name]) for name in _names(folder)}
 
 
 def _sha256(files: Iterable[Path]) -> str:

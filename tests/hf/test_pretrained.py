@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -89,7 +90,7 @@ def test_a_made_folder_is_read_without_the_package_and_has_the_same_weights(load
 
 @pytest.mark.parametrize(
     "changed, content",
-    [("model.safetensors", "{}"), ("tokenizer_config.json", None), ("made_from.json", None), ("foreign.json", "{}")],
+    [("model.safetensors", "{}"), ("tokenizer_config.json", None), ("made_from.json", None)],
 )
 def test_a_folder_that_was_changed_is_an_error(cache, tmp_path, changed, content):
     made = next(cache.glob("smollm2-*"), None)
@@ -105,6 +106,52 @@ def test_a_folder_that_was_changed_is_an_error(cache, tmp_path, changed, content
 
 
 # Without any of the packages
+
+MANIFEST = {"sha256": PRETRAINED["smollm2"].sha256, "files": {"config.json": hashlib.sha256(b"{}").hexdigest()}}
+
+
+def make_folder(cache, manifest):
+    folder = cache / f"smollm2-{PRETRAINED['smollm2'].sha256[:16]}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "made_from.json").write_bytes(manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"", b'{"sha256": "b17', b"\xff\xfe\x00", [], None, "text", MANIFEST | {"files": []}, MANIFEST | {"files": None}],
+)
+def test_a_damaged_manifest_says_to_remove_the_folder(tmp_path, manifest):
+    make_folder(tmp_path, manifest)
+    with pytest.raises(ValueError, match="made_from.json missing or not as pretrained.. wrote it; remove the folder"):
+        pretrained("smollm2", tmp_path)
+
+
+def test_a_foreign_file_is_named_and_the_folder_need_not_be_removed(tmp_path):
+    folder = make_folder(tmp_path, MANIFEST)
+    for name in (".DS_Store", "notes.txt"):
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"pretrained\(\) did not write .DS_Store, notes.txt; .* move that") as error:
+        pretrained("smollm2", tmp_path)
+    assert "remove the folder" not in str(error.value)
+    for name in (".DS_Store", "notes.txt"):
+        (folder / name).unlink()
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(ValueError, match="config.json missing or not as"):
+        pretrained("smollm2", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", f"smollm2-{PRETRAINED['smollm2'].sha256[:16]}"])
+def test_a_link_that_leads_nowhere_is_an_error_before_anything_is_made(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("tokensel.pretrained._dequantise", None)
+    cache = tmp_path / "cache"
+    if place:
+        cache.mkdir()
+    (cache / place).symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="must be a folder, and this link leads to .*gone, which is not there"):
+        pretrained("smollm2", cache)
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.fixture
