@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -117,8 +117,9 @@ def settings(study: RealStudy) -> dict:
 def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
     """Fills in what the results lack, and saves each run as it ends.
 
-    Their form: {"rows": {kind: {recipe: [run of each seed]}}, "bases": {kind: losses before fine-tuning}, "answers":
-    {"base" or recipe: {"right", "of"}}, "machines": [...]}; a run's "machine" is its place among these.
+    A run by another recipe than today's is run again. Their form: {"rows": {kind: {recipe: [run of each seed]}},
+    "bases": {kind: losses before fine-tuning}, "answers": {"base" or recipe: {"right", "of"}}, "machines": [...]}; a
+    run's "machine" is its place among these, its "world" the rows that it shares with others.
 
     Raises:
         ValueError: a file has a row that is of no use, or too few; nothing has been trained then.
@@ -131,7 +132,12 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
             of_seeds += [None] * (study.seeds - len(of_seeds))
     bases, answers = results.setdefault("bases", {}), results.setdefault("answers", {})
     lacking = {
-        seed: [(name, kind) for name in study.recipes for kind in study.kinds if not measured(rows[kind][name][seed])]
+        seed: [
+            (name, kind)
+            for name in study.recipes
+            for kind in study.kinds
+            if not _stands(rows[kind][name][seed], study.recipe(name, kind))
+        ]
         for seed in range(study.seeds)
     }
     unanswered = [name for name in study.answering if not measured(answers.get(name))]
@@ -154,7 +160,9 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
             (kind, name): (measure, worlds[kind], study.recipe(name, kind), KINDS[kind].batch) for name, kind in runs
         }
         for (kind, name), run in run_all(_in_world, tasks, f"runs of seed {seed}"):
-            rows[kind][name][seed] = run | {"machine": where}
+            made_of = {"world": worlds[kind].folder.name} if isinstance(worlds[kind], RealWorld) else {}
+            recipe = digest(asdict(study.recipe(name, kind)))
+            rows[kind][name][seed] = run | made_of | {"recipe": recipe, "machine": where}
             save()
         if unanswered and seed == 0:
             batch = KINDS["clean"].batch
@@ -163,6 +171,11 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
             for name, answered in run_all(_in_world, tasks, "answers"):
                 answers[name] = answered | {"machine": where}
                 save()
+
+
+def _stands(run: dict | None, recipe: Recipe) -> bool:
+    """Whether a run has ended well, and by this recipe."""
+    return measured(run) and run["recipe"] == digest(asdict(recipe))
 
 
 def _place_of(here: dict, machines: list[dict]) -> int:

@@ -134,16 +134,14 @@ class Recipe:
     Attributes:
         parameters: of the method.
         lora: rank, alpha and dropout of adapters on all linear layers; None = all weights of the layers.
-        after: steps on every token before the method begins.
         drop_noise: leave out exactly what is noise.
         drop_repeats: leave out the spans that many rows share, by `tokensel.data.weights_without_repeats`.
     """
 
     method: str
     parameters: dict
-    rate: float = 5e-4
+    rate: float = 4e-3
     lora: tuple[int, int, float] | None = (16, 32, 0.0)
-    after: int = 0
     epochs: int = 1
     drop_noise: bool = False
     drop_repeats: bool = False
@@ -261,19 +259,17 @@ def training_steps(
     rate = lambda step: min(1, (step + 1) / WARMUP) * (1 - step / len(steps))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     selection = Selection(method)
-    everything = Selection(methods.get("full"), progress=selection.progress)
     for step, taken in enumerate(steps):
         inputs = collate([{k: row[k] for k in ("input_ids", "labels", *COLUMNS) if k in row} for row in taken])
         inputs = inputs.to(model.device)
         noise = inputs.pop("noise").bool()
-        chosen = everything if step < recipe.after else selection
-        output = model(**inputs, selection=chosen)
+        output = model(**inputs, selection=selection)
         output.loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        chosen.step()
+        selection.step()
         weights, noise = output.weights.float(), noise & output.response
         counted = (output.response.sum(), noise.sum(), weights.sum(), weights[noise].sum())
         yield patched, step + 1, len(steps), counted

@@ -35,9 +35,9 @@ def of(runs: list[dict], name: str) -> list[float]:
 
 
 def differences(runs: list[dict | None], others: list[dict | None], name: str = "nll") -> list[float]:
-    """A value minus the other's, of every seed that has both."""
-    pairs = zip(runs, others, strict=False)
-    return [run[name] - other[name] for run, other in pairs if measured(run) and measured(other)]
+    """A value minus the other's, of every seed that has both, in one world."""
+    pairs = [(run, other) for run, other in zip(runs, others, strict=False) if measured(run) and measured(other)]
+    return [run[name] - other[name] for run, other in pairs if run.get("world") == other.get("world")]
 
 
 def cell(runs: list[dict | None], text: str) -> str:

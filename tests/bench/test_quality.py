@@ -206,7 +206,7 @@ def run_study(monkeypatch, tmp_path, small_text):
     return run
 
 
-@pytest.mark.parametrize(("name", "total"), [("planted", 52), ("text", 21), ("feedback", 96)])
+@pytest.mark.parametrize(("name", "total"), [("planted", 53), ("text", 21), ("feedback", 96)])
 def test_an_interrupted_study_goes_on_with_what_it_has(run_study, capsys, name, total):
     run_study.errors = {3: ValueError("no luck"), 6: KeyboardInterrupt()}
     with pytest.raises(SystemExit) as stopped:

@@ -240,7 +240,7 @@ def test_the_number_of_an_answer_is_behind_its_mark_or_the_last():
 
 
 def test_answers_are_what_the_whole_trained_model_says_token_by_token(made, world):
-    patched, _ = real_worlds.train(world, Recipe("full", {}), 4)
+    patched, _ = real_worlds.train(world, Recipe("full", {}, rate=5e-4), 4)
     model = restore_below(patched.model)
     for name, weight in model.named_parameters():
         if "proj" in name:
