@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import plots, real, real_tables
-from benchmarks.quality.tables import all_runs
+from benchmarks.quality.tables import all_runs, differences
 from benchmarks.resume import attempt, measured
 from tools import write_docs
 
@@ -103,6 +103,22 @@ def test_every_run_tells_its_machine_and_another_commit_goes_on(study, monkeypat
     assert [machine["commit"] for machine in results["machines"]] == ["one", "two"]
     assert [run["machine"] for run in results["rows"]["random"]["full"]] == [0, 1]
     assert results["model"] == "smollm2" and len(results["problems"]) == 64
+
+
+def test_a_run_by_another_recipe_is_run_again(study, monkeypatch):
+    study()
+    monkeypatch.setitem(real.RECIPES, "random", real.Recipe("random", {"rho": 0.5}))
+    study()
+    again = [key for label, key in study.asked if label == "runs"]
+    assert sorted(again) == 2 * [("clean", "random")] + 2 * [("random", "random")]
+    study()
+    assert not study.asked
+
+
+def test_runs_on_other_rows_are_not_compared():
+    ours = [{"nll": 1, "world": "a"}, {"nll": 2, "world": "b"}]
+    theirs = [{"nll": 3, "world": "a"}, {"nll": 9, "world": "c"}]
+    assert differences(ours, theirs) == [-2]
 
 
 def test_results_of_other_settings_are_kept_until_they_are_given_up(study, capsys, made, tmp_path):
