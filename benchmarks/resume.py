@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tokensel.files import replacing
@@ -22,16 +25,27 @@ def attempt(function: Callable, *arguments: object, **settings: object) -> objec
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
+def in_new_process(function: Callable, *arguments: object) -> object:
+    """What the function returns in a process of its own, or {"failed": why} where that process is killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return {"failed": "killed; out of memory?"}
+
+
 def measured(run: object) -> bool:
     """Whether a run has ended well: None is one that has not been started."""
     return run is not None and not (isinstance(run, dict) and "failed" in run)
 
 
-def resume(path: Path, settings: dict) -> dict:
+def resume(path: Path, settings: dict, has_form: Callable[[dict], bool] = lambda results: True) -> dict:
     """The file's results, if they are of the same settings; else the settings alone.
 
+    Args:
+        has_form: whether an object is one of such results.
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is no JSON, or holds something else.
     """
     if not path.exists():
         return dict(settings)
@@ -39,6 +53,8 @@ def resume(path: Path, settings: dict) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; --fresh replaces it") from error
+    if not isinstance(results, dict) or not has_form(results):
+        raise ValueError(f"{path} is not of this study; --fresh replaces it")
     return results if all(results.get(name) == value for name, value in settings.items()) else dict(settings)
 
 

@@ -6,21 +6,20 @@
 ssToken with LoRA adapters (r 16) on all linear layers, in float32; the history is the model without its adapters, or a
 frozen copy. The published way holds the logits of both models, and all attention. Writes
 benchmarks/results/large_vocabulary.json after every step; `python -m tools.write_docs` shows it in the docs. Started
-again it measures what is missing there.
+again on the same machine and commit it measures what is missing there.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine, short_commit
-from benchmarks.resume import RESULTS, resume, write
+from benchmarks.resume import RESULTS, attempt, in_new_process, measured, resume, write
 from benchmarks.speed.measure import peak_extra_mib
 from tokensel.metrics import peak_memory_mib
 
@@ -111,35 +110,86 @@ def peak_of(way: str, shape: tuple[int, int], cache: Path) -> int:
     return round(peak_memory_mib("cpu"))
 
 
+def unpack(cache: Path) -> None:
+    """Makes the model's folder, which takes more memory than a step."""
+    from tokensel.testing import pretrained
+
+    pretrained("gemma3", cache)
+
+
+def lacking(results: dict) -> list[tuple[str, tuple[int, int]]]:
+    peaks = results["peak_mib"]
+    return [(way, shape) for way in WAYS for shape in SHAPES if not measured(peaks.get(way, {}).get(_name(shape)))]
+
+
+def measure(results: dict, cache: Path, save: Callable[[], None]) -> None:
+    """Fills in the peaks that the results lack, each of a process of its own.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: there is no model.
+    """
+    if not (missing := lacking(results)):
+        return
+    if not measured(made := in_new_process(unpack, cache) or ()):
+        raise ValueError(f"the model could not be unpacked: {made['failed']}")
+    for way, shape in tqdm(missing, unit="step"):
+        peak = in_new_process(attempt, peak_of, way, shape, cache)
+        results["peak_mib"].setdefault(way, {})[_name(shape)] = peak
+        save()
+
+
 def table(results: dict) -> str:
-    """A row for each way, and the size of one model's logits; below it where it was measured."""
-    shapes = [(rows, tokens, f"{rows}x{tokens}") for rows, tokens in SHAPES]
-    lines = ["| | " + " | ".join(f"{rows} × {tokens} tokens, MiB" for rows, tokens, _ in shapes) + " |"]
-    lines.append("| --- |" + " --: |" * len(shapes))
-    for way, peaks in results["peak_mib"].items():
-        lines.append(f"| {way} | {' | '.join(f'{peaks[shape]:,}' for *_, shape in shapes)} |")
-    logits = [f"{rows * tokens * VOCABULARY * 4 >> 20:,}" for rows, tokens, _ in shapes]
+    """A row for each way, and the size of one model's logits; below it where it was measured, and what failed."""
+    lines = ["| | " + " | ".join(f"{rows} × {tokens} tokens, MiB" for rows, tokens in SHAPES) + " |"]
+    lines.append("| --- |" + " --: |" * len(SHAPES))
+    notes = []
+    for way in WAYS:
+        cells = []
+        for shape in map(_name, SHAPES):
+            peak = results["peak_mib"].get(way, {}).get(shape)
+            if isinstance(peak, dict):
+                notes.append(f"- failed: {way}, {shape}: {peak['failed']}")
+            cells.append(f"{peak:,}" if isinstance(peak, int) else "failed" if peak else "not measured")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    logits = [f"{rows * tokens * VOCABULARY * 4 >> 20:,}" for rows, tokens in SHAPES]
     lines.append(f"| (logits of one model, float32) | {' | '.join(logits)} |")
     m = results["machine"]
     where = f"{m['cpu']}, PyTorch {m['torch']}, transformers {m['transformers']}, commit {short_commit(m['commit'])}"
-    return "\n".join([*lines, "", f"`python -m benchmarks.speed.large_vocabulary` on {where}."])
+    notes += [""] * bool(notes)
+    return "\n".join([*lines, "", *notes, f"`python -m benchmarks.speed.large_vocabulary` on {where}."])
+
+
+def _name(shape: tuple[int, int]) -> str:
+    return "{}x{}".format(*shape)
+
+
+def _has_form(results: dict) -> bool:
+    """Whether there are peaks by way and shape."""
+    peaks = results.get("peak_mib")
+    if not isinstance(peaks, dict) or not all(isinstance(of_way, dict) for of_way in peaks.values()):
+        return False
+    values = [peak for of_way in peaks.values() for peak in of_way.values()]
+    return all(isinstance(peak, int) or isinstance(peak, dict) and "failed" in peak for peak in values)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for large_vocabulary.json")
     parser.add_argument("--cache", type=Path, default=Path("demo/models"), help="folder of pretrained models")
+    parser.add_argument("--fresh", action="store_true", help="measure again what large_vocabulary.json already has")
     options = parser.parse_args(argv)
-    path = options.output / "large_vocabulary.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = resume(path, {}) or {"machine": machine(CPU), "peak_mib": {way: {} for way in WAYS}}
-    missing = [
-        (way, shape) for way in WAYS for shape in SHAPES if "{}x{}".format(*shape) not in results["peak_mib"][way]
-    ]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        for way, shape in tqdm(missing, unit="step"):
-            results["peak_mib"][way]["{}x{}".format(*shape)] = fresh.apply(peak_of, (way, shape, options.cache))
-            write(path, results)
+    path, here = options.output / "large_vocabulary.json", {"machine": machine(CPU)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = here if options.fresh else resume(path, here, _has_form)
+        if path.exists() and "peak_mib" not in results:
+            print(f"{path} is given up, or of another machine or commit: everything is measured, and replaces it")
+        results.setdefault("peak_mib", {})
+        measure(results, options.cache, lambda: write(path, results))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
     print(table(results))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from benchmarks.resume import RESULTS
+from benchmarks.resume import RESULTS, in_new_process
 from benchmarks.speed import large_vocabulary, long_rows
 
 
@@ -30,26 +31,96 @@ class Spawned:
     Pool = Here
 
 
-def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
-    asked = []
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """`steps(*options)` measures steps that take no time; `steps.asked` is what ran, each in a process of its own."""
 
-    def peak_of(way, shape, cache):
-        asked.append((way, shape, str(cache)))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return 1000 * len(asked)
+    def in_new_process(function, *arguments):
+        steps.asked.append(arguments[1] if len(arguments) > 1 else function.__name__)
+        if error := steps.errors.pop(len(steps.asked), None):
+            raise error
+        return None if function is large_vocabulary.unpack else steps.peaks.get(len(steps.asked), len(steps.asked))
 
-    monkeypatch.setattr(large_vocabulary.multiprocessing, "get_context", lambda kind: Spawned)
-    monkeypatch.setattr(large_vocabulary, "peak_of", peak_of)
-    options = ["--output", str(tmp_path / "new"), "--cache", "models"]
-    with pytest.raises(KeyboardInterrupt):
-        large_vocabulary.main(options)
-    large_vocabulary.main(options)
+    def steps(*options):
+        steps.asked = []
+        large_vocabulary.main(["--output", str(tmp_path / "new"), *options])
+
+    steps.errors, steps.peaks, steps.path = {}, {}, tmp_path / "new/large_vocabulary.json"
+    monkeypatch.setattr(large_vocabulary, "in_new_process", in_new_process)
+    return steps
+
+
+def test_steps_of_a_large_vocabulary_go_on_after_an_interruption(steps, capsys):
     ways = list(large_vocabulary.WAYS)
-    assert [way for way, *_ in asked] == [ways[0]] * 2 + [ways[1]] + [way for way in ways[1:] for _ in range(2)]
+    steps.errors = {4: KeyboardInterrupt()}
+    with pytest.raises(SystemExit) as stopped:
+        steps()
+    # the first process of all unpacks the model: what that takes is in no step's peak
+    assert stopped.value.code == 130 and steps.asked == ["unpack", ways[0], ways[0], ways[1]]
+    steps()
+    assert steps.asked == ["unpack", *(way for way in ways[1:] for _ in range(2))]
     printed = capsys.readouterr().out
-    assert "| tokensel, a frozen copy | 4,000 | 5,000 |" in printed
+    assert "| tokensel, adapters off | 2 | 3 |" in printed and "| tokensel, a frozen copy | 2 | 3 |" in printed
     assert "| (logits of one model, float32) | 256 | 512 |" in printed
+    steps()
+    assert not steps.asked
+    steps("--fresh")
+    assert len(steps.asked) == 7
+
+
+def test_a_way_that_a_file_lacks_is_measured_and_other_figures_of_another_machine_are_not_kept(steps, capsys):
+    steps()
+    results = json.loads(steps.path.read_text())
+    del results["peak_mib"]["as published"]
+    assert "| as published | not measured | not measured |" in large_vocabulary.table(results)
+    steps.path.write_text(json.dumps(results))
+    steps()
+    assert steps.asked == ["unpack", "as published", "as published"]
+    results["machine"] |= {"cpu": "another"}
+    steps.path.write_text(json.dumps(results))
+    steps()
+    assert len(steps.asked) == 7 and "everything is measured, and replaces it" in capsys.readouterr().out
+    assert json.loads(steps.path.read_text())["machine"]["cpu"] != "another"
+
+
+def test_a_step_that_is_killed_is_told_and_tried_again(steps, capsys):
+    steps.peaks = {3: in_new_process(os._exit, 9)}
+    assert steps.peaks[3] == {"failed": "killed; out of memory?"}
+    steps()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| tokensel, adapters off | 2 | failed |" in lines
+    assert "- failed: tokensel, adapters off, 1x512: killed; out of memory?" in lines
+    steps()
+    assert steps.asked == ["unpack", "tokensel, adapters off"]
+    assert in_new_process(abs, -3) == 3
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"peak_mib": []}', '{"peak_mib": {"as published": {"1x512": []}}}'])
+def test_a_file_of_something_else_is_named(steps, capsys, content):
+    steps.path.parent.mkdir()
+    steps.path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        steps()
+    assert stopped.value.code == 2 and not steps.asked and steps.path.read_text() == content
+    assert "large_vocabulary.json is not of this study; --fresh replaces it" in capsys.readouterr().err
+    steps("--fresh")
+    assert len(steps.asked) == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "instead", "reason"),
+    [
+        (ModuleNotFoundError("pip install this"), None, "pip install this"),
+        (None, {"failed": "killed"}, "the model could not be unpacked: killed"),
+    ],
+)
+def test_without_its_model_nothing_is_measured(steps, capsys, monkeypatch, error, instead, reason):
+    steps.errors = {1: error} if error else {}
+    if instead:
+        monkeypatch.setattr(large_vocabulary, "in_new_process", lambda *arguments: instead)
+    with pytest.raises(SystemExit):
+        steps()
+    assert reason in capsys.readouterr().err and not steps.path.exists()
 
 
 def test_the_table_of_a_large_vocabulary_says_whether_its_files_had_changes():
