@@ -228,17 +228,21 @@ def plant_noise(
     Returns:
         Rows of `input_ids`, `labels` (-100 on the prompt) and `noise` (1 on planted tokens), lists of one length.
     Raises:
-        ValueError: an unknown kind, a share outside [0, 1], or a chat whose template does not write its last answer
-            behind the generation prompt as it is given.
+        ValueError: an unknown kind, a share outside [0, 1], a row without its texts, a single row to swap, or a chat
+            whose template does not write its last answer behind the generation prompt as it is given; names the row.
     """
     if kind not in NOISE_KINDS:
         raise ValueError(f"kind must be one of {', '.join(NOISE_KINDS)}; got {kind!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1]; got {share}")
+    if kind == "swapped" and share and len(rows) == 1:
+        raise ValueError("rows[0]: there is no other row whose response it could get; give at least two rows")
+    for number, row in enumerate(rows):
+        _check_texts(number, row)
     rng = random.Random(seed)
     specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     words = sorted({*range(len(tokenizer))} - specials - {*tokenizer.all_special_ids})
-    planted, parts = [], [_parts(row, tokenizer) for row in rows]
+    planted, parts = [], [_parts(number, row, tokenizer) for number, row in enumerate(rows)]
     for number, (prompt, completion, end) in enumerate(parts):
         pieces = [(completion, 0)]
         if kind in ("boilerplate", "mixed") and rng.random() < share:
@@ -267,7 +271,24 @@ def plant_noise(
     return planted
 
 
-def _parts(row: dict, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str, list[int]]:
+def _check_texts(number: int, row: dict) -> None:
+    """Refuses a row whose prompt, completion or turns are no texts."""
+    texts = {f"the {name}": row.get(name) for name in ("prompt", "completion")}
+    if "messages" in row:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"rows[{number}]: messages must be a list of at least one turn; got {turns!r}")
+        texts = {
+            f"the {name} of messages[{i}]": turn.get(name) if isinstance(turn, dict) else None
+            for i, turn in enumerate(turns)
+            for name in ("role", "content")
+        }
+    for what, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"rows[{number}]: {what} must be a string; got {text!r}")
+
+
+def _parts(number: int, row: dict, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str, list[int]]:
     """Token ids of the prompt, the response's text, and the token ids that end it, the first of which is trained."""
     if "messages" not in row:
         return tokenizer(row["prompt"])["input_ids"], row["completion"], [tokenizer.eos_token_id]
@@ -276,8 +297,8 @@ def _parts(row: dict, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], st
     text, opened = str(tokenizer.apply_chat_template(row["messages"], tokenize=False)), prompt + answer["content"]
     if answer["role"] != "assistant" or not text.startswith(opened):
         raise ValueError(
-            "a chat must end with an assistant's answer that the chat template writes behind its generation prompt as "
-            f"it is; got {text!r}"
+            f"rows[{number}]: a chat must end with an assistant's answer that the chat template writes behind its "
+            f"generation prompt as it is; got {text!r}"
         )
     start, end = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text[len(opened) :]))
     return start, answer["content"], end

@@ -245,6 +245,33 @@ def test_a_chat_that_ends_otherwise_than_with_its_answer_is_an_error():
         plant_noise([{"messages": chat}], tokenizer, kind="none", share=0, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, r"messages must be a list of at least one turn; got \[\]"),
+        ({"messages": None}, "messages must be a list of at least one turn; got None"),
+        (as_chat("sort", None), r"the content of messages\[1\] must be a string; got None"),
+        (as_chat(None, "it"), r"the content of messages\[0\] must be a string; got None"),
+        ({"messages": [{"content": "it"}]}, r"the role of messages\[0\] must be a string; got None"),
+        ({"messages": ["it"]}, r"the role of messages\[0\] must be a string; got None"),
+        ({"prompt": "sort", "completion": None}, "the completion must be a string; got None"),
+        ({"completion": "it"}, "the prompt must be a string; got None"),
+    ],
+)
+def test_a_row_without_its_texts_is_named(row, reason):
+    tokenizer = make_tokenizer(ROWS, vocab_size=600)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=rf"rows\[1\]: {reason}"):
+        plant_noise([as_chat("sort", "it"), row], tokenizer, kind="none", share=0, seed=0)
+
+
+def test_a_single_row_has_no_other_to_be_swapped_with():
+    tokenizer = make_tokenizer(ROWS, vocab_size=600)
+    with pytest.raises(ValueError, match=r"rows\[0\]: there is no other row .* at least two rows"):
+        plant_noise(ROWS[:1], tokenizer, kind="swapped", share=1, seed=0)
+    assert not sum(plant_noise(ROWS[:1], tokenizer, kind="swapped", share=0, seed=0)[0]["noise"])
+
+
 # Docstrings
 
 
