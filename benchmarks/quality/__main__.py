@@ -32,7 +32,7 @@ from benchmarks.quality.real_rows import KINDS
 from benchmarks.quality.real_tables import real_table
 from benchmarks.quality.runner import be_quiet, device_used, run_study
 from benchmarks.quality.signals import NOISY, run_signals, signals_table
-from benchmarks.quality.tables import TABLES, all_runs
+from benchmarks.quality.tables import TABLES, all_runs, has_form
 from benchmarks.quality.text_rows import text_parts
 from benchmarks.quality.worlds import SHORT, STEPS, WIDTH
 from benchmarks.resume import RESULTS, goes_on, measured, resume, write
@@ -68,7 +68,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
     parsers = {name: commands.add_parser(name) for name in (*REAL, *STUDIES)}
     for name, command in parsers.items():
-        command.add_argument("--seeds", type=_positive, default=3)
+        if name != "signals":  # it is of one seed
+            command.add_argument("--seeds", type=_positive, default=3)
         command.add_argument("--output", type=Path, default=RESULTS, help="folder for quality.STUDY.json")
         command.add_argument("--fresh", action="store_true", help="measure again what quality.STUDY.json already has")
         what = "rows and steps, times this" + (
@@ -104,7 +105,7 @@ def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         options.solutions,
         options.work,
         options.scale,
-        options.seeds,
+        getattr(options, "seeds", 1),
         options.kinds,
         tuple(getattr(options, "recipes", ())),
     )
@@ -112,7 +113,8 @@ def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     try:
         for folder in (options.output, options.work):
             folder.mkdir(parents=True, exist_ok=True)
-        results = goes_on({} if options.fresh else resume(path, {}), settings(study) | {"study": options.study}, path)
+        before = {} if options.fresh else resume(path, {}, has_form)
+        results = goes_on(before, settings(study) | {"study": options.study}, path)
         _told(results, path)
         run(study, results, _saving(path, results))
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -135,7 +137,7 @@ def _run_made(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
             given.append(text_parts(options.file, options.scale))
             sha256 = hashlib.sha256(options.file.read_bytes()).hexdigest()
             settings |= {"file": options.file.name, "sha256": sha256}
-        results = dict(settings) if options.fresh else resume(path, settings)
+        results = dict(settings) if options.fresh else resume(path, settings, has_form)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not _told(results, path) and path.exists() and not options.fresh:

@@ -103,14 +103,27 @@ def read(file: Path, columns: tuple[str, ...]) -> list[dict]:
     """The rows of a file.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or a row lacks a column; names the file and the row.
+        FileNotFoundError, ValueError: there is no such file, or a row lacks a column, or has no string in it (in
+            is_correct true, false, 1 or 0); names the file and the row.
     """
     rows = list(load_rows(file))
     for number, row in enumerate(rows):
-        if missing := [name for name in columns if not isinstance(row.get(name), (str, bool))]:
-            place = place_of_row(file, number)
-            raise ValueError(f"{place}: no {', '.join(missing)}; the study needs {', '.join(columns)} in each row")
+        if wrong := _wrong(row, columns):
+            raise ValueError(f"{place_of_row(file, number)}: {wrong}")
     return rows
+
+
+def _wrong(row: dict, columns: tuple[str, ...]) -> str:
+    if missing := [name for name in columns if row.get(name) is None]:
+        return f"no {', '.join(missing)}; the study needs {', '.join(columns)} in each row"
+    for name in columns:
+        value = row[name]
+        if name == "is_correct":
+            if not isinstance(value, int) or value not in (0, 1):
+                return f"{name} must be true, false, 1 or 0; got {value!r}"
+        elif not isinstance(value, str):
+            return f"{name} must be a string; got {value!r}"
+    return ""
 
 
 def chat(*texts: str) -> dict:

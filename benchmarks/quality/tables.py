@@ -16,6 +16,24 @@ def all_runs(results: dict) -> dict[str, dict | None]:
     return runs
 
 
+def has_form(results: dict) -> bool:
+    """Whether results are those of a study: of whatever they have, objects and lists are where the studies put them."""
+    types = {"study": str, "rows": dict, "kinds": dict, "bases": dict, "answers": dict, "machines": list}
+    types |= {"minutes": int | float}
+    if "study" not in results or any(not isinstance(results[name], types[name]) for name in types.keys() & results):
+        return False
+    rows = results.get("rows", {}).values()
+    if not all(isinstance(row, dict) for row in rows):
+        return False
+    lists = [of_seeds for row in rows for of_seeds in ([row["runs"]] if "runs" in row else row.values())]
+    if not all(isinstance(of_seeds, list) for of_seeds in lists):
+        return False
+    runs = [run for of_seeds in lists for run in of_seeds]
+    for name in ("kinds", "bases", "answers"):
+        runs += results.get(name, {}).values()
+    return all(run is None or isinstance(run, dict) for run in runs)
+
+
 def spread(values: list[float | None], digits: int = 3) -> str:
     """mean ± half the range over the seeds; `-` where nothing was measured."""
     real = [v for v in values if v is not None]

@@ -136,6 +136,30 @@ def test_results_of_other_settings_are_kept_until_they_are_given_up(study, capsy
     assert study.path.with_name("quality.real.gemma3.json").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *([], None, 3, {}, {"study": []}, {"study": "real", "machines": {}}),
+        *({"study": "real", "rows": rows} for rows in ([], {"clean": []}, {"clean": {"full": 3}})),
+        *({"study": "real"} | part for part in ({"rows": {"clean": {"full": [3]}}}, {"answers": {"base": 3}})),
+        *({"study": "real", name: []} for name in ("bases", "answers", "minutes")),
+    ],
+)
+def test_a_file_that_holds_something_else_is_kept_until_it_is_given_up(study, capsys, content):
+    study.path.parent.mkdir(parents=True)
+    study.path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        study("--seeds", "1")
+    assert stopped.value.code == 2 and not study.asked and json.loads(study.path.read_text()) == content
+    assert "quality.real.json is not of this study; --fresh replaces it" in capsys.readouterr().err
+
+
+def test_what_the_signals_say_is_of_one_seed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["signals", "--work", str(tmp_path), "--seeds", "2"])
+    assert "unrecognized arguments: --seeds 2" in capsys.readouterr().err
+
+
 def test_above_scale_1_there_are_more_rows_and_nothing_is_frozen(study, monkeypatch):
     built = []
     really = real.world_arguments
@@ -180,7 +204,19 @@ def test_what_is_wrong_is_said_before_anything_is_trained(study, capsys, options
             '{"question": "How many?", "answer": null}',
             "no answer; the study needs question, answer in ",
         ),
-        ("problems", '{"question": 4, "answer": "4"}', "no question; "),
+        ("problems", '{"question": 4, "answer": "4"}', "question must be a string; got 4"),
+        ("problems", '{"question": "Is it?", "answer": true}', "answer must be a string; got True"),
+        (
+            "solutions",
+            '{"question": "?", "model_answer": "6", "is_correct": "no"}',
+            "must be true, false, 1 or 0; got ",
+        ),
+        (
+            "solutions",
+            '{"question": "?", "model_answer": "6", "is_correct": 2}',
+            "is_correct must be true, false, 1 or",
+        ),
+        ("solutions", '{"question": "?", "model_answer": true, "is_correct": 1}', "model_answer must be a string; got"),
         ("solutions", '{"question": "How many?", "is_correct": true}', "no model_answer; "),
         ("solutions", "nonsense", "Expecting value"),
     ],
