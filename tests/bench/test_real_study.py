@@ -173,6 +173,17 @@ def test_above_scale_1_there_are_more_rows_and_nothing_is_frozen(study, monkeypa
     assert [(len(parts.train), frozen) for _, parts, _, _, frozen, _ in built] == [(24, 0), (60, 0)]
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_the_papers_recipe_leaves_rel_out_for_a_fifth_of_the_rows_of_a_kind(scale):
+    study = real.RealStudy("smollm2", None, None, None, scale, 1, ("clean", "chats"), ())
+    found = {kind: study.recipe("sstoken, the paper's recipe", kind).parameters for kind in ("clean", "chats")}
+    rows = {kind: real.KINDS[kind].rows * scale for kind in found}
+    assert rows == {"clean": 128 * scale, "chats": 64 * scale}
+    assert found == {"clean": {"rel_warmup": round(25.6 * scale)}, "chats": {"rel_warmup": round(12.8 * scale)}}
+    assert not study.recipe("sstoken", "clean").parameters
+    assert study.recipe("full, the paper's recipe", "clean").parameters == {}
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

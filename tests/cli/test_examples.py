@@ -104,7 +104,9 @@ def claims(line):
     """{"random": better than it?, "full": ...}: what a verdict says. Both have to be spoken of."""
     said = {}
     for no, names in re.findall(r"(NOT )?better than ((?:random|full)(?: (?:and|or) (?:random|full))?)", line):
-        said |= dict.fromkeys(re.findall("random|full", names), not no)
+        others = re.findall("random|full", names)
+        assert not said.keys() & {*others}  # a method is better than another or it is not, never both
+        said |= dict.fromkeys(others, not no)
     return said
 
 

@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tokensel.select.rules import kept_count, responses_per_sample, top_share
+from tokensel import TokenSignals
+from tokensel.select.rules import Above, kept_count, responses_per_sample, top_share
 
 RHOS = [round(0.05 * i, 2) for i in range(1, 21)]
 
@@ -71,6 +72,13 @@ def test_nan_off_the_response_does_not_matter():
     response = torch.tensor([False, True, True, False])
     sample = torch.zeros(4).long()
     assert top_share(score, response, sample, 0.5).tolist() == [False, False, True, False]
+
+
+def test_a_score_at_the_threshold_is_not_above_it():
+    response, score = torch.tensor([True, True, True, False]), torch.tensor([0.4, 0.5, 0.6, 0.6])
+    rule = Above(0.5)
+    assert rule(score, TokenSignals(response, torch.zeros(4).long())).tolist() == [False, False, True, False]
+    assert rule.count(response, torch.zeros(4).long()) == 3
 
 
 def test_responses_are_counted_by_sample():
