@@ -44,17 +44,18 @@ def plot_real(results: dict, path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "tokensel"
     kinds = kinds_measured(results)
-    columns = min(4, len(kinds))
-    figure = Figure(figsize=(3 * columns, 2.8 * -(-len(kinds) // columns) + 0.4), layout="constrained")
-    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat
+    columns = min(4, len(kinds)) or 1  # without a kind an empty panel
+    rows = -(-len(kinds) // columns) or 1
+    figure = Figure(figsize=(3 * columns, 2.8 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for kind, axes in zip(kinds, panels, strict=False):
-        base = results["bases"].get(kind)
+        base = results.get("bases", {}).get(kind)
         for name in SHOWN:
             curves = of(results["rows"][kind].get(name, []), "curve")
-            if not curves:
-                continue
-            at_points = zip(*curves, strict=True)  # each of all seeds
+            at_points = zip(*curves, strict=False)  # each of all seeds, as far as all go
             points = [[statistics.mean(values) for values in zip(*seeds, strict=True)] for seeds in at_points]
+            if not points:
+                continue
             if measured(base):
                 points.insert(0, [0, base["held_out"]])
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{SHOWN.index(name)}", label=name)
@@ -65,5 +66,5 @@ def plot_real(results: dict, path: Path) -> None:
         axes.set_axis_off()
     figure.axes[0].set_ylabel("held-out NLL (nats)", fontsize=8)
     lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines) or 1, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Description": digest(results["rows"]), "Date": None})

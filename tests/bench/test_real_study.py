@@ -366,3 +366,23 @@ def test_the_picture_has_a_panel_a_kind_and_tells_its_results(results, tmp_path)
     text = (tmp_path / "real.svg").read_text()
     assert plots.digest(results["rows"]) in text
     assert text.count("<!-- response tokens -->") == 2 and "<!-- sstoken -->" in text
+
+
+def test_a_picture_of_what_is_hardly_measured_is_drawn_too(results, tmp_path):
+    plots.plot_real({"rows": {}}, tmp_path / "empty.svg")
+    plots.plot_real({"rows": {"clean": {"full": [None]}}, "bases": {}}, tmp_path / "none.svg")
+    del results["bases"]
+    rows = results["rows"]["clean"]
+    rows["full"][0]["curve"].append([90, 0.5])  # the other seed ends before
+    rows["random"][0]["curve"] = []
+    plots.plot_real(results, tmp_path / "real.svg")
+    assert "<!-- full -->" in (text := (tmp_path / "real.svg").read_text()) and "<!-- random -->" not in text
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_curve_is_the_mean_of_seeds_as_far_as_all_go(results, tmp_path, monkeypatch, more):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, *points, label, **how: drawn.append((label, points)))
+    results["rows"]["clean"]["full"][0]["curve"] += [[90, 0.5]] * more
+    plots.plot_real(results, tmp_path / "real.svg")
+    assert drawn[0] == ("full", ((0, 10.0, 40.0), (2.0, 2.25, 1.25)))
