@@ -141,7 +141,10 @@ TABLES = {"planted": planted_table, "text": text_table, "feedback": feedback_tab
 
 
 # What the docs show of them
-PLANTED = ("full", "random", "rho1", "token_cleaning", "min_k_pp", "history_excess", "attention", "sstoken", "rel")
+PLANTED = (
+    *("full", "random", "clean_posterior", "rho1", "token_cleaning", "min_k_pp", "history_excess", "attention"),
+    *("sstoken", "rel"),
+)
 
 
 def planted_short(results: dict) -> str:
