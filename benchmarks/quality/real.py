@@ -175,7 +175,7 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
 
 def _stands(run: dict | None, recipe: Recipe) -> bool:
     """Whether a run has ended well, and by this recipe."""
-    return measured(run) and run["recipe"] == digest(asdict(recipe))
+    return measured(run) and run.get("recipe") == digest(asdict(recipe))
 
 
 def _place_of(here: dict, machines: list[dict]) -> int:

@@ -15,7 +15,7 @@ import yaml
 from tokensel.comparison import verdict
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-METHODS = ["full", "random", "sstoken", "history_excess"]
+METHODS = ["full", "random", "sstoken", "history_excess", "clean_posterior"]
 
 
 def test_the_raw_loop_trains():
@@ -84,7 +84,12 @@ def test_the_quickstart_writes_its_table(quickstart):
         assert 0 < row["held-out clean NLL"] < 20 and row["tokens/s"] > 0 and row["peak memory MiB"] > 0
         share, kept = (float(row[name].rstrip("%")) for name in ("noise kept", "tokens kept"))
         assert 0 <= share <= 100
-        assert kept == 100 and share == 100 if row["method"] == "full" else 60 <= kept < 65
+        if row["method"] == "full":
+            assert kept == share == 100
+        elif row["method"] == "clean_posterior":  # it has no share
+            assert 0 < share <= kept <= 100
+        else:
+            assert 60 <= kept < 65
         line = next(line for line in printed.splitlines() if line.startswith(row["method"] + " "))
         assert line.split() == [str(value) for value in row.values()]
     assert len({row["held-out clean NLL"] for row in table}) == 4
@@ -144,7 +149,10 @@ def test_the_quickstart_draws_its_page_and_plot(quickstart):
             assert sample["noise"] == [bool(n) for n in row["noise"]]
             assert sample["response"] == [label != -100 for label in row["labels"]]
             n, kept = sum(sample["response"]), sum(sample["kept"])
-            assert kept == (n if run["name"] == "full" else -(-n * 6 // 10))
+            if run["name"] == "clean_posterior":
+                assert kept == sum(score > 0.5 for score in sample["score"] if score is not None)
+            else:
+                assert kept == (n if run["name"] == "full" else -(-n * 6 // 10))
             for t in range(len(row["input_ids"])):
                 if not sample["response"][t]:
                     assert sample["rank"][t] is sample["score"][t] is sample["nll"][t] is None
