@@ -145,7 +145,7 @@ def run_real(study: RealStudy, results: dict, save: Callable[[], None]) -> None:
     needed |= dict.fromkeys([("clean", 0)] if unanswered else [])
     if not needed:
         return
-    where = _place_of(machine(device_used()), results.setdefault("machines", []))
+    where = place_of(machine(device_used()), results.setdefault("machines", []))
     folder = pretrained_folder(study)
     sources = make_sources(study, folder)
     arguments = {place: world_arguments(study, *place, sources, folder) for place in needed}
@@ -178,7 +178,8 @@ def _stands(run: dict | None, recipe: Recipe) -> bool:
     return measured(run) and run.get("recipe") == digest(asdict(recipe))
 
 
-def _place_of(here: dict, machines: list[dict]) -> int:
+def place_of(here: dict, machines: list[dict]) -> int:
+    """Its place among the machines of some results, which it joins if it is new."""
     if here not in machines:
         machines.append(here)
     return machines.index(here)

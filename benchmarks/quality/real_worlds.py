@@ -26,7 +26,7 @@ from tokensel import Selection, TokenSignals, methods
 from tokensel.data import SelectionCollator, weights_without_repeats
 from tokensel.documents import IGNORE_INDEX
 from tokensel.files import making_folder
-from tokensel.model import PatchedModel, unwrap
+from tokensel.model import PatchedModel, eval_mode, unwrap
 
 COLUMNS = ("noise", "token_weights", "history_nll", "base_nll", "reference_nll")
 WARMUP = 3  # steps of the learning rate
@@ -186,15 +186,13 @@ def _write_world(world: RealWorld, parts: Parts, elsewhere: list[dict]) -> None:
 def row_losses(patched: PatchedModel, rows: list[dict], tokenizer) -> list[list[float]]:
     """The negative log-likelihood of each token of each row, nats, 0 where it is no response."""
     model, losses = patched.model, []
-    training = model.training
-    model.eval()
     collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
-    for taken in batched(rows, 16):
-        batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in taken]).to(model.device)
-        labels = batch.pop("labels")
-        nll = patched.token_nll(dict(batch), labels).tolist()
-        losses += [values[: len(row["labels"])] for values, row in zip(nll, taken, strict=True)]
-    model.train(training)
+    with eval_mode(model):
+        for taken in batched(rows, 16):
+            batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in taken]).to(model.device)
+            labels = batch.pop("labels")
+            nll = patched.token_nll(dict(batch), labels).tolist()
+            losses += [values[: len(row["labels"])] for values, row in zip(nll, taken, strict=True)]
     return losses
 
 

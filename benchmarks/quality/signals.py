@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq
 
 from benchmarks.machine import machine
-from benchmarks.quality.real import RealStudy, make_sources, pretrained_folder, world_arguments
+from benchmarks.quality.real import RealStudy, make_sources, place_of, pretrained_folder, world_arguments
 from benchmarks.quality.real_rows import KINDS
 from benchmarks.quality.real_worlds import RealWorld, Recipe, batched, build_world, training_steps
 from benchmarks.quality.runner import device_used, run_all
@@ -272,14 +272,12 @@ def run_signals(study: RealStudy, results: dict, save: Callable[[], None]) -> No
     waiting = [kind for kind in study.kinds if not measured(kinds[kind])]
     if not waiting:
         return
-    here = machine(device_used())
-    if here not in results.setdefault("machines", []):
-        results["machines"].append(here)
+    where = place_of(machine(device_used()), results.setdefault("machines", []))
     folder = pretrained_folder(study)
     sources = make_sources(study, folder)
     tasks = {kind: (world_arguments(study, kind, SEED, sources, folder), KINDS[kind].batch) for kind in waiting}
     for kind, found in run_all(kind_signals, tasks, "kinds"):
-        kinds[kind] = found | {"machine": results["machines"].index(here)}
+        kinds[kind] = found | {"machine": where}
         save()
 
 
