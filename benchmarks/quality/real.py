@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.machine import machine
 from benchmarks.quality.real_answers import right_answers
 from benchmarks.quality.real_rows import HELD_OUT, KINDS, Sources, make_parts
-from benchmarks.quality.real_worlds import RealWorld, Recipe, base_losses, batched, build_world, measure
+from benchmarks.quality.real_worlds import REFERENCE, RealWorld, Recipe, base_losses, batched, build_world, measure
 from benchmarks.quality.runner import device_used, run_all
 from benchmarks.resume import digest, measured
 from tokensel.files import replacing
@@ -191,12 +191,13 @@ def _in_world(function: Callable[..., dict], world: RealWorld | dict, *arguments
 
 
 def world_arguments(study: RealStudy, kind: str, seed: int, sources: Sources, folder: Path) -> tuple:
-    """Arguments of build_world. The folder's name tells the rows and the model: others never take its place."""
+    """Arguments of build_world. The folder's name tells the rows, the model and how the clean reference is trained."""
     away = "docs" if KINDS[kind].source not in ("docs", "own") else "problems"
     known = away == "docs" or study.problems
     elsewhere = sources.rows(away)[: HELD_OUT // 2] if known else []
     parts = make_parts(kind, seed, sources, study.scale)
-    name = f"{kind}-{seed}-{digest([folder.name, study.frozen, seed, vars(parts), elsewhere])}"
+    made_of = [folder.name, study.frozen, seed, vars(parts), elsewhere, asdict(REFERENCE)]
+    name = f"{kind}-{seed}-{digest(made_of)}"
     return study.work / "worlds" / name, parts, elsewhere, folder, study.frozen, seed
 
 

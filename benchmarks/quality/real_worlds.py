@@ -147,6 +147,9 @@ class Recipe:
     drop_repeats: bool = False
 
 
+REFERENCE = Recipe("full", {})  # on the clean rows of `Parts.reference`, four a step
+
+
 def build_world(folder: Path, parts: Parts, elsewhere: list[dict], model: Path, frozen: int, seed: int) -> RealWorld:
     """A world, made if its folder is not there: a folder is whole or not there.
 
@@ -173,7 +176,7 @@ def _write_world(world: RealWorld, parts: Parts, elsewhere: list[dict]) -> None:
         base.model.embed_tokens.save(folder / "states.safetensors")
     clean = [{"noise": [0] * len(row["labels"])} | row for row in parts.reference]
     (folder / "train.json").write_text(json.dumps(clean), encoding="utf-8")
-    reference, _ = train(world, Recipe("full", {}), batch=4)
+    reference, _ = train(world, REFERENCE, batch=4)
     reference_nll = row_losses(reference, parts.train, world.tokenizer)
     train_rows = [
         row | {"base_nll": base, "history_nll": base, "reference_nll": after}
