@@ -11,7 +11,6 @@ again after an interruption it goes on (`--fresh` does not); a length that fails
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine
-from benchmarks.resume import RESULTS, attempt, digest, resume, write
+from benchmarks.resume import RESULTS, attempt, digest, in_new_process, resume, write
 from benchmarks.speed.measure import limited_memory, peak_extra_mib
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -94,13 +93,12 @@ def peak_of(way: str, length: int) -> float | None:
 def measure(results: dict, save: Callable[[], None]) -> None:
     """Fills results["peak_mib"] with the peaks by way and length that it lacks, each in a process of its own."""
     peaks = results.setdefault("peak_mib", {})
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        for way in WAYS:
-            there = peaks.setdefault(way, {})
-            for length in tqdm(LENGTHS, desc=way, unit="length"):
-                if isinstance(there.get(str(length), {}), dict):  # not there, or failed
-                    there[str(length)] = fresh.apply(attempt, (peak_of, way, length))
-                    save()
+    for way in WAYS:
+        there = peaks.setdefault(way, {})
+        for length in tqdm(LENGTHS, desc=way, unit="length"):
+            if isinstance(there.get(str(length), {}), dict):  # not there, or failed
+                there[str(length)] = in_new_process(attempt, peak_of, way, length)
+                save()
 
 
 def table(results: dict) -> str:

@@ -11,26 +11,6 @@ from benchmarks.resume import RESULTS, in_new_process
 from benchmarks.speed import large_vocabulary, long_rows
 
 
-class Here:
-    """A pool of processes that computes in this one."""
-
-    def __init__(self, *arguments, **settings):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *arguments):
-        pass
-
-    def apply(self, function, arguments):
-        return function(*arguments)
-
-
-class Spawned:
-    Pool = Here
-
-
 @pytest.fixture
 def steps(tmp_path, monkeypatch):
     """`steps(*options)` measures steps that take no time; `steps.asked` is what ran, each in a process of its own."""
@@ -130,7 +110,7 @@ def test_the_table_of_a_large_vocabulary_says_whether_its_files_had_changes():
 
 
 def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
-    asked, errors = [], {2: ValueError("no luck"), 4: KeyboardInterrupt()}
+    asked, errors, dead = [], {2: ValueError("no luck"), 4: KeyboardInterrupt()}, {1024: in_new_process(os._exit, 9)}
 
     def peak_of(way, length):
         asked.append(length)
@@ -138,7 +118,8 @@ def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
             raise error
         return None if length == 32768 else float(length)
 
-    monkeypatch.setattr(long_rows.multiprocessing, "get_context", lambda kind: Spawned)
+    here = lambda function, *arguments: dead.pop(arguments[-1], None) or function(*arguments)  # noqa: E731
+    monkeypatch.setattr(long_rows, "in_new_process", here)
     monkeypatch.setattr(long_rows, "peak_of", peak_of)
     options = ["--output", str(tmp_path / "new" / "folder")]
     with pytest.raises(SystemExit):
@@ -146,13 +127,15 @@ def test_long_rows_go_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "new/folder/long_rows.json").read_text())
     peaks = results["peak_mib"]["tokensel"]
     assert peaks == {
-        "1024": 1024.0,
-        "2048": {"failed": "ValueError: no luck"},
-        "4096": 4096.0,
+        "1024": {"failed": "killed; out of memory?"},
+        "2048": 2048.0,
+        "4096": {"failed": "ValueError: no luck"},
+        "8192": 8192.0,
     }
     table = long_rows.table(results)
-    assert "| tokensel, MiB | 1,024 | failed | 4,096 | not measured |" in table
-    assert "- unfinished: 3 of 12 lengths\n- failed: tokensel, 2048: ValueError: no luck" in table
+    assert "| tokensel, MiB | failed | 2,048 | failed | 8,192 | not measured |" in table
+    assert "- unfinished: 4 of 12 lengths\n- failed: tokensel, 1024: killed; out of memory?" in table
+    assert "- failed: tokensel, 4096: ValueError: no luck" in table
     long_rows.main(options)
     assert len(asked) == 4 + 10 and "out of memory" in (out := capsys.readouterr().out) and "failed" not in out
     long_rows.plot(json.loads((tmp_path / "new/folder/long_rows.json").read_text()), tmp_path / "plot.png")
