@@ -101,6 +101,14 @@ def real(model: str | None = None) -> str:
     return real_table(results) + (f"\n\n![{curves}](real.svg)" if model is None else "")
 
 
+def first_real() -> str:
+    """What the first page shows of it."""
+    from benchmarks.quality.real_tables import first_table
+
+    results = read_if_measured("quality.real")
+    return "not measured" if results is None else first_table(results)
+
+
 def signals() -> str:
     """What each signal sees of the noise, with its picture."""
     from benchmarks.quality.signals import signals_table
@@ -236,7 +244,8 @@ def estimates() -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart, "step": step, "estimates": first_estimates},
+    "README.md": {"real": first_real, "step": step, "estimates": first_estimates},
+    "docs/start.md": {"quickstart": quickstart},
     "docs/kernels.md": {"estimates": estimates},
     "docs/benchmarks.md": {
         **{name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))},

@@ -40,6 +40,7 @@ class Parts:
 class Kind:
     """What is planted into which source of rows."""
 
+    about: str  # for a table
     source: str  # of `Sources`
     plant: Callable[[list[dict], random.Random, object], list[dict]] = lambda rows, rng, tokenizer: rows
     rows: int = 128  # trained, in one epoch, times the study's scale
@@ -249,12 +250,14 @@ def poor_chats(rows: list[dict], rng: random.Random, tokenizer) -> list[dict]:
 
 
 KINDS = {
-    "clean": Kind("problems"),
-    "random": Kind("problems", replaced),
-    "scattered": Kind("problems", partial(replaced, of_rows=1.0, share=RANDOM_SHARE / 2)),
-    "boilerplate": Kind("problems", with_boilerplate),
-    "written": Kind("solutions"),
-    "chats": Kind("chats", rows=64, batch=2),
-    "docs": Kind("docs", replaced),
-    "own": Kind("own", replaced),
+    "clean": Kind("none", "problems"),
+    "random": Kind("30 % random tokens in half the rows", "problems", replaced),
+    "scattered": Kind(
+        "15 % random tokens in every row", "problems", partial(replaced, of_rows=1.0, share=RANDOM_SHARE / 2)
+    ),
+    "boilerplate": Kind("a sentence of boilerplate in 70 %", "problems", with_boilerplate),
+    "written": Kind("a model's answers, half of them wrong", "solutions"),
+    "chats": Kind("a poor answer in 60 % of the chats", "chats", rows=64, batch=2),
+    "docs": Kind("far from the base, random tokens", "docs", replaced),
+    "own": Kind("the base's own answers, random tokens", "own", replaced),
 }

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable
 
 from benchmarks.machine import short_commit
-from benchmarks.quality.real import RECIPES
+from benchmarks.quality.real import RECIPES, SHOWN
 from benchmarks.quality.real_rows import KINDS
 from benchmarks.quality.tables import cell, differences, of, percent, spread, with_notes
 from benchmarks.resume import measured
@@ -37,6 +37,17 @@ def real_table(results: dict) -> str:
             "</details>",
         ]
     )
+
+
+def first_table(results: dict) -> str:
+    """What a first page needs: of each kind of rows the loss of `full`, and how far the recipes SHOWN are from it."""
+    others = [name for name in SHOWN if name != "full"]
+    lines = [f"| noise | `full` | {' | '.join(f'`{name}`' for name in others)} |", "| --- |" + " --: |" * len(SHOWN)]
+    for kind in kinds_measured(results):
+        of_kind = results["rows"][kind]
+        cells = [_difference(of_kind, name) for name in ("full", *others)]
+        lines.append(f"| {KINDS[kind].about} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_machines(results)])
 
 
 def kinds_measured(results: dict) -> list[str]:

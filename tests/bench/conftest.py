@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -53,7 +54,7 @@ def small(monkeypatch):
     monkeypatch.setattr(real_rows, "docstring_rows", lambda: docs)
     monkeypatch.setattr(real_rows, "HELD_OUT", 8)
     for kind, what in KINDS.items():
-        monkeypatch.setitem(KINDS, kind, real_rows.Kind(what.source, what.plant, SMALL[kind], what.batch))
+        monkeypatch.setitem(KINDS, kind, replace(what, rows=SMALL[kind]))
 
 
 @pytest.fixture

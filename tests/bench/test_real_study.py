@@ -309,6 +309,14 @@ def test_the_table_shows_differences_of_the_same_seed(results):
     assert any(line.startswith("- unfinished: ") for line in lines)
 
 
+def test_the_first_page_has_a_line_for_each_kind(results):
+    lines = real_tables.first_table(results).splitlines()
+    assert lines[0] == "| noise | `full` | `random` | `oracle` | `sstoken` | `clean_posterior` |"
+    assert lines[2] == "| none | 1.250 ± 0.250 | 0.100 ± 0.000 |  | 0.250 ± 0.050 |  |"
+    assert lines[3] == "| far from the base, random tokens | 1.000 ± 0.000 |  |  |  |  |"
+    assert lines[5].startswith("2 seeds; a chip, 2 cores")
+
+
 def test_a_method_has_to_beat_random_at_its_own_rho_and_sstoken_too(results):
     rows = results["rows"]["clean"]
     rows["good, rho 0.85"] = rows["good"]
