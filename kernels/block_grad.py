@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.primitives import LOG2_E, exponents, softcap_kind, tanh
+from tokensel_kernels.primitives import LN_2, LOG2_E, NOTHING, exponents, softcap_kind, tanh
 from tokensel_kernels.tiles import on_device, row_columns
 
 
 @triton.jit
 def logits_gradient(
-    product, column, label, lse, coefficient, bias_ptr, columns, scale, cap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+    product, column, label, lse, coefficient, of_p, of_log_p, bias_ptr, columns, scale, cap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TERMS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """c · (softmax(z) - onehot) · dz/du of a tile of products, u being the logits before the softcap. (ROWS, COLUMNS)
+    """c · (p - onehot) · dz/du of a tile of products, u being the logits before the softcap and p their softmax; with
+    TERMS (p · (of_p - of_log_p · log2 p) - c · onehot) · dz/du. (ROWS, COLUMNS)
 
     Args:
         column: of the tile in the bias and among the labels; with TAIL those from `columns` on give zero.
@@ -31,16 +32,20 @@ def logits_gradient(
         # tanh(y) = 1 - 2 r with r = 1 / (1 + exp(2 y)), the reciprocal as a squared rsqrt: one operation of its unit
         root = tl.rsqrt(1.0 + tl.exp2(product * scale))
         r = root * root
-        p = tl.exp2(r * (-2.0 * cap) - (lse - cap)[:, None])
+        log_p = r * (-2.0 * cap) - (lse - cap)[:, None]
     elif SOFTCAP == "large":
         t = tanh(product * scale)
-        p = tl.exp2(t * cap - lse[:, None])
+        log_p = t * cap - lse[:, None]
     else:
-        p = tl.exp2(product * scale - lse[:, None])
+        log_p = product * scale - lse[:, None]
+    p = tl.exp2(log_p)
     if TAIL:
         p = tl.where((c < columns - column)[None, :], p, 0.0)
     onehot = tl.where(c[None, :] == (label - column)[:, None], coefficient[:, None], 0.0)
-    dz = p * coefficient[:, None] - onehot
+    if TERMS:  # where p is 0, so is p log p
+        dz = p * (of_p[:, None] - of_log_p[:, None] * tl.maximum(log_p, NOTHING)) - onehot
+    else:
+        dz = p * coefficient[:, None] - onehot
     if SOFTCAP == "small":
         dz *= 4.0 * (r - r * r)
     if SOFTCAP == "large":
@@ -48,12 +53,17 @@ def logits_gradient(
     return dz
 
 
+def scaled_terms(terms: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """The coefficients [N] of p and of p log2 p in the gradient of what the scale multiplies, of terms [2, N]."""
+    return terms[0] * logit_scale, terms[1] * (logit_scale * LN_2.value)
+
+
 @triton.jit
 def _block_gradient_kernel(
-    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, dz_ptr,  # pointers
+    z_ptr, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, of_p_ptr, of_log_p_ptr, dz_ptr,  # pointers
     first_column, C,  # shapes
     z_stride, dz_stride,  # strides
-    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,  # constants
 ):  # fmt: skip
     """dz of a row of C products with the head, columns of the vocabulary from first_column on."""
@@ -63,12 +73,16 @@ def _block_gradient_kernel(
     label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
     lse = tl.load(lse_ptr + row) * LOG2_E
     coefficient = tl.load(coefficient_ptr + row)
+    of_p, of_log_p = coefficient, coefficient
+    if TERMS:
+        of_p, of_log_p = tl.load(of_p_ptr + row), tl.load(of_log_p_ptr + row)
     for column in range(0, C, COLUMNS):
         c = column + tl.arange(0, COLUMNS)
         z = tl.load(z_ptr + at * z_stride + c, mask=c < C, other=0.0)[None, :]
         dz = logits_gradient(
-            z, column, label, lse, coefficient, bias_ptr, C, scale, cap, HAS_BIAS, SOFTCAP, False, COLUMNS
-        )
+            z, column, label, lse, coefficient, of_p, of_log_p, bias_ptr, C, scale, cap, HAS_BIAS, SOFTCAP, TERMS,
+            False, COLUMNS,
+        )  # fmt: skip
         tl.store(dz_ptr + at * dz_stride + c[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(c < C)[None, :])
 
 
@@ -83,21 +97,25 @@ def write_block_gradient(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    terms: Tensor | None = None,
 ) -> None:
-    """Gradient of Σ coefficient · nll in the products of hidden states with a block of the head.
+    """Gradient in the products of hidden states with a block of the head: of the logits, coefficient · (p - onehot), or
+    with terms p (terms[0] - terms[1] log p) - coefficient · onehot.
 
     Args:
         z: [K, C] float32 products with vocabulary rows from `first_column` on, last dimension contiguous.
         labels: [K] int64 in the whole vocabulary. coefficient, lse: [K] float32. bias: [C] or None.
+        terms: [2, K] float32 or None.
         dz: [K, C] to write, in the type of the products that follow; last dimension contiguous.
     """
     K, C = z.shape
     kind = softcap_kind(softcap)
+    of_p, of_log_p = (None, None) if terms is None else scaled_terms(terms, logit_scale)
     with on_device(z):
         _block_gradient_kernel[(K,)](
-            z, bias, labels, lse, coefficient * logit_scale, dz,
+            z, bias, labels, lse, coefficient * logit_scale, of_p, of_log_p, dz,
             first_column, C,
             z.stride(0), dz.stride(0),
             *exponents(softcap, logit_scale, kind), HAS_BIAS=bias is not None,
-            SOFTCAP=kind, COLUMNS=row_columns(z), num_warps=8,
+            SOFTCAP=kind, TERMS=terms is not None, COLUMNS=row_columns(z), num_warps=8,
         )  # fmt: skip

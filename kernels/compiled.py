@@ -108,16 +108,20 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
                 pair = [w.new_empty(N, V)] * models
                 sums = tensor(5 if entropy else 3, models, N, like=torch.float32)
                 yield _Call(options, functools.partial(write_logits_sums, pair, labels, sums, **head))
-    for name, (b, cap) in heads.items():
+    rows = (labels, coefficient, lse)
+    for name, entropy in [(name, False) for name in heads] + [("", True), ("bias, softcap", True)]:
         if not (half or every or name in ("", "bias, softcap")):
             continue
-        head = {"bias": b, "softcap": cap, "logit_scale": 1.0}
-        want = (True, True, b is not None)
-        yield _Call(name, functools.partial(selected_gradients, x, w, labels, coefficient, lse, want=want, **head))
+        head = dict(zip(("bias", "softcap"), heads[name], strict=True)) | {"logit_scale": 1.0}
+        want = (True, True, head["bias"] is not None)
+        terms = tensor(2, N, like=torch.float32) if entropy else None
+        options = ", ".join(filter(None, [name, "entropy" * entropy]))
+        yield _Call(options, functools.partial(selected_gradients, x, w, *rows, want=want, terms=terms, **head))
         z, dz = tensor(1024, 8192, like=torch.float32), tensor(1024, 8192)
-        part = (labels[:1024], coefficient[:1024], lse[:1024])
-        head["bias"] = None if b is None else b[:8192]
-        yield _Call(name, functools.partial(write_block_gradient, z, *part, dz, first_column=0, **head))
+        part = [t[:1024] for t in rows]
+        head["bias"] = None if head["bias"] is None else bias[:8192]
+        terms = None if terms is None else terms[:, :1024]
+        yield _Call(options, functools.partial(write_block_gradient, z, *part, dz, first_column=0, terms=terms, **head))
     position = tensor(1, N, like=torch.int64)
     sinks = tensor(shape.heads, like=torch.float32)
     all_lse = tensor(1, shape.heads, N, like=torch.float32)

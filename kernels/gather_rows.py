@@ -33,15 +33,25 @@ def _kept_rows_kernel(
 
 
 @triton.jit
+def _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, rows, N, TERMS: tl.constexpr):
+    """Whether any coefficient of a row is not 0."""
+    kept = tl.load(coefficient_ptr + rows, mask=rows < N, other=0.0) != 0
+    if TERMS:
+        kept = kept | (tl.load(of_p_ptr + rows, mask=rows < N, other=0.0) != 0)
+        kept = kept | (tl.load(of_log_p_ptr + rows, mask=rows < N, other=0.0) != 0)
+    return kept
+
+
+@triton.jit
 def _gather_kept_kernel(
-    x_ptr, label_ptr, lse_ptr, coefficient_ptr, place_ptr, count_ptr,  # pointers
-    kept_x_ptr, kept_label_ptr, kept_lse_ptr, kept_coefficient_ptr,  # pointers
+    x_ptr, label_ptr, lse_ptr, coefficient_ptr, of_p_ptr, of_log_p_ptr, place_ptr, count_ptr,  # pointers
+    kept_x_ptr, kept_label_ptr, kept_lse_ptr, kept_coefficient_ptr, kept_of_p_ptr, kept_of_log_p_ptr,  # pointers
     N, V, D,  # shapes
     x_stride, kept_stride,  # strides
-    logit_scale, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logit_scale, TERMS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCANNED: tl.constexpr,  # constants
 ):  # fmt: skip
-    """Rows whose coefficient is not 0 to the front, in their order, as the products read them.
+    """Rows with a coefficient that is not 0 to the front, in their order, as the products read them.
 
     place[i] = where row i went, or -1. Hidden states are zero to the end of the last tile of TILE rows; what follows
     is not written. A label outside the vocabulary is -1, lse is in units of log 2, and the coefficient that of z.
@@ -52,7 +62,7 @@ def _gather_kept_kernel(
     kept_before = tl.zeros([SCANNED], tl.int32)
     for first in range(0, N, SCANNED):
         scanned = first + tl.arange(0, SCANNED)
-        kept = (tl.load(coefficient_ptr + scanned, mask=scanned < N, other=0.0) != 0).to(tl.int32)
+        kept = _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, scanned, N, TERMS).to(tl.int32)
         all_kept += kept
         kept_before += tl.where(scanned < start, kept, 0)
     count = tl.sum(all_kept)
@@ -60,13 +70,16 @@ def _gather_kept_kernel(
         tl.store(count_ptr, count)
     rows = start + tl.arange(0, ROWS)
     coefficient = tl.load(coefficient_ptr + rows, mask=rows < N, other=0.0)
-    kept = coefficient != 0
+    kept = _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, rows, N, TERMS)
     place = tl.sum(kept_before) + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(place_ptr + rows, tl.where(kept, place, -1), mask=rows < N)
     label = tl.load(label_ptr + rows, mask=kept, other=-1)
     tl.store(kept_label_ptr + place, tl.where((label >= 0) & (label < V), label, -1).to(tl.int32), mask=kept)
     tl.store(kept_lse_ptr + place, tl.load(lse_ptr + rows, mask=kept, other=0.0) * LOG2_E, mask=kept)
     tl.store(kept_coefficient_ptr + place, coefficient * logit_scale, mask=kept)
+    if TERMS:
+        tl.store(kept_of_p_ptr + place, tl.load(of_p_ptr + rows, mask=kept, other=0.0), mask=kept)
+        tl.store(kept_of_log_p_ptr + place, tl.load(of_log_p_ptr + rows, mask=kept, other=0.0), mask=kept)
     beyond = count + rows
     padding = beyond < min(tl.cdiv(count, TILE) * TILE, N)
     for column in range(0, D, COLUMNS):
@@ -115,18 +128,26 @@ class KeptRows(NamedTuple):
     label: Tensor  # (N,) int32, -1 outside the vocabulary
     lse: Tensor  # (N,) float32, in units of log 2
     coefficient: Tensor  # (N,) float32, of the logits before the scale
+    terms: tuple[Tensor | None, Tensor | None]  # (N,) float32 each, as they were given
     place: Tensor  # (N,) int32, of all rows: where each went, or -1
     count: Tensor  # (1,) int32
 
 
 def gather_rows(
-    hidden: Tensor, labels: Tensor, coefficient: Tensor, lse: Tensor, V: int, logit_scale: float, tile: int
+    hidden: Tensor,
+    labels: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    V: int,
+    logit_scale: float,
+    tile: int,
+    terms: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> KeptRows:
-    """Rows whose coefficient is not 0, in their order, by one launch.
+    """Rows with a coefficient that is not 0, in their order, by one launch.
 
     Args:
         hidden: [N, D], last dimension contiguous; labels: [N] of a vocabulary of V; coefficient, lse: [N] float32.
-        tile: rows of a product's tile.
+        tile: rows of a product's tile. terms: other coefficients, [N] float32 each, for which a row is kept, too.
     """
     N, D = hidden.shape
 
@@ -138,15 +159,16 @@ def gather_rows(
         empty(N, dtype=torch.int32),
         empty(N, dtype=torch.float32),
         empty(N, dtype=torch.float32),
+        (None, None) if terms[0] is None else (empty(N, dtype=torch.float32), empty(N, dtype=torch.float32)),
         empty(N, dtype=torch.int32),
         empty(1, dtype=torch.int32),
     )
     _gather_kept_kernel[(triton.cdiv(N, MOVED["ROWS"]),)](
-        hidden, labels.contiguous(), lse.contiguous(), coefficient.contiguous(), kept.place, kept.count,
-        kept.x, kept.label, kept.lse, kept.coefficient,
+        hidden, labels.contiguous(), lse.contiguous(), coefficient.contiguous(), *terms, kept.place, kept.count,
+        kept.x, kept.label, kept.lse, kept.coefficient, *kept.terms,
         N, V, D,
         hidden.stride(0), kept.x.stride(0),
-        logit_scale, TILE=tile, SCANNED=1024, **MOVED,
+        logit_scale, TERMS=terms[0] is not None, TILE=tile, SCANNED=1024, **MOVED,
     )  # fmt: skip
     return kept
 

@@ -84,7 +84,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("weight", weight, floating=True)
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [V, D]; got {list(weight.shape)}")
-    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must have shape [..., D] with D = {weight.shape[1]} as in weight [V, D]; got {list(hidden.shape)}"
         )
@@ -111,12 +111,19 @@ def may_read_values(like: Tensor) -> bool:
     return like.device.type == "cpu" or os.environ.get("TOKENSEL_CHECK") == "1"
 
 
-def check_labels(labels: Tensor, shape: Sequence[int]) -> None:
-    """int64 labels of `shape`."""
+def check_labels(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels of `shape`, int64 or int32, as int64."""
     check_tensor("labels", labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64; got {labels.dtype}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be torch.int64 or torch.int32; got {labels.dtype}")
     check_shape("labels", labels, shape, "one label a row")
+    return labels.long()
+
+
+def check_shifted(labels: Tensor) -> None:
+    """Labels [..., S] of sequences."""
+    if check_tensor("labels", labels).dim() == 0:
+        raise ValueError("shift=True takes labels [..., S] of sequences; got one label")
 
 
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -137,6 +144,15 @@ def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> Non
             f"labels{where} is {int(labels[tuple(where)])}, outside [0, {vocabulary}) and not "
             f"ignore_index={ignore_index}"
         )
+
+
+def check_finite(name: str, values: Tensor | None) -> None:
+    """No infinity and no NaN; asked where the device need not be waited for (`may_read_values`)."""
+    if values is None or torch.compiler.is_compiling() or not may_read_values(values):
+        return
+    if not bool((finite := values.isfinite()).all()):
+        row = int((~finite).nonzero()[0, 0])
+        raise ValueError(f"{name} is {float(values[row])} in row {row}; it must be finite")
 
 
 def check_token_range(input_ids: Tensor, rows: int, model: str) -> None:

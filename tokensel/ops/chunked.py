@@ -34,6 +34,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    def tempered(self, temperature: float) -> Head:
+        """The head whose logits are this one's over the temperature: again one with a softcap and a scale."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return Head(self.bias, softcap, self.logit_scale / temperature)
+
 
 def vocabulary_blocks(
     rows: int, vocabulary: int, workspace_mib: float, columns: int = 2048, models: int = 1
@@ -226,12 +231,14 @@ def gradients(
     lse: Tensor,
     head: Head,
     want: Sequence[bool],
+    terms: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of Σ coefficient · nll. hidden (N, D), weight (V, D); labels, coefficient and lse (N,)."""
+    """Gradients by dz = coefficient · (p - onehot), or with terms dz = p (terms[0] - terms[1] log p) - coefficient ·
+    onehot. hidden (N, D), weight (V, D); labels, coefficient and lse (N,), terms (2, N)."""
     want_hidden, want_weight, want_bias = want
     dtype = lse.dtype
     V, D = weight.shape
-    kept = coefficient.nonzero()[:, 0]
+    kept = kept_rows(coefficient, terms).nonzero()[:, 0]
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
     d_bias = torch.zeros(V, dtype=dtype, device=hidden.device) if want_bias else None
     if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
@@ -247,6 +254,7 @@ def gradients(
     x, exact_x = x.to(narrow), x.to(dtype)
     y, log_z = labels[kept], lse[kept]
     upstream = coefficient[kept] * head.logit_scale  # (K,)
+    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (2, K)
     d_x = torch.zeros_like(exact_x) if want_hidden else None
     # dW is summed over the blocks of rows in its own place if that is wide enough for their number
     in_place = weight.dtype == (narrow if len(kept) <= R else dtype)
@@ -262,7 +270,8 @@ def gradients(
                 shape = len(x[rows]), len(w)
                 out = workspace[: math.prod(shape)].view(shape)
                 z = logits_block(exact_x[rows], exact_w, head._replace(bias=bias), out)
-                dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], head.softcap)  # (R, C)
+                some = None if of_p is None else of_p[:, rows]
+                dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], head.softcap, some)  # (R, C)
                 if d_bias is not None:
                     d_bias[start : start + C] += dz.sum(0)
                 if narrow != dtype:
@@ -282,13 +291,27 @@ def _as_bias(gradient: Tensor | None, head: Head) -> Tensor | None:
     return None if gradient is None or head.bias is None else gradient.to(head.bias.dtype)
 
 
-def _logits_gradient(z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None) -> Tensor:
-    """upstream · (softmax(z) - onehot) · dz/du in place, u being the logits before the softcap. z (R, C)."""
+def kept_rows(coefficient: Tensor, terms: Tensor | None) -> Tensor:
+    """Whether a row has a gradient at all: (N,), (2, N) -> (N,) bool."""
+    return coefficient != 0 if terms is None else (coefficient != 0) | (terms != 0).any(0)
+
+
+def _logits_gradient(
+    z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None, terms: Tensor | None
+) -> Tensor:
+    """`gradients`' dz times dz/du in place, u being the logits before the softcap. z (R, C), terms (2, R)."""
     slope = None if softcap is None else 1 - (z / softcap) ** 2
-    z.sub_(lse[:, None]).clamp_(min=SMALLEST_EXPONENT).exp_()
+    log_p = z.sub_(lse[:, None]).clamp_(min=SMALLEST_EXPONENT)
     inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
-    z[inside, labels[inside]] -= 1
-    z *= upstream[:, None]
+    at = inside, labels[inside]
+    if terms is None:
+        log_p.exp_()[at] -= 1
+        z *= upstream[:, None]
+    else:
+        of_p, of_log_p = terms[:, :, None]  # (R, 1) each
+        factor = torch.addcmul(of_p, of_log_p, log_p, value=-1)
+        log_p.exp_().mul_(factor)
+        z[at] -= upstream[inside]
     return z if slope is None else z.mul_(slope)
 
 
@@ -305,6 +328,7 @@ def gradients_on_gpu(
     lse: Tensor,
     head: Head,
     want: Sequence[bool],
+    terms: Tensor | None = None,
 ) -> Gradients:
     """`gradients` by the library's products, and a kernel that turns a block of them into its gradient.
 
@@ -321,22 +345,26 @@ def gradients_on_gpu(
     workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
     gradient = torch.empty(N, C, dtype=hidden.dtype, device=hidden.device)
     # a dropped row may be anything; 0 · NaN would be NaN, and exp(z - inf) is 0
-    dropped = coefficient == 0
+    dropped = ~kept_rows(coefficient, terms)
     x, log_z = hidden.masked_fill(dropped[:, None], 0), lse.masked_fill(dropped, torch.inf)
     d_x = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     parts = [slice(first, min(first + R, N)) for first in range(0, N, R)]
-    cut = [(rows, x[rows], [t[rows] for t in (labels, coefficient, log_z)]) for rows in parts]
+    of_p = [None] * len(parts) if terms is None else [terms[:, rows] for rows in parts]
+    cut = [
+        (rows, x[rows], [t[rows] for t in (labels, coefficient, log_z)], some)
+        for rows, some in zip(parts, of_p, strict=True)
+    ]
     for start in range(0, V, C):
         block = slice(start, min(start + C, V))
         w = weight[block]  # (C, D)
         dz = gradient[:, : len(w)]  # (N, C)
         bias = None if head.bias is None else head.bias[block].contiguous()
         options = {"bias": bias, "first_column": start, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        for rows, some_x, of_rows in cut:
+        for rows, some_x, of_rows, some in cut:
             z = product(some_x, w.T, workspace[: len(some_x), : len(w)])  # (R, C)
-            write_block_gradient(z, *of_rows, dz[rows], **options)
+            write_block_gradient(z, *of_rows, dz[rows], terms=some, **options)
         if d_x is not None:
             add_product(d_x, dz, w)
         if d_weight is not None:

@@ -1,7 +1,8 @@
-"""Cross-entropy over kept tokens (step 7), with a backward that costs only the kept rows.
+"""Cross-entropy over kept tokens (step 7), and the log-probabilities that every other loss is made of.
 
 The forward needs no matrix product: nll = lse - target_logit is known from the statistics. The backward walks over
-blocks of the vocabulary, so each block of dW is written once and no logits of width V are held.
+blocks of the vocabulary, so each block of dW is written once and no logits of width V are held. It costs only the rows
+whose upstream gradient is not zero.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from tokensel.ops import chunked, reference
 from tokensel.ops.checks import (
+    check_finite,
     check_head,
     check_label_range,
     check_labels,
     check_positive,
     check_same_device,
     check_shape,
+    check_shifted,
     check_tensor,
     resolve_impl,
 )
@@ -39,7 +43,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest:
 
 @custom_operator(
     "selected_gradients",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor coefficient, Tensor lse, "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor coefficient, Tensor lse, Tensor? terms, "
     "float? softcap, float logit_scale, bool[] want, str impl) -> Tensor[]",
     fake=_empty_gradients,
 )
@@ -50,6 +54,7 @@ def _compute_gradients(
     labels: Tensor,
     coefficient: Tensor,
     lse: Tensor,
+    terms: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     want: list[bool],
@@ -60,14 +65,17 @@ def _compute_gradients(
     if impl == "fused":
         from tokensel_kernels.vocab_grad import selected_gradients
 
-        gradients = selected_gradients(hidden, weight, labels, coefficient, lse, want=want, **head._asdict())
+        rows = (labels, coefficient, lse)
+        gradients = selected_gradients(hidden, weight, *rows, want=want, terms=terms, **head._asdict())
     else:
         walk = chunked.gradients_on_gpu if on_gpu(hidden) else chunked.gradients
-        gradients = walk(hidden, weight, labels, coefficient, lse, head, want)
+        gradients = walk(hidden, weight, labels, coefficient, lse, head, want, terms)
     return [gradient for gradient in gradients if gradient is not None]
 
 
-class _SelectedCrossEntropy(torch.autograd.Function):
+class _TokenLogprobs(torch.autograd.Function):
+    """log p of the labels and, where it is given, the entropy, (N,) each, as functions of hidden states and head."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -75,26 +83,115 @@ class _SelectedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        coefficient: Tensor,
         lse: Tensor,
         nll: Tensor,
+        entropy: Tensor | None,
         softcap: float | None,
         logit_scale: float,
         impl: str,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels, coefficient, lse)
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
         ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
-        return torch.where(coefficient != 0, coefficient * nll, 0).sum()  # a dropped row may be anything
+        ctx.set_materialize_grads(False)
+        return -nll, None if entropy is None else entropy.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, coefficient, lse = ctx.saved_tensors
-        upstream = coefficient * grad  # (N,)
+    def backward(ctx: Any, of_log_p: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
+        for name, upstream in (("log-probabilities", of_log_p), ("entropies", of_entropy)):
+            check_finite(f"the gradient of the {name}", upstream)
+        coefficient = torch.zeros_like(lse) if of_log_p is None else -of_log_p  # of the nll
+        terms = None
+        if of_entropy is not None:  # of the entropy H in the logits: -p (log p + H)
+            terms = torch.stack([torch.addcmul(coefficient, of_entropy, entropy, value=-1), of_entropy])
         want = list(ctx.needs_input_grad[:3])
         options = (ctx.softcap, ctx.logit_scale, want, ctx.impl)
-        gradients = iter(_compute_gradients(hidden, weight, bias, labels, upstream, lse, *options))
+        rows = (labels, coefficient, lse, terms)
+        gradients = iter(_compute_gradients(hidden, weight, bias, *rows, *options))
         return *(next(gradients) if wanted else None for wanted in want), *[None] * 7
+
+
+def _row_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, stats: TokenStats, head: Head, impl: str
+) -> list[Tensor]:
+    """[log p, and the entropy if there is one] of rows whose statistics are known, with their gradients.
+
+    hidden (N, D), weight (V, D), labels (N,).
+    """
+    entropy = None if stats.entropy is None else stats.entropy.reshape(-1)
+    rows = (labels, stats.lse.reshape(-1), stats.nll.reshape(-1), entropy)
+    apply: Any = _TokenLogprobs.apply  # autograd gives it no types
+    results = apply(hidden, weight, head.bias, *rows, head.softcap, head.logit_scale, impl)
+    return [values for values in results if values is not None]
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    shift: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """log p of every label under `softmax(head(hidden) / temperature)`, and entropies, differentiable, without logits.
+
+    What preference, policy-gradient and distillation losses are made of. The backward recomputes the logits of the rows
+    whose upstream gradient is not zero, and of these alone.
+
+    Args:
+        hidden: [..., D]; weight: [V, D]; labels: [...] int64 or int32; bias: [V]; softcap, logit_scale, ignore_index,
+            impl: as in `token_stats`, which also says how a head that is sharded over ranks is given: it gets the
+            gradient of its own rows, and `hidden` the sum over ranks.
+        entropy: also the entropy of each row's softmax.
+        temperature: divides the logits, after the softcap.
+        shift: labels [..., S] are aligned with the tokens: entry t is token t itself, which row t - 1 predicts, and so
+            are the results. Nothing predicts the first.
+    Returns:
+        (log p in nats, entropy in nats or None), float32 (float64 for float64 input) of the shape of `labels`; 0, and
+        without gradient, where a label is `ignore_index`.
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what was given. On a CPU the backward raises where an
+            upstream gradient is not finite.
+    """
+    if shift:
+        check_shifted(labels)
+        labels = pad(labels[..., 1:], (0, 1), value=ignore_index)
+    stats = token_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        entropy=entropy,
+        ignore_index=ignore_index,
+        impl=impl,
+    )
+    hidden, weight, bias, shard = local_head(hidden, weight, bias)
+    impl = resolve_impl(impl, hidden, shard, "gradient")
+    head = Head(bias, softcap, float(logit_scale)).tempered(temperature)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    valid = y != ignore_index
+    with torch.autocast(hidden.device.type, enabled=False):  # or it would round what is float32 on purpose
+        if impl == "reference":
+            of_valid = reference.logprobs(reference.head_logits(x[valid], weight, *head), y[valid])
+            nothing, at = torch.zeros_like(stats.lse), valid.view(labels.shape)
+            results = [nothing.masked_scatter(at, values) for values in of_valid]
+        else:
+            y = y if shard is None else shard.labels(y, ignore_index)
+            of_rows = _row_logprobs(x, weight, y, stats, head, impl)
+            results = [torch.where(valid, values, 0).view(labels.shape) for values in of_rows]
+    if shift:
+        results = [pad(values[..., :-1], (1, 0)) for values in results]
+    return results[0], results[1] if entropy else None
 
 
 def selected_cross_entropy(
@@ -114,9 +211,9 @@ def selected_cross_entropy(
     """Σ keep · nll / denominator, differentiable in `hidden`, `weight` and `bias`.
 
     Args:
-        hidden: [..., D]; weight: [V, D]; labels: [...] int64; bias: [V]; softcap, logit_scale: as in `token_stats`,
-            which also says how a head that is sharded over ranks is given: it gets the gradient of its own rows, and
-            `hidden` the sum over ranks.
+        hidden: [..., D]; weight: [V, D]; labels: [...] int64 or int32; bias: [V]; softcap, logit_scale: as in
+            `token_stats`, which also says how a head that is sharded over ranks is given: it gets the gradient of its
+            own rows, and `hidden` the sum over ranks.
         keep: [...] bool, or real weights (also negative; constants for the gradient). Ignored rows never count.
         stats: TokenStats of the same hidden, weight and labels, which were checked with them. Given, the forward does
             no matrix product.
@@ -132,7 +229,7 @@ def selected_cross_entropy(
     hidden, weight, bias, shard = local_head(*whole)
     check_head(hidden, weight, bias)
     asked, impl = impl, resolve_impl(impl, hidden, shard, "gradient")
-    check_labels(labels, hidden.shape[:-1])
+    labels = check_labels(labels, hidden.shape[:-1])
     check_positive("softcap", softcap)
     check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
     check_same_device(hidden=hidden, labels=labels, keep=keep)
@@ -164,13 +261,12 @@ def selected_cross_entropy(
     elif denominator.numel() != 1:
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
+    head = Head(bias, softcap, float(logit_scale))
     with torch.autocast(hidden.device.type, enabled=False):  # or it would round what is float32 on purpose
         if stats is None or impl == "reference":
             rows = coefficient != 0
-            logits = reference.head_logits(x[rows], weight, bias, softcap, logit_scale)
+            logits = reference.head_logits(x[rows], weight, *head)
             return reference.selected_loss(logits, y[rows], coefficient[rows])
         y = y if shard is None else shard.labels(y, ignore_index)
-        per_row = (y, coefficient, stats.lse.reshape(-1), stats.nll.reshape(-1))  # (N,) each
-        apply: Any = _SelectedCrossEntropy.apply  # autograd gives it no types
-        loss: Tensor = apply(x, weight, bias, *per_row, softcap, float(logit_scale), impl)
-        return loss
+        (log_p,) = _row_logprobs(x, weight, y, TokenStats(stats.lse, stats.target_logit), head, impl)
+        return -torch.where(coefficient != 0, coefficient * log_p, 0).sum()  # a dropped row may be anything

@@ -45,6 +45,13 @@ def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str,
     }
 
 
+def logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p of the labels, entropies) by autograd, of rows that all have a label: [N, V], [N] -> [N] each."""
+    log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
+    p = log_p.exp()
+    return log_p.gather(-1, labels[:, None])[:, 0], -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+
+
 def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor:
     """Σ coefficient · nll by autograd, of rows that are all kept: [K, V], [K], [K] -> scalar."""
     return (coefficient * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).sum()

@@ -34,6 +34,7 @@ class StatsOptions(TypedDict, total=False):
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    temperature: float
     entropy: bool
     ignore_index: int
     impl: str
@@ -49,6 +50,7 @@ def token_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
     impl: str = "auto",
@@ -63,8 +65,9 @@ def token_stats(
         weight: [V, D] language-model head, of hidden's dtype (float16, bfloat16, float32 or float64). A DTensor with
             Shard(0) is a head whose vocabulary is spread over ranks; `hidden` is then a replicated DTensor, and each
             rank gets the statistics over the whole vocabulary.
-        labels: [...] int64; rows that equal `ignore_index` are not read.
+        labels: [...] int64 or int32; rows that equal `ignore_index` are not read.
         bias: [V].
+        temperature: divides these logits; the statistics are of the divided ones.
         entropy: also `entropy`, `logp_var` and `top1`.
         impl: "auto", "chunked", "fused" or "reference" (see `tokensel.ops.checks.resolve_impl`).
         workspace_mib: most MiB that a block of logits may take (chunked).
@@ -80,6 +83,7 @@ def token_stats(
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
+        temperature=temperature,
         entropy=entropy,
         ignore_index=ignore_index,
         impl=impl,
@@ -96,7 +100,7 @@ def token_stats_pair(
     Args:
         current: (hidden [..., D], weight [V, D]).
         history: (hidden [..., D'], weight [V, D']); D' may differ, V may not.
-        labels: [...] int64.
+        labels: [...] int64 or int32.
         options: keywords of `token_stats`; `bias` is added to both.
     Returns:
         (TokenStats of the current model, TokenStats of the history model).
@@ -124,7 +128,7 @@ def token_stats_contrast(
     Args:
         positive: (hidden [..., D], weight [V, D]) of the model trained on right answers.
         negative: (hidden [..., D'], weight [V, D']) of the one trained on wrong answers; D' may differ, V may not.
-        labels: [...] int64.
+        labels: [...] int64 or int32.
         beta: not negative; 0 is the positive model alone.
         options: keywords of `token_stats`; `bias` is added to both. `impl` "auto" is "chunked" on every device.
     Returns:
@@ -152,6 +156,7 @@ def _models_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
     impl: str = "auto",
@@ -165,7 +170,7 @@ def _models_stats(
         x, w, local_bias, shard = local_head(whole_hidden, whole_weight, bias)
         check_same_device(**{name: check_tensor(name, x), "labels": check_tensor("labels", labels)})
         check_head(x, w, local_bias)
-        check_labels(labels, x.shape[:-1])
+        labels = check_labels(labels, x.shape[:-1])
         hidden.append(x.reshape(-1, x.shape[-1]))  # (N, D)
         weight.append(w)  # (V, D)
     check_label_range(labels, models[0][1].shape[0], ignore_index)
@@ -175,11 +180,13 @@ def _models_stats(
         both = " and ".join(sorted(map(str, dtypes)))
         raise TypeError(f"both models must have one dtype here; got {both}; cast one of them")
     check_positive("softcap", softcap)
+    check_number("temperature", temperature)
+    check_positive("temperature", temperature)
     check_positive("workspace_mib", workspace_mib)
     y = labels.reshape(-1)  # (N,)
     if shard is not None:
         y, ignore_index = shard.labels(y, ignore_index), shard.IGNORED
-    head = Head(local_bias, softcap, float(logit_scale))
+    head = Head(local_bias, softcap, float(logit_scale)).tempered(temperature)
     options = (entropy, ignore_index, impl, float(workspace_mib))
     with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
         if contrast is None:
@@ -277,7 +284,7 @@ def token_stats_from_logits(
 
     Args:
         logits: [..., V], any floating dtype; softcap and scale already applied.
-        labels: [...] int64, aligned: logits[i] predicts labels[i].
+        labels: [...] int64 or int32, aligned: logits[i] predicts labels[i].
         history_logits: [..., V] of the history model, or None.
         entropy, ignore_index, impl, workspace_mib: as in `token_stats`.
     Returns:
@@ -285,7 +292,7 @@ def token_stats_from_logits(
     """
     check_tensor("logits", logits, floating=True)
     impl = resolve_impl(impl, logits)
-    check_labels(labels, logits.shape[:-1])
+    labels = check_labels(labels, logits.shape[:-1])
     check_label_range(labels, logits.shape[-1], ignore_index)
     check_positive("workspace_mib", workspace_mib)
     if history_logits is not None and check_tensor("history_logits", history_logits).shape != logits.shape:
