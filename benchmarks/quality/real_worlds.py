@@ -25,7 +25,7 @@ from benchmarks.quality.runner import device_used
 from tokensel import Selection, TokenSignals, methods
 from tokensel.data import SelectionCollator, weights_without_repeats
 from tokensel.documents import IGNORE_INDEX
-from tokensel.files import making_folder
+from tokensel.files import making_folder, replacing
 from tokensel.model import PatchedModel, eval_mode, unwrap
 
 COLUMNS = ("noise", "token_weights", "history_nll", "base_nll", "reference_nll")
@@ -174,15 +174,23 @@ def _write_world(world: RealWorld, parts: Parts, elsewhere: list[dict]) -> None:
         row_losses(patched, rows[name], world.tokenizer)  # their states are known from now on
     if world.frozen:
         base.model.embed_tokens.save(folder / "states.safetensors")
-    clean = [{"noise": [0] * len(row["labels"])} | row for row in parts.reference]
-    (folder / "train.json").write_text(json.dumps(clean), encoding="utf-8")
-    reference, _ = train(world, REFERENCE, batch=4)
-    reference_nll = row_losses(reference, parts.train, world.tokenizer)
-    train_rows = [
-        row | {"base_nll": base, "history_nll": base, "reference_nll": after}
-        for row, base, after in zip(parts.train, base_nll, reference_nll, strict=True)
-    ]
+    train_rows = [row | {"base_nll": nll, "history_nll": nll} for row, nll in zip(parts.train, base_nll, strict=True)]
     (folder / "train.json").write_text(json.dumps(train_rows), encoding="utf-8")
+
+
+def with_reference(world: RealWorld, rows: list[dict]) -> list[dict]:
+    """The world's rows to train on, with the losses of a model that has learnt the clean ones; trained when asked for.
+
+    Few recipes look at it, and it takes as long as one of them.
+    """
+    file = world.folder / "reference_nll.json"
+    if not file.exists():
+        clean = [{"noise": [0] * len(row["labels"])} | row for row in world.rows("reference")]
+        reference, _ = train(world, REFERENCE, batch=4, rows=clean)
+        with replacing(file) as whole:
+            whole.write_text(json.dumps(row_losses(reference, rows, world.tokenizer)), encoding="utf-8")
+    losses = json.loads(file.read_text(encoding="utf-8"))
+    return [row | {"reference_nll": nll} for row, nll in zip(rows, losses, strict=True)]
 
 
 @torch.no_grad()
@@ -211,11 +219,11 @@ def batched(rows: list, size: int) -> list[list]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
-def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, dict]:
-    """Trains the pretrained model on the world's rows -> the model, and what was seen on the way."""
+def train(world: RealWorld, recipe: Recipe, batch: int, rows: list[dict] | None = None) -> tuple[PatchedModel, dict]:
+    """`training_steps` to the end -> the model, and what was seen on the way."""
     seen = {"responses": 0, "noise": 0.0, "kept": 0.0, "noise_kept": 0.0}
     curve = []
-    for patched, step, last, counted in training_steps(world, recipe, batch):
+    for patched, step, last, counted in training_steps(world, recipe, batch, rows):
         seen = {name: value + float(more) for (name, value), more in zip(seen.items(), counted, strict=True)}
         if step in {last // 4, last // 2, last}:
             curve.append([int(seen["responses"]), mean_loss(patched, world.rows("held_out"), world.tokenizer)])
@@ -223,18 +231,24 @@ def train(world: RealWorld, recipe: Recipe, batch: int) -> tuple[PatchedModel, d
 
 
 def training_steps(
-    world: RealWorld, recipe: Recipe, batch: int
+    world: RealWorld, recipe: Recipe, batch: int, rows: list[dict] | None = None
 ) -> Iterator[tuple[PatchedModel, int, int, tuple[Tensor, ...]]]:
     """Trains the pretrained model on the world's rows, and stops after each optimizer step for whoever looks at it.
 
     The rows of every step are the same for all methods. The learning rate falls linearly to 0.
 
+    Args:
+        rows: to train on in place of the world's.
+
     Yields:
         The model, the steps done, the steps that there are, and of this step's tokens: how many are response, how many
         of these noise, the weight kept of all and of the noise.
     """
+    tokenizer, method = world.tokenizer, methods.get(recipe.method, **recipe.parameters)
+    if rows is None:
+        rows = world.rows("train")
+        rows = with_reference(world, rows) if "reference_nll" in method.needs else rows
     torch.manual_seed(world.seed)
-    tokenizer, rows = world.tokenizer, world.rows("train")
     model = world.load()
     if recipe.lora:
         from peft import LoraConfig, get_peft_model
@@ -245,7 +259,6 @@ def training_steps(
     else:
         model.lm_head.requires_grad_(False)
     patched = tokensel.apply_to(model.train())
-    method = methods.get(recipe.method, **recipe.parameters)
     if recipe.drop_noise:
         rows = [row | {"token_weights": _of_clean(row)} for row in rows]
     if recipe.drop_repeats:

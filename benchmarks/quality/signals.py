@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq
 from benchmarks.machine import machine
 from benchmarks.quality.real import RealStudy, make_sources, place_of, pretrained_folder, world_arguments
 from benchmarks.quality.real_rows import KINDS
-from benchmarks.quality.real_worlds import RealWorld, Recipe, batched, build_world, training_steps
+from benchmarks.quality.real_worlds import RealWorld, Recipe, batched, build_world, training_steps, with_reference
 from benchmarks.quality.runner import device_used, run_all
 from benchmarks.resume import measured
 from tokensel import Selection, SelectionMethod, TokenSignals
@@ -241,7 +241,7 @@ def world_signals(world: RealWorld, batch: int) -> dict[str, dict]:
     if not any(any(row.get("noise", ())) for row in rows):
         file = world.folder / "train.json"
         raise ValueError(f"{file}: no token is marked as noise, so there is nothing to tell apart")
-    taken = random.Random(world.seed).sample(rows, min(LOOKED_AT, len(rows)))
+    taken = random.Random(world.seed).sample(with_reference(world, rows), min(LOOKED_AT, len(rows)))
     taken.sort(key=lambda row: len(row["labels"]))  # less padding, and halves of rows as long
     epochs = math.ceil(STEPS[-1] / math.ceil(len(rows) / batch))
     found = {}

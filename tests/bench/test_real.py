@@ -192,8 +192,25 @@ def test_oracle_leaves_out_the_noise_alone_and_full_nothing(world):
     assert run["curve"][-1][0] == tokens and run["elsewhere"] > 0
 
 
+def test_a_clean_reference_is_trained_once_and_when_it_is_asked_for(world, monkeypatch):
+    def nobody(*arguments, **settings):
+        raise AssertionError("trained again")
+
+    assert "reference_nll" not in world.rows("train")[0] and not (world.folder / "reference_nll.json").exists()
+    real_worlds.measure(world, Recipe("rho1", {}), 4)
+    trained, rows = real_worlds.train, world.rows("train")
+    monkeypatch.setattr(real_worlds, "train", nobody)
+    known = real_worlds.with_reference(world, rows)
+    assert all(len(row["reference_nll"]) == len(row["labels"]) for row in known)
+    monkeypatch.setattr(real_worlds, "train", trained)
+    (world.folder / "reference_nll.json").unlink()
+    clean = [{"noise": [0] * len(row["labels"])} | row for row in world.rows("reference")]
+    reference, _ = trained(world, real_worlds.REFERENCE, 4, rows=clean)
+    assert [row["reference_nll"] for row in known] == real_worlds.row_losses(reference, rows, world.tokenizer)
+
+
 def test_a_method_of_the_whole_dataset_ranks_all_rows_together(world):
-    rows = world.rows("train")
+    rows = real_worlds.with_reference(world, world.rows("train"))
     weighted = real_worlds.chosen_over_all(rows, tokensel.methods.get("token_cleaning"))
     scores = {
         (i, place): row["base_nll"][place] - row["reference_nll"][place]
@@ -215,7 +232,7 @@ def test_a_world_is_whole_or_not_there(made, sources, tmp_path, monkeypatch):
 
     arguments = (make_parts("random", 0, sources), [], made / "model", 2, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(real_worlds, "train", interrupted)
+        patch.setattr(real_worlds, "row_losses", interrupted)
         real_worlds.build_world(tmp_path / "w", *arguments)
     assert not list(tmp_path.iterdir())
     assert real_worlds.build_world(tmp_path / "w", *arguments).rows("train")

@@ -119,7 +119,7 @@ def noise_posterior(nll, vocab_size):
 
 
 def test_signals_are_those_of_the_models_own_logits_and_attention(world):
-    rows = world.rows("train")[:20]  # two batches, the second ragged
+    rows = real_worlds.with_reference(world, world.rows("train"))[:20]  # two batches, the second ragged
     base = AutoModelForCausalLM.from_pretrained(world.model, attn_implementation="eager")
     patched = tokensel.apply_to(world.load().train())
     tokens = signals.token_signals(patched, rows, world.tokenizer)
