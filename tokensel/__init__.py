@@ -1,7 +1,7 @@
 """Token-level data selection for LLM fine-tuning, as a kernel library.
 
 Functions on plain tensors are here at once; what needs transformers (`apply_to`, `remove`, `Selection`, the
-trainers, of which two need TRL) is loaded when it is first asked for, so that `import tokensel` needs torch alone.
+trainers, of which some need TRL) is loaded when it is first asked for, so that `import tokensel` needs torch alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokensel.step import Selection, SelectionOutput
     from tokensel.store import HistoryStore
     from tokensel.trainer import SelectiveTrainer, TokenSelectionMixin
+    from tokensel.trl_logprobs import use_token_logprobs
 
 __version__ = "0.2.0"
 
@@ -52,6 +53,7 @@ _LAZY = {  # name -> module
     "auto_history": "choose_history",
     "record_losses": "recording",
     "remove": "model",
+    "use_token_logprobs": "trl_logprobs",
 }
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "token_stats_from_logits",
     "token_stats_pair",
     "uniform_prompt_mass",
+    "use_token_logprobs",
 ]
 
 _moved.install()
