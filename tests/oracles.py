@@ -45,6 +45,9 @@ def truth_of_logits(z, labels):
         "entropy": entropy,
         "logp_var": (p * (log_p + entropy[:, None]) ** 2).sum(-1),
         "top1": z.amax(-1),
+        "renyi2": -(p**2).sum(-1).log(),
+        "logit_sum": z.sum(-1),
+        "rank": (z > target[:, None]).sum(-1).to(z.dtype),
     }
 
 

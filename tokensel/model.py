@@ -61,7 +61,7 @@ class _PastHooks:
         return self._result
 
 
-class _Forward:
+class Forward:
     """A function in the place of a module's forward, called as `function(module, forward, ...)` with the one before it.
 
     It copies and pickles with its module, as a method does. An instance attribute hides the class's forward; one that
@@ -213,13 +213,13 @@ class PatchedModel:
 
     def install(self) -> None:
         self.attention.install()
-        self._forwards = _Forward(self.model, _model_forward), _Forward(self._head, _head_forward)
+        self._forwards = Forward(self.model, _model_forward), Forward(self._head, _head_forward)
         self.model._tokensel_patched = self  # type: ignore[assignment]
 
     def uninstall(self) -> None:
         for module in self.model.modules():  # a copy of the head may stand in its place by now
             forward = module.__dict__.get("forward")
-            if isinstance(forward, _Forward) and forward not in self._forwards:
+            if isinstance(forward, Forward) and forward not in self._forwards:
                 forward.undo()
         for forward in self._forwards:
             forward.undo()
@@ -238,7 +238,7 @@ class PatchedModel:
             ValueError: the model's forward has been wrapped since; a method is pickled by name, so that the wrapper
                 would be lost, and the selection with it.
         """
-        if not isinstance(self.model.__dict__.get("forward"), _Forward):
+        if not isinstance(self.model.__dict__.get("forward"), Forward):
             raise ValueError(
                 f"{type(self.model).__name__} cannot be pickled: its forward has been wrapped since apply_to (by "
                 "accelerate for mixed precision, say). Save its weights (save_pretrained, or its state_dict), or call "

@@ -13,7 +13,7 @@ import triton
 from tqdm.auto import tqdm
 
 from tokensel.ops.block_shapes import Chip, estimated_ratio, resident_block
-from tokensel.ops.chunked import gradient_limits
+from tokensel.ops.chunked_grad import gradient_limits
 from tokensel_kernels.clocks import KEPT
 from tokensel_kernels.compiled import PROCESSORS, ROWS, CompiledKernel, compile_all
 from tokensel_kernels.rates import ESTIMATES

@@ -13,9 +13,11 @@ from tokensel import (
     methods,
     prompt_attention_mass,
     selected_cross_entropy,
+    token_logprobs,
     token_stats,
     token_stats_pair,
 )
+from tokensel.ops.token_stats import EXTRAS, MOMENTS
 
 
 def step(hidden, weight, old_hidden, bias, labels, sample, q, k, impl):
@@ -66,13 +68,34 @@ def test_a_frozen_head_compiles_too():
     torch.testing.assert_close(torch.autograd.grad(compiled(hidden), hidden)[0], expected)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probabilities_are_one_graph(entropy):
+    hidden, weight, _, bias, labels, *_ = inputs()
+    trained = (hidden, weight, bias)
+
+    def loss_of(hidden, weight, bias):
+        ranks = token_stats(hidden, weight, labels, bias=bias, rank=True, renyi2=True).rank
+        log_p, entropies = token_logprobs(hidden, weight, labels, bias=bias, entropy=entropy, temperature=0.7)
+        return -(log_p * (ranks < 40)).sum() + (0.1 * entropies.sum() if entropy else 0)
+
+    torch._dynamo.reset()
+    loss = loss_of(*trained)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(*trained)
+    torch.testing.assert_close(compiled, loss)
+    torch.testing.assert_close(torch.autograd.grad(compiled, trained), torch.autograd.grad(loss, trained))
+
+
 def test_operators_keep_their_promises():
     hidden, weight, old, bias, labels, _, q, k = (t.detach() for t in inputs())
-    head = (labels, bias, 20.0, 1.0, True, -100, "chunked", 256.0)
-    torch.library.opcheck(torch.ops.tokensel.models_stats, ([hidden, old], [weight, weight], *head))
+    every = [*MOMENTS, *EXTRAS]
+    for wanted, label_logit in (([], None), (every, torch.randn(2, 24))):
+        head = (labels, label_logit, bias, 20.0, 1.0, wanted, -100, "chunked", 256.0)
+        torch.library.opcheck(torch.ops.tokensel.models_stats, ([hidden, old], [weight, weight], *head))
     lse, coefficient = torch.randn(24) + 8, torch.rand(24)
-    backward = (hidden, weight, bias, labels.clamp(min=0), coefficient, lse, None, 1.0, [True, False, True], "chunked")
-    torch.library.opcheck(torch.ops.tokensel.selected_gradients, backward)
+    for terms in (None, torch.rand(2, 24)):
+        rows = (labels.clamp(min=0), coefficient, lse, terms)
+        backward = (hidden, weight, bias, *rows, None, 1.0, [True, False, True], "chunked")
+        torch.library.opcheck(torch.ops.tokensel.selected_gradients, backward)
     mask = torch.ones(1, 24, dtype=torch.bool)
     mass = (q, k, mask, mask, mask, None, None, None, 0.3, None, 5, None, "chunked")
     torch.library.opcheck(torch.ops.tokensel.prompt_mass, mass)

@@ -8,6 +8,7 @@ from kernel_inputs import DEVICE, widened_product
 
 import tokensel.ops.block_shapes
 import tokensel.ops.chunked
+import tokensel.ops.chunked_grad
 import tokensel.ops.loss
 import tokensel.ops.stats
 from tokensel.ops.products import HAS_TRITON
@@ -26,8 +27,10 @@ def gpu_chunked(monkeypatch):
     if DEVICE == "cpu":
         for module in (tokensel.ops.stats, tokensel.ops.loss):
             monkeypatch.setattr(module, "on_gpu", lambda like: True)
-        monkeypatch.setattr(tokensel.ops.chunked, "product", widened_product)
-        monkeypatch.setattr(tokensel.ops.chunked, "add_product", lambda total, a, b: total.add_(a.float() @ b.float()))
+        for module in (tokensel.ops.chunked, tokensel.ops.chunked_grad):
+            monkeypatch.setattr(module, "product", widened_product)
+        add_product = lambda total, a, b: total.add_(a.float() @ b.float())  # noqa: E731
+        monkeypatch.setattr(tokensel.ops.chunked_grad, "add_product", add_product)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from kernel_inputs import DEVICE
 from oracles import DTYPES, FIELDS, assert_within_budget, head_of, truth_of_logits
 
 from tokensel import token_stats_from_logits
-from tokensel.ops.token_stats import stats_of_sums
+from tokensel.ops.token_stats import MOMENTS, stats_of_sums, sums_of
 from tokensel_kernels.logits_stats import write_logits_sums
 
 pytest.importorskip("triton")
@@ -33,11 +33,11 @@ def logits_of(N, V, dtype=torch.float32, scale=4.0):
     return (torch.randn(N, V, device=DEVICE) * scale).to(dtype)
 
 
-def stats_of(logits, labels, entropy=True, **head):
+def stats_of(logits, labels, wanted=MOMENTS, **head):
     """Statistics of one model's logits, as the chunked implementation has them computed."""
-    sums = torch.full((5 if entropy else 3, 1, 1, len(labels)), torch.nan, device=DEVICE)
+    sums = torch.full((sums_of(wanted), 1, 1, len(labels)), torch.nan, device=DEVICE)
     write_logits_sums([logits], labels, sums[:, :, 0], ignore_index=-100, **head)
-    return stats_of_sums(sums, labels, -100)[0]
+    return stats_of_sums(sums, labels, -100, wanted)[0]
 
 
 def exactly(logits, labels, bias=None, **head):
@@ -63,7 +63,7 @@ def test_any_number_of_columns_and_every_option(V, head):
     exact, eager = exactly(logits, labels, **head)
     stats = stats_of(logits, labels, **head)
     assert_within_budget(stats, exact, eager, labels)
-    plain = stats_of(logits, labels, entropy=False, **head)
+    plain = stats_of(logits, labels, (), **head)
     assert_within_budget(plain, exact, eager, labels, FIELDS[:3])
     assert (stats.nll[2], stats.lse[2]) == (0, -torch.inf)
 
@@ -118,7 +118,9 @@ def test_flat_peaked_and_far_off_logits(scale, shift, entropy):
     logits = torch.randn(2, 300, device=DEVICE) * scale + shift
     labels = torch.randint(0, 300, (2,), device=DEVICE)
     exact, eager = (truth_of_logits(logits.to(d), labels) for d in WIDE)
-    assert_within_budget(stats_of(logits, labels, entropy), exact, eager, labels, FIELDS if entropy else FIELDS[:3])
+    assert_within_budget(
+        stats_of(logits, labels, MOMENTS if entropy else ()), exact, eager, labels, FIELDS if entropy else FIELDS[:3]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +141,7 @@ def test_a_row_without_any_finite_logit_is_no_number_of_its_own_only():
     logits = logits_of(3, 200)
     logits[1] = -torch.inf
     labels = torch.tensor([3, 4, 5], device=DEVICE)
-    stats = stats_of(logits, labels, entropy=False)
+    stats = stats_of(logits, labels, ())
     assert stats.lse.isfinite().tolist() == [True, False, True] and stats.nll[[0, 2]].isfinite().all()
 
 
@@ -148,7 +150,7 @@ def test_a_row_without_any_finite_logit_is_no_number_of_its_own_only():
 def test_a_nan_among_the_logits_shows(column, entropy):
     logits, labels = logits_of(3, 300), torch.tensor([5, 6, 7], device=DEVICE)
     logits[1, column] = torch.nan
-    stats = stats_of(logits, labels, entropy)
+    stats = stats_of(logits, labels, MOMENTS if entropy else ())
     assert stats.nll.isnan().tolist() == [False, True, False]
     if entropy:
         assert stats.entropy.isnan().tolist() == [False, True, False]

@@ -48,7 +48,7 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_has_no_likelihood():
     of_logits = torch.full((3, 2, 1, len(labels)), torch.nan, device=DEVICE)
     tokensel_kernels.logits_stats.write_logits_sums(logits, labels, of_logits[:, :, 0], bias=bias, ignore_index=-100)
     z, old = (z + bias for z in logits)
-    found = [stats_of_sums(of_logits, labels, -100)]
+    found = [stats_of_sums(of_logits, labels, -100, ())]
     for entropy in (False, True):
         fields = tokensel_kernels.vocab_stats.hidden_stats(models, labels, **head | {"entropy": entropy})
         found.append([TokenStats(*of_model) for of_model in fields.unbind(1)])

@@ -236,7 +236,7 @@ def test_small_blocks_of_rows_change_nothing_and_reruns_are_bitwise_equal(monkey
         gradients(selected_cross_entropy(hidden, weight, labels, keep, bias=bias), inputs) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    monkeypatch.setattr("tokensel.ops.chunked.WORKSPACE_MIB", 0.05)  # six rows of 2,048 columns
+    monkeypatch.setattr("tokensel.ops.chunked_grad.WORKSPACE_MIB", 0.05)  # six rows of 2,048 columns
     split = gradients(selected_cross_entropy(hidden, weight, labels, keep, bias=bias), inputs)
     torch.testing.assert_close(split, whole)
 
@@ -251,7 +251,7 @@ def test_scratch_is_not_read(monkeypatch):
 
 
 def test_half_gradients_of_many_row_blocks_are_as_exact_as_of_one(monkeypatch):
-    monkeypatch.setattr("tokensel.ops.chunked.WORKSPACE_MIB", 1e-3)  # one row of 200 columns
+    monkeypatch.setattr("tokensel.ops.chunked_grad.WORKSPACE_MIB", 1e-3)  # one row of 200 columns
     inputs, labels, keep = make(N=600, V=200, dtype=torch.bfloat16)
     loss = selected_cross_entropy(*inputs[:2], labels, keep, bias=inputs[2])
     exact, eager = (definition(inputs, labels, keep, dtype=d) for d in (torch.float64, torch.float32))
@@ -264,7 +264,7 @@ def test_half_gradients_of_many_row_blocks_are_as_exact_as_of_one(monkeypatch):
 def test_bfloat16_gradients_are_within_twice_the_error_of_bfloat16_autograd(units, workspace_mib, monkeypatch):
     """Over five blocks of the vocabulary, each of which rounds its part of dX where the CPU has bfloat16 products."""
     monkeypatch.setattr("tokensel.ops.products.multiplies_bfloat16", lambda: units)
-    monkeypatch.setattr("tokensel.ops.chunked.WORKSPACE_MIB", workspace_mib)
+    monkeypatch.setattr("tokensel.ops.chunked_grad.WORKSPACE_MIB", workspace_mib)
     inputs, labels, keep = make(N=300, V=9000, D=72, dtype=torch.bfloat16)
 
     class ProductTypes(TorchDispatchMode):

@@ -177,7 +177,7 @@ def test_rerun_is_bitwise_equal_and_scratch_is_not_read(monkeypatch):
 
 @pytest.mark.parametrize("impl, holds_logits", [("chunked", False), ("reference", True)])
 def test_only_the_reference_holds_logits(impl, holds_logits, largest_tensor, monkeypatch):
-    monkeypatch.setattr("tokensel.ops.chunked.WORKSPACE_MIB", 0.25)
+    monkeypatch.setattr("tokensel.ops.chunked_grad.WORKSPACE_MIB", 0.25)
     N, V, D = 300, 5000, 16
     hidden, weight, labels, _ = make(N, V, D)
     hidden.requires_grad_(), weight.requires_grad_()

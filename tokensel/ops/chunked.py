@@ -1,30 +1,28 @@
-"""Walks over blocks of the vocabulary, whose logits are float32 whatever the inputs are; nothing of width V is held.
+"""Statistics by blocks of the vocabulary, whose logits are float32 whatever the inputs are; nothing of width V is held.
 
 On a CPU plain PyTorch on blocks sized to the cache; on a GPU the library's products into a block that stays in L2,
-behind each of which a Triton kernel reads it once. Statistics of hidden states and of logits, and the gradients of
-kept rows. On a GPU the host waits for nothing, and no shape depends on a value: a CUDA graph can capture it.
+behind each of which a Triton kernel reads it once. On a GPU the host waits for nothing, and no shape depends on a
+value: a CUDA graph can capture it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokensel.ops.block_shapes import TILE, chip_of, resident_block
-from tokensel.ops.products import add_product, exact_products, gradient_product_dtype, product
-from tokensel.ops.token_stats import TokenStats, no_stats, stats_of_sums
+from tokensel.ops.products import exact_products, product
+from tokensel.ops.token_stats import TokenStats, no_stats, stats_of_sums, sums_of
 
-WORKSPACE_MIB = 256.0  # of the gradients' blocks
 CACHE_BYTES = 2**22  # of logits at once, which are read several times
 # exp of less than this is denormal, which costs a CPU twenty times as long, and adds nothing to a sum that holds exp(0)
 SMALLEST_EXPONENT = -80.0
 
 Models = Sequence[tuple[Tensor, Tensor]]  # (hidden (N, D), weight (V, D)) of each
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # in hidden, weight and bias, where wanted
 
 
 class Head(NamedTuple):
@@ -83,47 +81,79 @@ def _contrasted(positive: Tensor, negative: Tensor, contrast: float) -> Tensor:
     return positive.mul_(1 + contrast).sub_(negative, alpha=contrast)
 
 
-def _in_float32(block: Tensor, copy: Tensor) -> Tensor:
+def in_float32(block: Tensor, copy: Tensor) -> Tensor:
     """A block of the head in the dtype of `copy`: itself, or copied there, so that no block is allocated anew."""
     return block if block.dtype == copy.dtype else copy[: len(block)].copy_(block)
 
 
-def block_stats(z: Tensor, labels: Tensor, entropy: bool) -> TokenStats:
-    """Statistics of a block of logits, which is overwritten. z (R, C); labels (R,) counted from the block's start."""
+def label_logits(models: Models, labels: Tensor, head: Head, contrast: float | None = None) -> Tensor:
+    """The logit of each row's label by a product of its own: [models, N], or [1, N] of the contrast of two.
+
+    -inf where no row of the head is the label's. labels (N,)
+    """
+    inside = (labels >= 0) & (labels < models[0][1].shape[0])
+    y = torch.where(inside, labels, 0)
+    bias = None if head.bias is None else head.bias[y][:, None]
+    logits = []
+    for x, w in models:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        parts = zip(x.split(1024), y.split(1024), strict=True)  # as many rows of the head at once
+        dots = torch.cat([torch.linalg.vecdot(some.to(dtype), w[at].to(dtype)) for some, at in parts])
+        logits.append(_to_logits(dots[:, None], head._replace(bias=None if bias is None else bias.to(dtype)))[:, 0])
+    z = torch.stack(logits) if contrast is None else _contrasted(logits[0], logits[1], contrast)[None]
+    return torch.where(inside, z, -torch.inf)
+
+
+def block_stats(z: Tensor, labels: Tensor, wanted: Sequence[str], label_logit: Tensor | None = None) -> TokenStats:
+    """Statistics of a block of logits, which is overwritten.
+
+    z (R, C); labels (R,) counted from the block's start; label_logit (R,) is what `rank` compares with.
+    """
     inside = (labels >= 0) & (labels < z.shape[1])
     target = z.gather(1, torch.where(inside, labels, 0)[:, None])[:, 0]
     target = torch.where(inside, target, -torch.inf)
     top1 = z.amax(1)  # (R,)
-    if not entropy:
+    fields = {}
+    if "logit_sum" in wanted:
+        fields["logit_sum"] = z.sum(1)
+    if label_logit is not None:  # which is another sum of the same products: the label itself does not count
+        fields["rank"] = ((z > label_logit[:, None]).sum(1) - (target > label_logit).long()).to(z.dtype)
+    if "entropy" not in wanted:
         # PyTorch's softmax goes over a row while it is in the nearest cache; its largest value is 1 / Σ exp(z - top1)
-        largest = torch.softmax(z, 1, out=z).amax(1)
-        return TokenStats(torch.where(top1.isfinite(), top1 - largest.log(), top1), target)
-    pivot = torch.where(top1.isfinite(), top1, 0)
-    z.sub_(pivot[:, None])
-    z.clamp_(min=SMALLEST_EXPONENT)
-    p = z.exp()
-    total = p.sum(1)
-    p /= total[:, None]
-    mean = (p * z).sum(1)  # E[z] - pivot
-    variance = p.mul_(z.sub_(mean[:, None]).square_()).sum(1)
-    lse = torch.where(top1.isfinite(), pivot + total.log(), top1)
-    return TokenStats(lse, target, entropy=total.log() - mean, logp_var=variance, top1=top1)
+        p = torch.softmax(z, 1, out=z)
+        lse = torch.where(top1.isfinite(), top1 - p.amax(1).log(), top1)
+    else:
+        pivot = torch.where(top1.isfinite(), top1, 0)
+        z.sub_(pivot[:, None])
+        z.clamp_(min=SMALLEST_EXPONENT)
+        p = z.exp()
+        total = p.sum(1)
+        p /= total[:, None]
+        mean = (p * z).sum(1)  # E[z] - pivot
+        lse = torch.where(top1.isfinite(), pivot + total.log(), top1)
+        fields |= {"entropy": total.log() - mean, "top1": top1}
+    if "renyi2" in wanted:
+        fields["renyi2"] = torch.where(top1.isfinite(), -torch.linalg.vecdot(p, p).log(), 0)
+    if "entropy" in wanted:
+        fields["logp_var"] = p.mul_(z.sub_(mean[:, None]).square_()).sum(1)
+    return TokenStats(lse, target, **fields)
 
 
 def hidden_stats(
     models: Models,
     labels: Tensor,
     head: Head,
-    entropy: bool,
+    wanted: Sequence[str],
     ignore_index: int,
     workspace_mib: float,
     contrast: float = 0.0,
+    label_logit: Tensor | None = None,
 ) -> TokenStats:
-    """Statistics of one model, or of the contrast (1 + contrast) z - contrast z' of two. labels (N,)."""
+    """Statistics of one model, or of the contrast (1 + contrast) z - contrast z' of two. labels, label_logit (N,)."""
     hidden, weight = models[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     V = weight.shape[0]
-    stats = no_stats(labels, dtype, entropy)
+    stats = no_stats(labels, dtype, wanted)
     responses = (labels != ignore_index).nonzero()[:, 0]
     R, C = vocabulary_blocks(len(responses), V, workspace_mib, models=len(models))
     workspace = torch.empty(len(models), R * C, dtype=dtype, device=hidden.device)
@@ -131,23 +161,24 @@ def hidden_stats(
     with exact_products(hidden.dtype):
         for rows in responses.split(R):
             inputs, y = [x[rows].to(dtype) for x, _ in models], labels[rows]
+            of_label = None if label_logit is None else label_logit[rows]
             joined: TokenStats | None = None
             for start in range(0, V, C):
                 bias = None if head.bias is None else head.bias[start : start + C].to(dtype)
                 block = []
                 for x, (_, weight), space, copy in zip(inputs, models, workspace, copies, strict=True):
-                    w = _in_float32(weight[start : start + C], copy)  # (C, D)
+                    w = in_float32(weight[start : start + C], copy)  # (C, D)
                     out = space[: len(rows) * len(w)].view(len(rows), len(w))
                     block.append(logits_block(x, w, head._replace(bias=bias), out))
                 z = block[0] if len(block) == 1 else _contrasted(block[0], block[1], contrast)
-                part = block_stats(z, y - start, entropy)
+                part = block_stats(z, y - start, wanted, of_label)
                 joined = part if joined is None else TokenStats.merge([joined, part])
             if joined is not None:
                 stats.write(rows, joined)
     return stats
 
 
-def _gpu_block(
+def gpu_block(
     N: int, V: int, like: Tensor, workspace_mib: float, *, blocks: int = 1, most_columns: int | None = None
 ) -> tuple[int, int]:
     """(rows, columns) of `blocks` blocks of float32 logits that share L2 and the workspace.
@@ -167,12 +198,15 @@ def hidden_stats_on_gpu(
     models: Models,
     labels: Tensor,
     head: Head,
-    entropy: bool,
+    wanted: Sequence[str],
     ignore_index: int,
     workspace_mib: float,
     contrast: float | None = None,
+    label_logit: Tensor | None = None,
 ) -> list[TokenStats]:
     """Blocks of one model's logits after the other's, which a kernel reads once; with `contrast` those of two in one.
+
+    label_logit [results, N] is what `rank` compares with.
 
     Ignored rows are multiplied too: to leave them out, the host would have to wait for their number.
     """
@@ -180,35 +214,45 @@ def hidden_stats_on_gpu(
 
     N, V = len(labels), models[0][1].shape[0]
     blocks = 1 if contrast is None else 2
-    R, C = _gpu_block(N, V, labels, workspace_mib, blocks=blocks)
+    R, C = gpu_block(N, V, labels, workspace_mib, blocks=blocks)
     workspace = torch.empty(blocks, R, C, dtype=torch.float32, device=labels.device)
     results = len(models) if contrast is None else 1
-    sums = torch.empty(5 if entropy else 3, results, -(-V // C), N, dtype=torch.float32, device=labels.device)
+    sums = torch.empty(sums_of(wanted), results, -(-V // C), N, dtype=torch.float32, device=labels.device)
     # sliced once: a block takes the chip less than a hundred microseconds, and the host must be ahead of it
     columns_of = [slice(start, min(start + C, V)) for start in range(0, V, C)]
     shares = [(columns, [w[columns].T for _, w in models]) for columns in columns_of]
     for first in range(0, N, R):
         rows = slice(first, min(first + R, N))
         y, inputs, into = labels[rows], [x[rows] for x, _ in models], sums[..., rows]
+        of_label = None if label_logit is None else label_logit[:, rows]
         for share, (columns, weights) in enumerate(shares):
             spaces = workspace[:, : len(y), : columns.stop - columns.start]  # rows begin at multiples of 16 bytes
             part = head if head.bias is None else head._replace(bias=head.bias[columns])
-            common = {"first_column": columns.start, "ignore_index": ignore_index}
+            common: dict[str, Any] = {"first_column": columns.start, "ignore_index": ignore_index}
             if contrast is None:
                 for model, (x, w) in enumerate(zip(inputs, weights, strict=True)):
-                    z = product(x, w, spaces[0])
-                    write_logits_sums([z], y, into[:, model : model + 1, share], **common, **part._asdict())
+                    z, place = product(x, w, spaces[0]), slice(model, model + 1)
+                    common["label_logit"] = None if of_label is None else of_label[place]
+                    write_logits_sums([z], y, into[:, place, share], **common, **part._asdict())
             else:  # the kernel reads logits, not products
                 triples = zip(inputs, weights, spaces, strict=True)
                 positive, negative = (_to_logits(product(x, w, space), part) for x, w, space in triples)
+                common["label_logit"] = of_label
                 write_logits_sums([_contrasted(positive, negative, contrast)], y, into[:, :, share], **common)
-    return stats_of_sums(sums, labels, ignore_index)
+    return stats_of_sums(sums, labels, ignore_index, wanted)
 
 
-def logits_stats(logits: Tensor, labels: Tensor, entropy: bool, ignore_index: int, workspace_mib: float) -> TokenStats:
-    """Statistics of logits (N, V) that exist already; the caller's are never overwritten."""
+def logits_stats(
+    logits: Tensor,
+    labels: Tensor,
+    wanted: Sequence[str],
+    ignore_index: int,
+    workspace_mib: float,
+    label_logit: Tensor | None = None,
+) -> TokenStats:
+    """Statistics of logits (N, V) that exist already; the caller's are never overwritten. label_logit (N,)"""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    stats = no_stats(labels, dtype, entropy)
+    stats = no_stats(labels, dtype, wanted)
     V = logits.shape[1]
     R, _ = vocabulary_blocks(len(labels), V, workspace_mib, columns=V)
     R = min(R, max(1, CACHE_BYTES // (4 * V)))
@@ -219,156 +263,6 @@ def logits_stats(logits: Tensor, labels: Tensor, entropy: bool, ignore_index: in
             torch.index_select(logits, 0, rows, out=copy)
         else:
             copy.copy_(logits[rows])
-        stats.write(rows, block_stats(copy, labels[rows], entropy))
+        of_label = None if label_logit is None else label_logit[rows]
+        stats.write(rows, block_stats(copy, labels[rows], wanted, of_label))
     return stats
-
-
-def gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    head: Head,
-    want: Sequence[bool],
-    terms: Tensor | None = None,
-) -> Gradients:
-    """Gradients by dz = coefficient · (p - onehot), or with terms dz = p (terms[0] - terms[1] log p) - coefficient ·
-    onehot. hidden (N, D), weight (V, D); labels, coefficient and lse (N,), terms (2, N)."""
-    want_hidden, want_weight, want_bias = want
-    dtype = lse.dtype
-    V, D = weight.shape
-    kept = kept_rows(coefficient, terms).nonzero()[:, 0]
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-    d_bias = torch.zeros(V, dtype=dtype, device=hidden.device) if want_bias else None
-    if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
-        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if want_weight else None
-        return d_hidden, d_weight, _as_bias(d_bias, head)
-    R, C = vocabulary_blocks(len(kept), V, WORKSPACE_MIB)
-    narrow = gradient_product_dtype(hidden.dtype)
-    workspace = torch.empty(R * C, dtype=dtype, device=hidden.device)
-    rounded = torch.empty(R * C if narrow != dtype else 0, dtype=narrow, device=hidden.device)
-    head_copy, gradient_copy = torch.empty(2, C, D, dtype=dtype, device=hidden.device)
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
-    x = hidden[kept]  # (K, D)
-    x, exact_x = x.to(narrow), x.to(dtype)
-    y, log_z = labels[kept], lse[kept]
-    upstream = coefficient[kept] * head.logit_scale  # (K,)
-    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (2, K)
-    d_x = torch.zeros_like(exact_x) if want_hidden else None
-    # dW is summed over the blocks of rows in its own place if that is wide enough for their number
-    in_place = weight.dtype == (narrow if len(kept) <= R else dtype)
-    with exact_products(hidden.dtype):
-        for start in range(0, V, C):
-            exact_w = _in_float32(weight[start : start + C], head_copy)  # (C, D)
-            w = exact_w if narrow == dtype else weight[start : start + C]
-            bias = None if head.bias is None else head.bias[start : start + C].to(dtype)
-            if d_weight is not None:
-                dw = d_weight[start : start + C] if in_place else gradient_copy[: len(w)]
-            for first in range(0, len(kept), R):
-                rows = slice(first, first + R)
-                shape = len(x[rows]), len(w)
-                out = workspace[: math.prod(shape)].view(shape)
-                z = logits_block(exact_x[rows], exact_w, head._replace(bias=bias), out)
-                some = None if of_p is None else of_p[:, rows]
-                dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], head.softcap, some)  # (R, C)
-                if d_bias is not None:
-                    d_bias[start : start + C] += dz.sum(0)
-                if narrow != dtype:
-                    dz = rounded[: math.prod(shape)].view(shape).copy_(dz)
-                if d_x is not None:
-                    add_product(d_x[rows], dz, w)
-                if d_weight is not None:
-                    add_product(dw, dz.T, x[rows], beta=min(first, 1))
-            if d_weight is not None and not in_place:
-                d_weight[start : start + C] = dw
-    if d_hidden is not None and d_x is not None:
-        d_hidden[kept] = d_x.to(hidden.dtype)
-    return d_hidden, d_weight, _as_bias(d_bias, head)
-
-
-def _as_bias(gradient: Tensor | None, head: Head) -> Tensor | None:
-    return None if gradient is None or head.bias is None else gradient.to(head.bias.dtype)
-
-
-def kept_rows(coefficient: Tensor, terms: Tensor | None) -> Tensor:
-    """Whether a row has a gradient at all: (N,), (2, N) -> (N,) bool."""
-    return coefficient != 0 if terms is None else (coefficient != 0) | (terms != 0).any(0)
-
-
-def _logits_gradient(
-    z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None, terms: Tensor | None
-) -> Tensor:
-    """`gradients`' dz times dz/du in place, u being the logits before the softcap. z (R, C), terms (2, R)."""
-    slope = None if softcap is None else 1 - (z / softcap) ** 2
-    log_p = z.sub_(lse[:, None]).clamp_(min=SMALLEST_EXPONENT)
-    inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
-    at = inside, labels[inside]
-    if terms is None:
-        log_p.exp_()[at] -= 1
-        z *= upstream[:, None]
-    else:
-        of_p, of_log_p = terms[:, :, None]  # (R, 1) each
-        factor = torch.addcmul(of_p, of_log_p, log_p, value=-1)
-        log_p.exp_().mul_(factor)
-        z[at] -= upstream[inside]
-    return z if slope is None else z.mul_(slope)
-
-
-def gradient_limits(N: int, element_size: int) -> tuple[float, int]:
-    """(MiB of a block's logits, columns of a block): its gradient takes two thirds of the workspace, they the rest."""
-    return WORKSPACE_MIB / 3, int(WORKSPACE_MIB * 2**20 * 2 / 3) // (max(N, 1) * element_size)
-
-
-def gradients_on_gpu(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    head: Head,
-    want: Sequence[bool],
-    terms: Tensor | None = None,
-) -> Gradients:
-    """`gradients` by the library's products, and a kernel that turns a block of them into its gradient.
-
-    The host does not know how many rows are kept, and the library has no product whose size is on the device and whose
-    result is float32 (`torch._grouped_mm` gives its inputs' type). So dropped rows are multiplied, too, as zeros:
-    3 · 2 N V D operations whatever is kept. impl="fused" stops at the kept rows.
-    """
-    from tokensel_kernels.block_grad import write_block_gradient
-
-    want_hidden, want_weight, want_bias = want
-    (N, D), V = hidden.shape, weight.shape[0]
-    mib, most_columns = gradient_limits(N, hidden.element_size())
-    R, C = _gpu_block(N, V, hidden, mib, most_columns=most_columns)
-    workspace = torch.empty(R, C, dtype=torch.float32, device=hidden.device)
-    gradient = torch.empty(N, C, dtype=hidden.dtype, device=hidden.device)
-    # a dropped row may be anything; 0 · NaN would be NaN, and exp(z - inf) is 0
-    dropped = ~kept_rows(coefficient, terms)
-    x, log_z = hidden.masked_fill(dropped[:, None], 0), lse.masked_fill(dropped, torch.inf)
-    d_x = torch.zeros(N, D, dtype=torch.float32, device=hidden.device) if want_hidden else None
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
-    d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
-    parts = [slice(first, min(first + R, N)) for first in range(0, N, R)]
-    of_p = [None] * len(parts) if terms is None else [terms[:, rows] for rows in parts]
-    cut = [
-        (rows, x[rows], [t[rows] for t in (labels, coefficient, log_z)], some)
-        for rows, some in zip(parts, of_p, strict=True)
-    ]
-    for start in range(0, V, C):
-        block = slice(start, min(start + C, V))
-        w = weight[block]  # (C, D)
-        dz = gradient[:, : len(w)]  # (N, C)
-        bias = None if head.bias is None else head.bias[block].contiguous()
-        options = {"bias": bias, "first_column": start, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        for rows, some_x, of_rows, some in cut:
-            z = product(some_x, w.T, workspace[: len(some_x), : len(w)])  # (R, C)
-            write_block_gradient(z, *of_rows, dz[rows], terms=some, **options)
-        if d_x is not None:
-            add_product(d_x, dz, w)
-        if d_weight is not None:
-            torch.mm(dz.T, x, out=d_weight[block])  # accumulated in float32, rounded once
-        if d_bias is not None:
-            d_bias[block] = dz.sum(0, dtype=torch.float32)
-    return None if d_x is None else d_x.to(hidden.dtype), d_weight, d_bias

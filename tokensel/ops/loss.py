@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from tokensel.ops import chunked, reference
+from tokensel.ops import chunked_grad, reference
 from tokensel.ops.checks import (
     check_finite,
     check_head,
@@ -68,7 +68,7 @@ def _compute_gradients(
         rows = (labels, coefficient, lse)
         gradients = selected_gradients(hidden, weight, *rows, want=want, terms=terms, **head._asdict())
     else:
-        walk = chunked.gradients_on_gpu if on_gpu(hidden) else chunked.gradients
+        walk = chunked_grad.gradients_on_gpu if on_gpu(hidden) else chunked_grad.gradients
         gradients = walk(hidden, weight, labels, coefficient, lse, head, want, terms)
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -131,6 +131,7 @@ def token_logprobs(
     weight: Tensor,
     labels: Tensor,
     *,
+    stats: TokenStats | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
     shift: bool = False,
@@ -149,6 +150,8 @@ def token_logprobs(
         hidden: [..., D]; weight: [V, D]; labels: [...] int64 or int32; bias: [V]; softcap, logit_scale, ignore_index,
             impl: as in `token_stats`, which also says how a head that is sharded over ranks is given: it gets the
             gradient of its own rows, and `hidden` the sum over ranks.
+        stats: TokenStats of the same rows, labels, head and temperature, with their entropy if it is asked for. Given,
+            the forward does no matrix product.
         entropy: also the entropy of each row's softmax.
         temperature: divides the logits, after the softcap.
         shift: labels [..., S] are aligned with the tokens: entry t is token t itself, which row t - 1 predicts, and so
@@ -161,21 +164,28 @@ def token_logprobs(
             upstream gradient is not finite.
     """
     if shift:
+        if stats is not None:
+            raise ValueError("stats are of rows, and shift=True takes labels of tokens; shift them first")
         check_shifted(labels)
         labels = pad(labels[..., 1:], (0, 1), value=ignore_index)
-    stats = token_stats(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        entropy=entropy,
-        ignore_index=ignore_index,
-        impl=impl,
-    )
+    if stats is None:
+        stats = token_stats(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            entropy=entropy,
+            ignore_index=ignore_index,
+            impl=impl,
+        )
+    elif entropy and stats.entropy is None:
+        raise ValueError("stats have no entropy; make them with entropy=True")
     hidden, weight, bias, shard = local_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
+    check_shape("stats.lse", stats.lse, check_labels(labels, hidden.shape[:-1]).shape, "one entry a label")
     impl = resolve_impl(impl, hidden, shard, "gradient")
     head = Head(bias, softcap, float(logit_scale)).tempered(temperature)
     x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
@@ -187,7 +197,8 @@ def token_logprobs(
             results = [nothing.masked_scatter(at, values) for values in of_valid]
         else:
             y = y if shard is None else shard.labels(y, ignore_index)
-            of_rows = _row_logprobs(x, weight, y, stats, head, impl)
+            some = stats if entropy else TokenStats(stats.lse, stats.target_logit)
+            of_rows = _row_logprobs(x, weight, y, some, head, impl)
             results = [torch.where(valid, values, 0).view(labels.shape) for values in of_rows]
     if shift:
         results = [pad(values[..., :-1], (1, 0)) for values in results]

@@ -42,6 +42,9 @@ def logits_stats(logits: Tensor, labels: Tensor, ignore_index: int) -> dict[str,
         "entropy": torch.where(valid, entropy, 0),
         "logp_var": torch.where(valid, (p * (log_p + entropy[:, None]) ** 2).sum(-1), 0),
         "top1": torch.where(valid, logits.amax(-1), none),
+        "renyi2": torch.where(valid, -torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1), 0),
+        "logit_sum": torch.where(valid, logits.sum(-1), 0),
+        "rank": torch.where(valid, (logits > target[:, None]).sum(-1), 0).to(logits.dtype),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tokensel.ops.checks import (
 from tokensel.ops.chunked import Head, Models
 from tokensel.ops.operators import custom_operator
 from tokensel.ops.products import on_gpu
-from tokensel.ops.token_stats import TokenStats, stats_of_sums
+from tokensel.ops.token_stats import EXTRAS, TokenStats, stats_of_sums, sums_of, wanted_fields
 from tokensel.ops.vocab_parallel import VocabShard, local_head
 
 
@@ -36,6 +37,9 @@ class StatsOptions(TypedDict, total=False):
     logit_scale: float
     temperature: float
     entropy: bool
+    renyi2: bool
+    logit_sum: bool
+    rank: bool
     ignore_index: int
     impl: str
     workspace_mib: float
@@ -52,6 +56,9 @@ def token_stats(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = False,
+    renyi2: bool = False,
+    logit_sum: bool = False,
+    rank: bool = False,
     ignore_index: int = -100,
     impl: str = "auto",
     workspace_mib: float = 256,
@@ -69,6 +76,7 @@ def token_stats(
         bias: [V].
         temperature: divides these logits; the statistics are of the divided ones.
         entropy: also `entropy`, `logp_var` and `top1`.
+        renyi2, logit_sum, rank: also the field of that name; impl "auto" is then "chunked" on every device.
         impl: "auto", "chunked", "fused" or "reference" (see `tokensel.ops.checks.resolve_impl`).
         workspace_mib: most MiB that a block of logits may take (chunked).
     Returns:
@@ -85,6 +93,9 @@ def token_stats(
         logit_scale=logit_scale,
         temperature=temperature,
         entropy=entropy,
+        renyi2=renyi2,
+        logit_sum=logit_sum,
+        rank=rank,
         ignore_index=ignore_index,
         impl=impl,
         workspace_mib=workspace_mib,
@@ -158,6 +169,9 @@ def _models_stats(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = False,
+    renyi2: bool = False,
+    logit_sum: bool = False,
+    rank: bool = False,
     ignore_index: int = -100,
     impl: str = "auto",
     workspace_mib: float = 256,
@@ -174,6 +188,11 @@ def _models_stats(
         hidden.append(x.reshape(-1, x.shape[-1]))  # (N, D)
         weight.append(w)  # (V, D)
     check_label_range(labels, models[0][1].shape[0], ignore_index)
+    wanted = wanted_fields(entropy, renyi2, logit_sum, rank)
+    if asked := [name for name in EXTRAS if name in wanted]:
+        if impl == "fused":
+            raise ValueError(f"impl='fused' has no {', '.join(asked)}; use impl='chunked'")
+        impl = "chunked" if impl == "auto" else impl
     impl = resolve_impl(impl, hidden[0], shard, "statistics")
     dtypes = {x.dtype for x in hidden}
     if len(dtypes) > 1 and (impl == "fused" or contrast is not None):
@@ -187,15 +206,32 @@ def _models_stats(
     if shard is not None:
         y, ignore_index = shard.labels(y, ignore_index), shard.IGNORED
     head = Head(local_bias, softcap, float(logit_scale)).tempered(temperature)
-    options = (entropy, ignore_index, impl, float(workspace_mib))
+    pairs, mib = list(zip(hidden, weight, strict=True)), float(workspace_mib)
     with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
+        label_logit = None
+        if rank:
+            label_logit = chunked.label_logits(pairs, y, head, contrast)
+            if shard is not None:
+                label_logit = torch.stack(shard.gather(label_logit)).amax(0)
         if contrast is None:
-            tensors = _compute_stats(hidden, weight, y, head.bias, head.softcap, head.logit_scale, *options)
+            tensors = _compute_stats(
+                hidden,
+                weight,
+                y,
+                label_logit,
+                head.bias,
+                head.softcap,
+                head.logit_scale,
+                wanted,
+                ignore_index,
+                impl,
+                mib,
+            )
         else:
-            models = list(zip(hidden, weight, strict=True))
-            tensors = _compute_contrast(models, y, contrast, head, *options)
-    count = 5 if entropy else 2
-    stats = [TokenStats(*tensors[i : i + count]) for i in range(0, len(tensors), count)]
+            tensors = _compute_contrast(pairs, y, label_logit, contrast, head, wanted, ignore_index, impl, mib)
+    count = 2 + len(wanted)
+    of_models = (tensors[i : i + count] for i in range(0, len(tensors), count))
+    stats = [TokenStats(*fields[:2], **dict(zip(wanted, fields[2:], strict=True))) for fields in of_models]
     if shard is not None:
         stats = [_merge_ranks(part, shard) for part in stats]
     return [part.view(labels.shape) for part in stats]
@@ -208,26 +244,29 @@ def _merge_ranks(stats: TokenStats, shard: VocabShard) -> TokenStats:
     return TokenStats.merge([TokenStats(**dict(zip(fields, theirs, strict=True))) for theirs in everybody])
 
 
-def _empty_stats(hidden: list[Tensor], weight: list[Tensor], labels: Tensor, *rest: Any) -> list[Tensor]:
-    entropy: bool = rest[3]
-    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in hidden for _ in range(5 if entropy else 2)]
+def _empty_stats(
+    hidden: list[Tensor], weight: list[Tensor], labels: Tensor, label_logit: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    wanted: Sequence[str] = rest[3]
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in hidden for _ in range(2 + len(wanted))]
     return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for dtype in dtypes]
 
 
 @custom_operator(
     "models_stats",
-    "(Tensor[] hidden, Tensor[] weight, Tensor labels, Tensor? bias, float? softcap, float logit_scale, "
-    "bool entropy, int ignore_index, str impl, float workspace_mib) -> Tensor[]",
+    "(Tensor[] hidden, Tensor[] weight, Tensor labels, Tensor? label_logit, Tensor? bias, float? softcap, "
+    "float logit_scale, str[] wanted, int ignore_index, str impl, float workspace_mib) -> Tensor[]",
     fake=_empty_stats,
 )
 def _compute_stats(
     hidden: list[Tensor],
     weight: list[Tensor],
     labels: Tensor,
+    label_logit: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-    entropy: bool,
+    wanted: Sequence[str],
     ignore_index: int,
     impl: str,
     workspace_mib: float,
@@ -237,36 +276,58 @@ def _compute_stats(
     if impl == "fused":
         from tokensel_kernels.vocab_stats import hidden_stats
 
-        fields = hidden_stats(models, labels, entropy=entropy, ignore_index=ignore_index, **head._asdict())
-        stats = [TokenStats(*of_model) for of_model in fields.unbind(1)]
-    elif impl == "chunked" and on_gpu(hidden[0]):
-        stats = chunked.hidden_stats_on_gpu(models, labels, head, entropy, ignore_index, workspace_mib)
+        entropy = "entropy" in wanted
+        return list(
+            hidden_stats(models, labels, entropy=entropy, ignore_index=ignore_index, **head._asdict())
+            .transpose(0, 1)
+            .flatten(0, 1)
+        )
+    options = (wanted, ignore_index, workspace_mib)
+    if impl == "chunked" and on_gpu(hidden[0]):
+        stats = chunked.hidden_stats_on_gpu(models, labels, head, *options, label_logit=label_logit)
     elif impl == "chunked":
-        stats = [chunked.hidden_stats([m], labels, head, entropy, ignore_index, workspace_mib) for m in models]
+        of_labels = [None] * len(models) if label_logit is None else label_logit.unbind()
+        pairs = zip(models, of_labels, strict=True)
+        stats = [chunked.hidden_stats([m], labels, head, *options, label_logit=of_label) for m, of_label in pairs]
     else:
         logits = (reference.head_logits(x, w, *head) for x, w in models)
-        stats = [_reference_stats(z, labels, entropy, ignore_index) for z in logits]
-    return [field for part in stats for field in part.fields().values()]
+        stats = [_reference_stats(z, labels, wanted, ignore_index) for z in logits]
+    return [field for part in stats for field in _in_order(part, wanted)]
 
 
 def _compute_contrast(
-    models: Models, labels: Tensor, contrast: float, head: Head, entropy: bool, ignore_index: int, impl: str, mib: float
+    models: Models,
+    labels: Tensor,
+    label_logit: Tensor | None,
+    contrast: float,
+    head: Head,
+    wanted: Sequence[str],
+    ignore_index: int,
+    impl: str,
+    mib: float,
 ) -> list[Tensor]:
     """The fields of the contrast's TokenStats, (N,) each. It is made before training, so it needs no operator."""
+    options = (wanted, ignore_index, mib, contrast)
     if impl == "chunked" and on_gpu(models[0][0]):
-        (stats,) = chunked.hidden_stats_on_gpu(models, labels, head, entropy, ignore_index, mib, contrast)
+        (stats,) = chunked.hidden_stats_on_gpu(models, labels, head, *options, label_logit)
     elif impl == "chunked":
-        stats = chunked.hidden_stats(models, labels, head, entropy, ignore_index, mib, contrast)
+        of_label = None if label_logit is None else label_logit[0]
+        stats = chunked.hidden_stats(models, labels, head, *options, of_label)
     else:
         positive, negative = (reference.head_logits(x, w, *head) for x, w in models)
         logits = reference.contrast_logits(positive, negative, contrast)
-        stats = _reference_stats(logits, labels, entropy, ignore_index)
-    return list(stats.fields().values())
+        stats = _reference_stats(logits, labels, wanted, ignore_index)
+    return _in_order(stats, wanted)
 
 
-def _reference_stats(logits: Tensor, labels: Tensor, entropy: bool, ignore_index: int) -> TokenStats:
+def _in_order(stats: TokenStats, wanted: Sequence[str]) -> list[Tensor]:
+    fields = stats.fields()
+    return [fields[name] for name in ("lse", "target_logit", *wanted)]
+
+
+def _reference_stats(logits: Tensor, labels: Tensor, wanted: Sequence[str], ignore_index: int) -> TokenStats:
     fields = reference.logits_stats(logits, labels, ignore_index)
-    return TokenStats(**(fields if entropy else {name: fields[name] for name in ("lse", "target_logit")}))
+    return TokenStats(**{name: fields[name] for name in ("lse", "target_logit", *wanted)})
 
 
 @torch.no_grad()
@@ -276,6 +337,9 @@ def token_stats_from_logits(
     history_logits: Tensor | None = None,
     *,
     entropy: bool = False,
+    renyi2: bool = False,
+    logit_sum: bool = False,
+    rank: bool = False,
     ignore_index: int = -100,
     impl: str = "auto",
     workspace_mib: float = 256,
@@ -286,7 +350,7 @@ def token_stats_from_logits(
         logits: [..., V], any floating dtype; softcap and scale already applied.
         labels: [...] int64 or int32, aligned: logits[i] predicts labels[i].
         history_logits: [..., V] of the history model, or None.
-        entropy, ignore_index, impl, workspace_mib: as in `token_stats`.
+        entropy, renyi2, logit_sum, rank, ignore_index, impl, workspace_mib: as in `token_stats`.
     Returns:
         (TokenStats of `logits`, TokenStats of `history_logits` or None).
     """
@@ -302,16 +366,22 @@ def token_stats_from_logits(
     check_same_device(logits=logits, labels=labels, history_logits=history_logits)
     y = labels.reshape(-1)
     flat = [z.reshape(-1, z.shape[-1]) for z in (logits, history_logits) if z is not None]  # (N, V)
+    wanted, label_logit = wanted_fields(entropy, renyi2, logit_sum, rank), None
+    if rank:
+        at = torch.where(y != ignore_index, y, 0)[:, None]
+        label_logit = torch.stack([z.gather(1, at)[:, 0].to(torch.promote_types(z.dtype, torch.float32)) for z in flat])
     if impl == "fused" or (impl == "chunked" and on_gpu(logits)):
         from tokensel_kernels.logits_stats import write_logits_sums
 
-        sums = torch.empty(5 if entropy else 3, len(flat), 1, len(y), dtype=torch.float32, device=y.device)
-        write_logits_sums(flat, y, sums[:, :, 0], ignore_index=ignore_index)
-        stats = stats_of_sums(sums, y, ignore_index)
+        sums = torch.empty(sums_of(wanted), len(flat), 1, len(y), dtype=torch.float32, device=y.device)
+        write_logits_sums(flat, y, sums[:, :, 0], ignore_index=ignore_index, label_logit=label_logit)
+        stats = stats_of_sums(sums, y, ignore_index, wanted)
     elif impl == "chunked":
-        stats = [chunked.logits_stats(z, y, entropy, ignore_index, workspace_mib) for z in flat]
+        of_labels = [None] * len(flat) if label_logit is None else label_logit.unbind()
+        options = (wanted, ignore_index, workspace_mib)
+        stats = [chunked.logits_stats(z, y, *options, of) for z, of in zip(flat, of_labels, strict=True)]
     else:
         wide = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in flat)
-        stats = [_reference_stats(z, y, entropy, ignore_index) for z in wide]
+        stats = [_reference_stats(z, y, wanted, ignore_index) for z in wide]
     current, *history = (part.view(labels.shape) for part in stats)
     return current, history[0] if history else None

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOMENTS = ("entropy", "logp_var", "top1")  # the fields that entropy=True asks for
+EXTRAS = ("renyi2", "logit_sum", "rank")  # those that are asked for one by one
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -21,6 +24,9 @@ class TokenStats:
         entropy: entropy of the softmax, nats, or None.
         logp_var: variance of log p under p, nats², or None.
         top1: the largest logit, or None.
+        renyi2: Rényi-2 entropy of the softmax, -log Σ p², nats, or None.
+        logit_sum: sum of the logits, V times their mean, or None.
+        rank: how many other logits exceed the label's, or None; of a shard, how many of its own.
     """
 
     lse: Tensor
@@ -28,6 +34,9 @@ class TokenStats:
     entropy: Tensor | None = None
     logp_var: Tensor | None = None
     top1: Tensor | None = None
+    renyi2: Tensor | None = None
+    logit_sum: Tensor | None = None
+    rank: Tensor | None = None
 
     @property
     def nll(self) -> Tensor:
@@ -44,7 +53,7 @@ class TokenStats:
         """Joins statistics of disjoint shards of the vocabulary; the order of `parts` does not matter but for rounding.
 
         With weights w_s = exp(lse_s - lse), means and variances of the logits join as
-        mean = Σ w_s mean_s and var = Σ w_s (var_s + (mean_s - mean)²) (Chan et al., 1979).
+        mean = Σ w_s mean_s and var = Σ w_s (var_s + (mean_s - mean)²) (Chan et al., 1979), and Σ p² = Σ w_s² Σ p_s².
         An ignored row is the identity.
 
         Raises:
@@ -53,21 +62,25 @@ class TokenStats:
         if not parts:
             raise ValueError("parts is empty; merge needs the statistics of at least one shard")
         if len({tuple(p.fields()) for p in parts}) > 1:
-            raise ValueError("parts hold different fields; compute every shard with the same entropy= setting")
+            raise ValueError("parts hold different fields; compute every shard with the same settings")
         shards = {name: torch.stack([p.fields()[name] for p in parts]) for name in parts[0].fields()}  # (shards, ...)
         lse = torch.logsumexp(shards["lse"], 0)
         target = shards["target_logit"].amax(0)
-        if "entropy" not in shards:
-            return TokenStats(lse, target)
         finite_lse = torch.where(lse.isfinite(), lse, 0)
-        share = torch.exp(shards["lse"] - finite_lse)
-        # relative to the joint lse, so that nothing cancels when all logits are large
-        shard_mean = (shards["lse"] - shards["entropy"]) - finite_lse
-        shard_mean = torch.where(share > 0, shard_mean, 0)
-        mean = (share * shard_mean).sum(0)
-        spread = shards["logp_var"] + (shard_mean - mean) ** 2
-        entropy = torch.where(lse.isfinite(), -mean, 0)
-        return TokenStats(lse, target, entropy, (share * spread).sum(0), shards["top1"].amax(0))
+        fields: dict[str, Tensor] = {name: shards[name].sum(0) for name in ("logit_sum", "rank") if name in shards}
+        if "renyi2" in shards:
+            square = torch.logsumexp(2 * (shards["lse"] - finite_lse) - shards["renyi2"], 0)
+            fields["renyi2"] = torch.where(lse.isfinite(), -square, 0)
+        if "entropy" in shards:
+            share = torch.exp(shards["lse"] - finite_lse)
+            # relative to the joint lse, so that nothing cancels when all logits are large
+            shard_mean = (shards["lse"] - shards["entropy"]) - finite_lse
+            shard_mean = torch.where(share > 0, shard_mean, 0)
+            mean = (share * shard_mean).sum(0)
+            spread = shards["logp_var"] + (shard_mean - mean) ** 2
+            fields |= {"entropy": torch.where(lse.isfinite(), -mean, 0), "logp_var": (share * spread).sum(0)}
+            fields["top1"] = shards["top1"].amax(0)
+        return TokenStats(lse, target, **fields)
 
     def fields(self) -> dict[str, Tensor]:
         """The fields that there are, by name."""
@@ -83,36 +96,50 @@ class TokenStats:
             field[rows] = part.fields()[name]
 
 
-def no_stats(labels: Tensor, dtype: torch.dtype, entropy: bool) -> TokenStats:
+def wanted_fields(entropy: bool, renyi2: bool, logit_sum: bool, rank: bool) -> tuple[str, ...]:
+    """The fields of TokenStats that are asked for, beside those that it always has."""
+    extras = zip(EXTRAS, (renyi2, logit_sum, rank), strict=True)
+    return (*(MOMENTS if entropy else ()), *(name for name, wanted in extras if wanted))
+
+
+def no_stats(labels: Tensor, dtype: torch.dtype, wanted: Sequence[str]) -> TokenStats:
     """The statistics of rows that have seen no vocabulary."""
     none = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
-    zero = torch.zeros_like(none)
-    if not entropy:
-        return TokenStats(none, none.clone())
-    return TokenStats(none, none.clone(), entropy=zero, logp_var=zero.clone(), top1=none.clone())
+    fields = {name: none.clone() if name == "top1" else torch.zeros_like(none) for name in wanted}
+    return TokenStats(none, none.clone(), **fields)
 
 
-def stats_of_sums(sums: Tensor, labels: Tensor, ignore_index: int) -> list[TokenStats]:
-    """Joins a kernel's sums over shares of the vocabulary, in their order. [fields, models, shares, N] -> per model.
+def sums_of(wanted: Sequence[str]) -> int:
+    """How many sums a kernel makes of a row's share of the vocabulary."""
+    return 8 if set(wanted) & set(EXTRAS) else 5 if wanted else 3
+
+
+def stats_of_sums(sums: Tensor, labels: Tensor, ignore_index: int, wanted: Sequence[str]) -> list[TokenStats]:
+    """Joins a kernel's sums over shares of the vocabulary, in their order. [sums, models, shares, N] -> per model.
 
     Relative to the largest logit, as the sums are, so that nothing is lost where all logits are large; `merge` would
     start from shards' lse, which are rounded.
     """
     valid = labels != ignore_index  # rows without a label may not have been written
-    none = no_stats(labels, torch.float32, len(sums) == 5).fields()
-    return [_joined(sums[:, model], valid, none) for model in range(sums.shape[1])]
+    none = no_stats(labels, torch.float32, wanted).fields()
+    joined = (_joined(*sums[:, model]) for model in range(sums.shape[1]))
+    return [TokenStats(**{name: torch.where(valid, of[name], none[name]) for name in none}) for of in joined]
 
 
-def _joined(sums: Tensor, valid: Tensor, none: dict[str, Tensor]) -> TokenStats:
-    share_top, share_total, share_target, *moments = sums  # (shares, N) each
-    top = share_top.amax(0)
-    shift = (share_top - top).clamp(min=-1000)  # exp is 0 there as well, and 0 · shift² a number
+def _joined(top: Tensor, total: Tensor, target: Tensor, *moments: Tensor) -> dict[str, Tensor]:
+    """The fields of rows, of sums (shares, N) each: `write_logits_sums` says which."""
+    largest = top.amax(0)
+    shift = (top - largest).clamp(min=-1000)  # exp is 0 there as well, and 0 · shift² a number
     scale = shift.exp()
-    total = (scale * share_total).sum(0)
-    fields = {"lse": top + total.log(), "target_logit": share_target.amax(0)}
+    whole = (scale * total).sum(0)
+    fields = {"lse": largest + whole.log(), "target_logit": target.amax(0)}
     if moments:
-        share_first, share_second = moments
-        mean = (scale * (share_first + shift * share_total)).sum(0) / total
-        square = (scale * (share_second + 2 * shift * share_first + shift**2 * share_total)).sum(0) / total
-        fields |= {"entropy": total.log() - mean, "logp_var": square - mean**2, "top1": top}
-    return TokenStats(**{name: torch.where(valid, field, none[name]) for name, field in fields.items()})
+        first, second, *more = moments
+        mean = (scale * (first + shift * total)).sum(0) / whole
+        square = (scale * (second + 2 * shift * first + shift**2 * total)).sum(0) / whole
+        fields |= {"entropy": whole.log() - mean, "logp_var": square - mean**2, "top1": largest}
+        if more:
+            squares, logits, above = more
+            fields["renyi2"] = 2 * whole.log() - (scale**2 * squares).sum(0).log()
+            fields |= {"logit_sum": logits.sum(0), "rank": above.sum(0)}
+    return fields
