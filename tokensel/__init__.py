@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from tokensel import _moved
+from tokensel.ops.divergence import token_divergence
 from tokensel.ops.loss import selected_cross_entropy, token_logprobs
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
 from tokensel.ops.prompt_mass_varlen import prompt_attention_mass_varlen
@@ -82,6 +83,7 @@ __all__ = [
     "record_losses",
     "remove",
     "selected_cross_entropy",
+    "token_divergence",
     "token_logprobs",
     "token_stats",
     "token_stats_contrast",

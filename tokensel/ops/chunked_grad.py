@@ -6,7 +6,7 @@ The lse is known, so that a block of logits turns into its gradient at once, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +31,36 @@ def gradients(
 ) -> Gradients:
     """Gradients by dz = coefficient · (p - onehot), or with terms dz = p (terms[0] - terms[1] log p) - coefficient ·
     onehot. hidden (N, D), weight (V, D); labels, coefficient and lse (N,), terms (2, N)."""
-    want_hidden, want_weight, want_bias = want
-    dtype = lse.dtype
-    V, D = weight.shape
     kept = kept_rows(coefficient, terms).nonzero()[:, 0]
+    y, log_z = labels[kept], lse[kept]
+    upstream = coefficient[kept] * head.logit_scale  # (K,)
+    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (2, K)
+
+    def gradient_of(z: Tensor, rows: slice, start: int) -> Tensor:
+        some = None if of_p is None else of_p[:, rows]
+        return _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], head.softcap, some)
+
+    return gradients_by(gradient_of, hidden, weight, kept, head, want, lse.dtype)
+
+
+def gradients_by(
+    gradient_of: Callable[[Tensor, slice, int], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    head: Head,
+    want: Sequence[bool],
+    dtype: torch.dtype,
+) -> Gradients:
+    """Gradients by blocks of the logits of some rows. hidden (N, D), weight (V, D), kept (K,) int64.
+
+    Args:
+        gradient_of: (block of logits (R, C), which it may overwrite, of `kept`'s rows in a slice, the first column of
+            the vocabulary) -> gradient of the products that the logits are made of, (R, C).
+        dtype: of the logits.
+    """
+    want_hidden, want_weight, want_bias = want
+    V, D = weight.shape
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
     d_bias = torch.zeros(V, dtype=dtype, device=hidden.device) if want_bias else None
     if len(kept) == 0 or not (want_hidden or want_weight or want_bias):
@@ -48,9 +74,6 @@ def gradients(
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     x = hidden[kept]  # (K, D)
     x, exact_x = x.to(narrow), x.to(dtype)
-    y, log_z = labels[kept], lse[kept]
-    upstream = coefficient[kept] * head.logit_scale  # (K,)
-    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (2, K)
     d_x = torch.zeros_like(exact_x) if want_hidden else None
     # dW is summed over the blocks of rows in its own place if that is wide enough for their number
     in_place = weight.dtype == (narrow if len(kept) <= R else dtype)
@@ -65,9 +88,7 @@ def gradients(
                 rows = slice(first, first + R)
                 shape = len(x[rows]), len(w)
                 out = workspace[: math.prod(shape)].view(shape)
-                z = logits_block(exact_x[rows], exact_w, head._replace(bias=bias), out)
-                some = None if of_p is None else of_p[:, rows]
-                dz = _logits_gradient(z, y[rows] - start, log_z[rows], upstream[rows], head.softcap, some)  # (R, C)
+                dz = gradient_of(logits_block(exact_x[rows], exact_w, head._replace(bias=bias), out), rows, start)
                 if d_bias is not None:
                     d_bias[start : start + C] += dz.sum(0)
                 if narrow != dtype:

@@ -6,6 +6,8 @@ compare everything else against them in float64. Compute dtype is float32, or fl
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,24 @@ def logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
     p = log_p.exp()
     return log_p.gather(-1, labels[:, None])[:, 0], -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor | None]:
+    """(terms whose sum over the vocabulary is a divergence of p from q, its slope in p up to a constant): [N, V] each.
+
+    The slope is None for KL(q, p), where it is -q / p. `tokensel.token_divergence` says which kinds there are.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "tv":
+        return (p - q).abs() / 2, torch.sign(p - q) / 2
+    if kind == "jsd":
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        over_q, over_p = (torch.where(x > 0, log_x - log_m, 0) for x, log_x in ((q, log_q), (p, log_p)))
+        return beta * q * over_q + (1 - beta) * p * over_p, (1 - beta) * over_p
+    if kind == "reverse_kl":
+        over = torch.where(p > 0, log_p - log_q, 0)
+        return p * over, over
+    return q * torch.where(q > 0, log_q - log_p, 0), None
 
 
 def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor:
