@@ -114,6 +114,7 @@ def write_comparison(output: Path, table: list[dict], runs: list[dict], *, base_
     notes = [
         f"Base before fine-tuning: {base_nll:.4f}. Lower is better. rho = {rho} for methods that keep a share.",
         *verdict(table),
+        "Which method helps on which data, by pretrained models and three seeds: docs/quality.md",
         "Peak memory is of the process so far, so it only grows from row to row.",
     ]
     print(format_table(table))

@@ -16,11 +16,12 @@ from tokensel.history import LastSeen, LiveHistory
 from tokensel.model import PatchedModel
 from tokensel.ops.loss import selected_cross_entropy
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
-from tokensel.ops.stats import token_stats, token_stats_pair
+from tokensel.ops.stats import StatsOptions, token_stats, token_stats_pair
+from tokensel.ops.token_stats import MOMENTS
 from tokensel.ops.vocab_parallel import replicated_as
 from tokensel.parallel import gather_over_ranks, mean_over_ranks, sum_over_ranks
 from tokensel.select.methods import SelectionMethod
-from tokensel.select.signals import RECORDED, TokenSignals
+from tokensel.select.signals import MEASURED, RECORDED, TokenSignals
 
 ROWS = ("token", "predictor")
 
@@ -253,19 +254,21 @@ class Selection:
         def score_keep_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SelectionOutput:
             head = {"bias": bias, "impl": self.impl, **patched.head_options}
             # 4. token statistics of both models, without logits
-            entropy = self.token_metrics or not self.method.needs.isdisjoint(("entropy", "logp_var"))
+            needs = self.method.needs
+            asked: StatsOptions = {"renyi2": "renyi2" in needs, "rank": "rank" in needs}
+            asked["entropy"] = self.token_metrics or not needs.isdisjoint(MOMENTS)
             if self.history is None or history_hidden is None:
-                stats = token_stats(hidden, weight, next_labels, entropy=entropy, **head)
+                stats = token_stats(hidden, weight, next_labels, **asked, **head)
             else:
                 models = (hidden, weight), (replicated_as(hidden, history_hidden), weight)
-                stats, history_stats = token_stats_pair(*models, next_labels, entropy=entropy, **head)
+                stats, history_stats = token_stats_pair(*models, next_labels, **asked, **head)
                 losses[self.history.signal] = to_labels(history_stats.nll)
             if isinstance(self.history, LastSeen) and self.history.signal in losses:
                 seen, nll = losses[self.history.signal], to_labels(stats.nll)
                 losses[self.history.signal] = self.history.visit(layout, seen, nll, remember=training)
             # 5. scores
-            fields = {"nll": stats.nll, "entropy": stats.entropy, "logp_var": stats.logp_var}
-            measured: dict[str, Any] = {name: to_labels(v) for name, v in fields.items() if v is not None}
+            fields = {"nll": stats.nll} | stats.fields()
+            measured: dict[str, Any] = {name: to_labels(v) for name, v in fields.items() if name in MEASURED}
             signals["vocab_size"] = weight.shape[0]
             tokens = TokenSignals(response, layout.sample, weight=given, **measured, **losses, **signals)
             score = self.method.score(tokens)

@@ -43,6 +43,10 @@ RECIPES = {
     "rel": Recipe("rel", {}),
     "profit": Recipe("profit", {}),
     "eslm": Recipe("eslm", {}),
+    **{
+        name: Recipe(name, {})
+        for name in ("f_alpha", "deft", "eaft", "infosft", "idft", "rank_tuner", "talr", "stm", "tail_sft")
+    },
     "full, the paper's recipe": Recipe("full", {}, **PAPER),
     "random, the paper's recipe": Recipe("random", {}, **PAPER),
     "sstoken, the paper's recipe": Recipe("sstoken", {}, **PAPER),

@@ -32,7 +32,8 @@ def world(tmp_path_factory):
 def test_every_method_trains_by_changing_one_word(world, name):
     result = worlds.fine_tune(world, name, {}, steps=4)
     assert math.isfinite(result["nll"]) and result["tokens_per_second"] > 0
-    everything = {"full", "weighted", "dft", "soft_weights", "shad_rft", "critical_tokens"}
+    everything = {"full", "weighted", "dft", "soft_weights", "shad_rft", "critical_tokens", "f_alpha", "deft", "eaft"}
+    everything |= {"idft", "rank_tuner", "talr"}
     if name in everything:
         assert result["kept_share"] == 1 == result["noise_kept"] and result["precision"] is None
     elif name != "profit":  # an untrained model gives every token less than tau

@@ -34,6 +34,8 @@ def signals(**changes):
         key=torch.arange(12),
         entropy=MASS + 1,
         logp_var=MASS + 0.5,
+        renyi2=MASS,
+        rank=NLL.round(),
         base_nll=HISTORY,
         reference_nll=MASS,
         shuffled_nll=NLL + UNIFORM,
@@ -52,7 +54,7 @@ def test_all_methods_are_there():
     assert methods.names() == sorted(
         "full random weighted sstoken rel history_excess attention rho1 token_cleaning token_cleaning_iterative "
         "forgetting eslm ada_eslm dft profit clean_posterior min_k_pp soft_weights shad_rft t_shirt "
-        "critical_tokens".split()
+        "critical_tokens f_alpha deft eaft infosft idft rank_tuner talr stm tail_sft".split()
     )
 
 

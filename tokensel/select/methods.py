@@ -7,12 +7,16 @@ the label, nll = -log p in nats, REL = nll_history - nll.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
 
 from tokensel.ops.checks import check_number, check_positive
-from tokensel.select import scores
+from tokensel.select import (
+    scores,
+    weightings,  # noqa: F401  which registers its methods
+)
 from tokensel.select.method import SelectionMethod, builder, describe, get, names, register
 from tokensel.select.rules import (
     Above,
@@ -250,15 +254,6 @@ def ada_eslm(
 
 
 @register
-def dft() -> SelectionMethod:
-    """Weight p, detached, on every response token (dynamic fine-tuning, arXiv 2508.05629, eq. 9).
-
-    Loss = Σ p · nll / n over all n response tokens.
-    """
-    return SelectionMethod("dft", {"nll"}, scores.probability, AsScored())
-
-
-@register
 def profit(tau: float = 0.1) -> SelectionMethod:
     """p, tokens with p > tau; the loss is still divided by all response tokens (ProFiT).
 
@@ -319,6 +314,30 @@ def soft_weights(temperature: float = 1.0, rel_sign: int = 1) -> SelectionMethod
 
 
 # With other recorded losses
+
+
+@register
+def stm(tau: float = 2.5) -> SelectionMethod:
+    """p_base, tokens whose perplexity under the base, 1 / p_base, is below tau (STM, arXiv 2501.14315).
+
+    The base is the model before fine-tuning. The loss is divided by all response tokens; published, by those kept.
+    tau inf is ordinary fine-tuning. The published code drops the first token of an answer, too.
+    """
+    check_number("tau", tau)
+    if not tau > 1:
+        raise ValueError(f"tau must be above 1, a perplexity; got {tau}")
+    return SelectionMethod("stm", {"base_nll"}, lambda s: -s["base_nll"], Above(-math.log(tau)))
+
+
+@register
+def tail_sft(rho: float = 0.5, scope: str = "batch") -> SelectionMethod:
+    """mean(nll - nll_base) of a sample, top rho of the batch's samples: what improved most goes (arXiv 2608.25756).
+
+    Every token of the samples that are kept. The published share that is left out may grow over training; here it does
+    not. Read in notes and code about the paper.
+    """
+    scorer = lambda s: scores.mean_per_sample(s["nll"] - s["base_nll"], s)  # noqa: E731
+    return SelectionMethod("tail_sft", {"nll", "base_nll"}, scorer, TopSamples(rho, scope))
 
 
 @register

@@ -95,6 +95,51 @@ def probability(signals: TokenSignals) -> Tensor:
     return torch.exp(-signals["nll"])
 
 
+def log_odds(signals: TokenSignals) -> Tensor:
+    """log(p / (1 - p)) of the label; +inf where p is 1."""
+    nll = signals["nll"]
+    return -nll - torch.log(-torch.expm1(-nll))
+
+
+def probability_power(signals: TokenSignals, exponent: Tensor | float) -> Tensor:
+    """p to a power, by log p."""
+    return torch.exp(-exponent * signals["nll"])
+
+
+def information(signals: TokenSignals, peak: float) -> Tensor:
+    """p · max(0, 1 - log-odds / log-odds of `peak`), InfoSFT (arXiv 2605.14967): most for tokens of middling p."""
+    weight = (1 - log_odds(signals) / math.log(peak / (1 - peak))).clamp(min=0)
+    return torch.where(weight > 0, probability(signals) * weight, 0)
+
+
+def in_distribution(signals: TokenSignals, beta: float, gamma_min: float, gamma_max: float) -> Tensor:
+    """p^g (1 - g nll), what multiplies the nll's gradient in that of -p^g log p (IDFT, arXiv 2602.12222).
+
+    g = exp(-(log p + entropy) / beta), clamped and constant: large where the label is less likely than the model's
+    entropy has it.
+    """
+    power = torch.exp((signals["nll"] - signals["entropy"]) / beta).clamp(gamma_min, gamma_max)
+    return probability_power(signals, power) * (1 - power * signals["nll"])
+
+
+def relative_scale(signals: TokenSignals) -> Tensor:
+    """(p · s)^(-K), RankTuner (arXiv 2602.01745) by the entropy: above 1 for what is less likely than expected.
+
+    s = 2^H / 4 + 1 with the entropy H in bits bounds the rank that the prediction expects; K = 1 / log2(x + 1)² at the
+    larger one x of s and the label's rank, counted from 1. Within [1/2, 2], where the published scale of ranks lies.
+    """
+    expected = torch.exp(signals["entropy"]) / 4 + 1
+    larger = torch.maximum(signals["rank"] + 1, expected)
+    return torch.exp((signals["nll"] - torch.log(expected)) / torch.log2(larger + 1) ** 2).clamp(0.5, 2)
+
+
+def tempered_probability(signals: TokenSignals, w_min: float) -> Tensor:
+    """max(p^(1 / tau), w_min), TALR (arXiv 2509.20758), tau the median nll of the response tokens (nats)."""
+    nll = signals["nll"].to(torch.promote_types(signals["nll"].dtype, torch.float32))
+    tau = torch.nanmedian(torch.where(signals.response, nll, torch.nan)).clamp(min=1e-6)
+    return torch.exp(-nll / tau).clamp(min=w_min)
+
+
 def clean_posterior(signals: TokenSignals) -> Tensor:
     """(1 - s) p / ((1 - s) p + s / V): how likely the model and not a uniform draw of V tokens said the token.
 

@@ -22,7 +22,8 @@ RECORDED = {
     "contrast_nll": "losses under the contrast of two models: `tokensel score --contrast_model_name_or_path NEGATIVE`, "
     "then recorded: {contrast: FILE}",
 }
-MEASURED = ("nll", "entropy", "logp_var", "mass", "uniform_mass")  # by the step itself, of the current model
+# by the step itself, of the current model
+MEASURED = ("nll", "entropy", "logp_var", "renyi2", "rank", "mass", "uniform_mass")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TokenSignals:
         sample: int64 in [0, N), which sample a token belongs to (`tokensel.documents.document_index`).
         nll: float, current negative log-likelihood, nats.
         entropy: float, entropy of the current prediction, nats. logp_var: variance of log p under it, nats².
+        renyi2: float, its Rényi-2 entropy, nats. rank: float, how many tokens are likelier than the label.
         mass: float, attention mass on the prompt.
         uniform_mass: float, what a uniform attention would put there (for `debias`).
         history_nll, base_nll, reference_nll, shuffled_nll, alone_nll, contrast_nll: float, negative log-likelihood
@@ -50,6 +52,8 @@ class TokenSignals:
     nll: Tensor | None = None
     entropy: Tensor | None = None
     logp_var: Tensor | None = None
+    renyi2: Tensor | None = None
+    rank: Tensor | None = None
     mass: Tensor | None = None
     uniform_mass: Tensor | None = None
     history_nll: Tensor | None = None
