@@ -39,8 +39,8 @@ def spread(values: list[float | None], digits: int = 3) -> str:
     real = [v for v in values if v is not None]
     if not real:
         return "-"
-    half = (max(real) - min(real)) / 2
-    return f"{statistics.mean(real):.{digits}f} ± {half:.{digits}f}"
+    mean, half = round(statistics.mean(real), digits) + 0.0, (max(real) - min(real)) / 2  # + 0.0: no -0.000
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def percent(values: list[float | None]) -> str:
