@@ -102,7 +102,7 @@ def methods(argv: list[str]) -> None:
         columns = ("method", "scope", "needs", "score and rule")
         print(format_table([{c: row[c] for c in columns} for row in rows], left=columns))
         print("\n`tokensel methods NAME` explains one; set them with --method NAME --method_args rho=0.6")
-        print("Which one? `full`, unless some tokens may be broken: then `clean_posterior`. docs/quality.md says why")
+        print("Which one? `full`, unless some tokens may be random: then `clean_posterior`. docs/quality.md says why")
         return
     formula = inspect.getdoc(tokensel.methods.builder(given.name))  # refuses an unknown name
     (row,) = (row for row in rows if row["method"] == given.name)

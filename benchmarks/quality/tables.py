@@ -35,12 +35,12 @@ def has_form(results: dict) -> bool:
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:
-    """mean ± half the range over the seeds; `-` where nothing was measured."""
+    """mean ± half the range over the seeds; the value of one alone; `-` where nothing was measured."""
     real = [v for v in values if v is not None]
     if not real:
         return "-"
     mean, half = round(statistics.mean(real), digits) + 0.0, (max(real) - min(real)) / 2  # + 0.0: no -0.000
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(real) > 1 else "")
 
 
 def percent(values: list[float | None]) -> str:
