@@ -102,7 +102,10 @@ class Forward:
 
 
 def _model_forward(model: Any, forward: Callable, *args, selection=None, **kwargs):
-    """The patched model's: with `selection`, the selection's own way through it."""
+    """The patched model's: with `selection`, the selection's own way through it; with what an `answer` is for, that."""
+    answer = model._tokensel_patched.answer
+    if selection is None and answer is not None and kwargs.get(answer.ASKED):
+        return answer(model._tokensel_patched, *args, **kwargs)
     if selection is None:
         return forward(*args, **kwargs)
     if args:
@@ -137,6 +140,7 @@ class PatchedModel:
         head_options: softcap and logit_scale of the model's head, as `token_stats` takes them; found by the self-test.
         attention: what captures q and k; layers: indices of the layers where it does.
         keeps_documents_apart: whether the model's masks follow position_ids that restart (packing).
+        answer: what a trainer's own question is answered by (`tokensel.trl_logprobs`), or None.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | Sequence[int] | None) -> None:
@@ -149,6 +153,7 @@ class PatchedModel:
         self.keeps_documents_apart = False  # until the self-test has seen it
         self._router_loss = router_loss_of(model)
         self.head_options: dict = {}
+        self.answer: Any = None
 
     def backbone(self, inputs: dict) -> Tensor:
         """Forward of the model without its head -> final hidden states [B, S, D]."""
@@ -374,6 +379,7 @@ def apply_to(model: nn.Module, layer: int | Sequence[int] | None = -1) -> Patche
         earlier.uninstall()
     try:
         patched = PatchedModel(base, layer)
+        patched.answer = None if earlier is None else earlier.answer
         patched.install()
         try:
             patched.self_test()

@@ -1,8 +1,7 @@
 """TRL's trainers of preferences and policies with the log-probabilities of `token_logprobs`; their losses stay TRL's.
 
 TRL asks its model for them, `model(**inputs, labels=labels, fused_lm_head=True)`, and this answers in its place: from
-the base model's hidden states, inside the head's own forward, without logits. A row that has no part in the loss costs
-the backward nothing.
+the base model's hidden states, inside the head's own forward, without logits.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from tokensel.documents import IGNORE_INDEX, to_rows
-from tokensel.model import Forward, PatchedModel, apply_to, unwrap
+from tokensel.model import Forward, PatchedModel, apply_to, remove, unwrap
 from tokensel.ops.loss import token_logprobs
 from tokensel.ops.stats import token_stats
 
@@ -23,26 +22,32 @@ T = TypeVar("T", bound=Trainer)
 
 
 class _Answer:
-    """What a model says where TRL asks for log-probabilities; every other call goes on to `forward`."""
+    """What a patched model says where TRL asks for log-probabilities: TRL's FusedCausalLMOutput.
 
-    def __init__(self, temperature: float, statistics: dict[str, Any], impl: str) -> None:
-        self.temperature, self.statistics, self.impl = temperature, statistics, impl
+    Attributes:
+        statistics: keywords of `token_stats`, what the trainer logs or weighs by beside log-probabilities.
+        dtype: of mixed precision, or None; TRL's own forward of a reference stands inside it.
+    """
 
-    def __call__(self, model: Any, forward: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        if not fused_lm_head:
-            return forward(*args, **inputs)
+    ASKED = "fused_lm_head"
+
+    def __init__(self, temperature: float, statistics: dict[str, Any], dtype: torch.dtype | None, impl: str) -> None:
+        self.temperature, self.statistics, self.dtype, self.impl = temperature, statistics, dtype, impl
+
+    def __call__(self, patched: PatchedModel, *args: Any, fused_lm_head: bool, **inputs: Any) -> Any:
         if args:
             raise TypeError("with fused_lm_head=True, pass the model's inputs by keyword (input_ids=..., labels=...)")
         labels, rows = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         items = inputs.pop("num_items_in_batch", None)
-        if rows is not None:
-            return self.output(model._tokensel_patched, inputs, rows, items)
-        answer = self.output(model._tokensel_patched, inputs, to_rows(labels, IGNORE_INDEX), items)
+        with torch.autocast(patched.model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            if rows is not None:
+                return self.output(patched, inputs, rows, items)
+            answer = self.output(patched, inputs, to_rows(labels, IGNORE_INDEX), items)
         per_token = {name: x for name, x in answer.items() if x is not None and x.dim() == 2}  # (B, S)
         return type(answer)(**answer | {name: x[:, :-1] for name, x in per_token.items()})  # nothing follows the last
 
     def output(self, patched: PatchedModel, inputs: dict, labels: Tensor, items: Any) -> Any:
-        """TRL's FusedCausalLMOutput. labels: [B, S], of the token that each row predicts."""
+        """labels: [B, S], of the token that each row predicts."""
         from trl.trainer.utils import FusedCausalLMOutput
 
         hidden, aux_loss = patched.backbone_and_aux_loss(inputs)
@@ -50,7 +55,6 @@ class _Answer:
         entropy = "entropy" in self.statistics
 
         def of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-            hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))  # of a head that is float32
             options["bias"] = bias
             stats = token_stats(hidden, weight, labels, **self.statistics, **options)
             log_p, entropies = token_logprobs(hidden, weight, labels, stats=stats, entropy=entropy, **options)
@@ -75,6 +79,20 @@ class _Answer:
         )
 
 
+def _asks(model: Any) -> bool:
+    """Whether a trainer of TRL has had the model answer `fused_lm_head`; accelerate may have wrapped that since."""
+    forward: Any = model.forward
+    while forward is not None:
+        if isinstance(forward, Forward):  # of an earlier call
+            forward = forward.inner
+            continue
+        function = getattr(forward, "__func__", forward)
+        if _Answer.ASKED in getattr(getattr(function, "__code__", None), "co_varnames", ()):
+            return True
+        forward = getattr(function, "__wrapped__", None)
+    return False
+
+
 def use_token_logprobs(trainer: T, *, impl: str = "auto") -> T:
     """Has a trainer of TRL take its log-probabilities from `token_logprobs`: DPO, KTO, GRPO and RLOO, of TRL 1.16.
 
@@ -82,18 +100,29 @@ def use_token_logprobs(trainer: T, *, impl: str = "auto") -> T:
     reference if there is one, are patched by `tokensel.apply_to`, which compares them with their own logits.
 
     Args:
-        trainer: of TRL, whose models are causal language models with a plain head.
+        trainer: of TRL, whose models are causal language models with a plain head. A reference that the trainer has
+            sharded already (FSDP, ZeRO-3) cannot be patched: use adapters, or `precompute_ref_log_probs`.
         impl: as in `token_stats`.
     Returns:
         The trainer.
     Raises:
-        ValueError: a trainer that does not ask its model for log-probabilities; a model that `apply_to` refuses.
+        ValueError: a trainer that does not ask its model for log-probabilities; models that `apply_to` refuses, or that
+            it patched before the trainer was made; `cast_lm_head_to_fp32`. Nothing is changed then.
     """
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
+        raise ValueError(
+            "cast_lm_head_to_fp32 is not supported here, where the head's products are float32 in any case; set it to "
+            "False, and bf16=False if the hidden states should be float32, too"
+        )
     reference: Any = getattr(trainer, "ref_model", None)
-    models = [unwrap(model) for model in (trainer.model, reference) if model is not None]
+    models: list[Any] = [unwrap(model) for model in (trainer.model, reference) if model is not None]
     for model in models:
-        forward = getattr(model.forward, "__func__", model.forward)
-        if "fused_lm_head" not in getattr(getattr(forward, "__code__", None), "co_varnames", ()):
+        if hasattr(model, "_tokensel_patched") and not isinstance(model.__dict__.get("forward"), Forward):
+            raise ValueError(
+                f"{type(model).__name__} was patched by tokensel before {type(trainer).__name__} was made, whose "
+                "forward stands above; make the trainer on a model that is not patched (tokensel.remove(model) first)"
+            )
+        if not _asks(model):
             raise ValueError(
                 f"{type(trainer).__name__} (TRL {trl.__version__}) does not ask its model for log-probabilities; "
                 "supported are DPOTrainer, KTOTrainer, GRPOTrainer and RLOOTrainer of TRL 1.16, before they train"
@@ -103,7 +132,15 @@ def use_token_logprobs(trainer: T, *, impl: str = "auto") -> T:
         statistics["logit_sum"] = True
     if getattr(trainer.args, "use_weighting", False):
         statistics["renyi2"] = True
-    for model, asked in zip(models, (statistics, {}), strict=False):
-        answer = _Answer(getattr(trainer, "temperature", 1.0), asked, impl)
-        Forward(apply_to(model).model, answer)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    patched: list[PatchedModel] = []
+    try:
+        for model in models:
+            patched.append(apply_to(model, layer=None))
+    except BaseException:
+        for done in patched:
+            remove(done.model)
+        raise
+    for done, asked in zip(patched, (statistics, {}), strict=False):
+        done.answer = _Answer(getattr(trainer, "temperature", 1.0), asked, dtype, impl)
     return trainer

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from training import PLAIN, TOKENIZER, build, largest_difference, weights
 from transformers import AutoModelForCausalLM
 
-from tokensel import remove, use_token_logprobs
+from tokensel import apply_to, remove, use_token_logprobs
 from tokensel.model import Forward
 from tokensel.testing import make_rows
 
@@ -126,6 +126,41 @@ def test_a_reference_that_trl_recorded_is_the_same_run(make):
     assert_same_run(recorded, live, ties=["rewards/accuracies"])  # of the first step, where both models are one
 
 
+def test_in_mixed_precision_policy_and_reference_are_one_at_first(make):
+    """Both in bfloat16 autocast, TRL's default: the log-ratios of the first step are 0."""
+    theirs, ours = (make("DPO", bf16=True, max_steps=1) for _ in range(2))
+    use_token_logprobs(use_token_logprobs(ours))  # a second time changes nothing
+    theirs.train(), ours.train()
+    for trainer in (theirs, ours):
+        (entry,) = logged(trainer)
+        assert abs(entry["rewards/chosen"]) < 1e-5 and abs(entry["rewards/rejected"]) < 1e-5
+        assert entry["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert logged(ours)[0]["entropy"] == pytest.approx(logged(theirs)[0]["entropy"], rel=1e-2)
+
+
+def test_what_cannot_be_answered_is_refused_and_nothing_is_changed(make):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 is not supported here"):
+        use_token_logprobs(make("GRPO", cast_lm_head_to_fp32=True))
+    trainer = make("DPO")
+    trainer.ref_model.lm_head = torch.nn.Sequential(trainer.ref_model.lm_head)
+    with pytest.raises(ValueError, match="must be a plain torch.nn.Linear"):
+        use_token_logprobs(trainer)
+    assert not hasattr(trainer.model, "_tokensel_patched")
+    earlier = build()
+    apply_to(earlier)
+    trainer = make("DPO")
+    earlier.forward = trainer.model.forward  # as where TRL's stands above
+    trainer.model = earlier
+    with pytest.raises(ValueError, match="was patched by tokensel before DPOTrainer was made"):
+        use_token_logprobs(trainer)
+
+
+def test_a_patch_that_is_renewed_still_answers(make):
+    trainer = use_token_logprobs(make("DPO"))
+    answer = trainer.model._tokensel_patched.answer
+    assert apply_to(trainer.model).answer is answer is not None
+
+
 def test_the_models_own_forward_and_generation_stay(make):
     model, ids = build(), torch.arange(3, 11)[None]
     before = model(input_ids=ids).logits
@@ -139,10 +174,10 @@ def test_the_models_own_forward_and_generation_stay(make):
 
 
 def test_no_logits_are_made(make, monkeypatch):
-    trainer = use_token_logprobs(make("DPO"))
+    trainer = use_token_logprobs(make("DPO", max_steps=1))
     vocabulary = trainer.model.config.vocab_size
     for module in ("chunked", "chunked_grad"):
-        monkeypatch.setattr(f"tokensel.ops.{module}.vocabulary_blocks", lambda rows, V, *rest, **more: (5, 64))
+        monkeypatch.setattr(f"tokensel.ops.{module}.vocabulary_blocks", lambda rows, V, *rest, **more: (64, 64))
     seen = []
     matmul = torch.mm
 

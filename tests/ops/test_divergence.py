@@ -99,15 +99,16 @@ def test_a_teacher_that_is_sure_is_a_label():
     torch.testing.assert_close(values[mask], token_stats(hidden, weight, labels).nll[mask])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_that_neither_can_say_have_no_part(kind):
+def test_tokens_that_neither_can_say_have_no_part(kind, impl):
     inputs, teacher, mask = make(V=40, dtype=torch.float64)
     hidden, weight, bias = inputs
     without = token_divergence((hidden, weight[:39]), (teacher[0], teacher[1][:39]), mask, kind=kind, bias=bias[:39])
     never = torch.zeros(40).double()
     never[39] = -torch.inf
     cut = {"bias": bias + never, "teacher_head": {"bias": never}}
-    values = token_divergence((hidden, weight), teacher, mask, kind=kind, **cut)
+    values = token_divergence((hidden, weight), teacher, mask, kind=kind, impl=impl, **cut)
     torch.testing.assert_close(values, without)
     for ours, expected in zip(*(torch.autograd.grad(v.sum(), inputs) for v in (values, without)), strict=True):
         torch.testing.assert_close(ours, expected)
@@ -147,6 +148,9 @@ def test_nothing_that_counts_is_zero_with_zero_gradients():
         ({"kind": "kl"}, ValueError, "kind must be one of forward_kl, reverse_kl, jsd, tv; got 'kl'"),
         ({"beta": 1.0}, ValueError, r"beta must be in \(0, 1\); got 1.0"),
         ({"temperature": 0}, ValueError, "temperature must be positive"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive; got 0"),
+        ({"teacher_head": {"softcap": -1.0}}, ValueError, r"teacher_head\['softcap'\] must be positive"),
+        ({"teacher_head": {"scale": 3}}, ValueError, "teacher_head has no 'scale'; it takes bias, softcap"),
         ({"impl": "fused"}, ValueError, "impl must be one of auto, chunked, reference; got 'fused'"),
         ({"mask": torch.ones(21)}, TypeError, "mask must be torch.bool; got torch.float32"),
         ({"mask": torch.ones(20).bool()}, ValueError, r"mask must have shape \[21\]"),

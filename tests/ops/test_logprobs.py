@@ -152,6 +152,43 @@ def test_labels_that_are_aligned_with_the_tokens(impl):
     torch.testing.assert_close(*(torch.autograd.grad(loss, [hidden, weight, bias]) for loss in (ours, expected)))
 
 
+def test_a_row_that_overflowed_and_is_masked_harms_nothing():
+    inputs, labels = inputs_of(torch.float64)
+    hidden, weight, bias = inputs
+    rows = torch.arange(len(labels)) != 3
+    upstream = torch.randn(2, len(labels)) * rows
+    exact = all_of(definition(inputs, labels), inputs, upstream)[2:]
+    with torch.no_grad():
+        hidden[3] = torch.nan
+    results = token_logprobs(hidden, weight, labels, bias=bias, entropy=True)
+    loss = sum((torch.where(rows, values, 0) * u).sum() for values, u in zip(results, upstream, strict=True))
+    torch.testing.assert_close(list(torch.autograd.grad(loss, inputs)), exact)
+
+
+def test_statistics_may_be_given_and_have_to_fit():
+    (hidden, weight, _), labels = inputs_of()
+    stats = token_stats(hidden, weight, labels, entropy=True, temperature=0.7)
+    results = token_logprobs(hidden, weight, labels, stats=stats, entropy=True, temperature=0.7)
+    expected = token_logprobs(hidden, weight, labels, entropy=True, temperature=0.7)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    without = token_stats(hidden, weight, labels)
+    for options, message in (
+        ({"stats": without, "entropy": True}, "stats have no entropy"),
+        ({"stats": without, "shift": True}, "stats are of rows, and shift=True takes labels of tokens"),
+        ({"stats": without, "temperature": -1.0}, "temperature must be positive"),
+        ({"stats": without, "softcap": -3.0}, "softcap must be positive"),
+        ({"stats": token_stats(hidden[1:], weight, labels[1:])}, r"stats.lse must have shape \[37\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_logprobs(hidden, weight, labels, **options)
+
+
+def test_a_sequence_of_no_tokens():
+    (hidden, weight, _), labels = inputs_of()
+    log_p, entropy = token_logprobs(hidden[:0].view(2, 0, -1), weight, labels[:0].view(2, 0), entropy=True, shift=True)
+    assert log_p.shape == entropy.shape == (2, 0)
+
+
 def test_int32_labels_and_a_single_row():
     (hidden, weight, _), labels = inputs_of()
     log_p, _ = token_logprobs(hidden, weight, labels)

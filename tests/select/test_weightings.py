@@ -115,6 +115,12 @@ def test_a_token_that_is_certain_or_impossible_has_a_weight():
     assert methods.get("infosft")(signals).tolist() == [0, 0, 0, 0]
 
 
+def test_talr_of_losses_that_rounding_has_put_below_zero():
+    nll = torch.tensor([-1e-5, -1e-5, -2e-6, 0.0, -4e-5, 0.3])
+    signals = TokenSignals(torch.ones(6).bool(), torch.zeros(6).long(), nll=nll)
+    assert methods.get("talr")(signals).tolist() == pytest.approx([1, 1, 1, 1, 1, 0.01])
+
+
 def test_idft_unlearns_what_the_model_would_not_say():
     # log p + H = -1: g = 2 at most, and p^g (1 - g nll) is below 0 where g nll > 1
     w = weights("idft", replace(GIVEN, entropy=NLL - 1))
@@ -149,7 +155,8 @@ def test_tail_sft_leaves_out_the_samples_that_improved_most():
         ("eaft", {"top_k": 1}, "top_k must be a whole number of tokens, 2 or more; got 1"),
         ("infosft", {"peak": 0.5}, r"peak must be in \(0.5, 1\)"),
         ("idft", {"beta": 0}, "beta must be positive"),
-        ("idft", {"gamma_min": 3}, "0 <= gamma_min <= gamma_max must hold; got 3, 2.0"),
+        ("idft", {"gamma_min": 3}, "0 <= gamma_min <= gamma_max, finite, must hold; got 3, 2.0"),
+        ("idft", {"gamma_max": math.inf}, "0 <= gamma_min <= gamma_max, finite, must hold"),
         ("rank_tuner", {"times_probability": 1}, "times_probability must be true or false; got 1"),
         ("talr", {"w_min": 1.5}, r"w_min must be in \[0, 1\]"),
         ("stm", {"tau": 1}, "tau must be above 1, a perplexity"),

@@ -27,6 +27,7 @@ from tokensel.ops.checks import (
 from tokensel.ops.chunked import Head, hidden_stats, logits_block, vocabulary_blocks
 from tokensel.ops.chunked_grad import WORKSPACE_MIB, gradients_by
 from tokensel.ops.products import exact_products
+from tokensel.ops.vocab_parallel import is_dtensor
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tv")
 
@@ -171,6 +172,10 @@ def token_divergence(
     teacher_hidden, teacher_weight = (t.detach() for t in teacher)
     check_head(hidden, weight, bias)
     given: HeadOptions = {"softcap": softcap, "logit_scale": logit_scale} if teacher_head is None else teacher_head
+    if unknown := sorted(given.keys() - HeadOptions.__annotations__.keys()):
+        raise ValueError(f"teacher_head has no {unknown[0]!r}; it takes bias, softcap and logit_scale")
+    if is_dtensor(weight) or is_dtensor(teacher_weight):
+        raise TypeError("weight is a DTensor; divergences of a head that is sharded over ranks are not supported")
     check_head(teacher_hidden, teacher_weight, given.get("bias"))
     if hidden.dtype != teacher_hidden.dtype:
         raise TypeError(f"student is {hidden.dtype} but teacher is {teacher_hidden.dtype}; cast one of them")
@@ -188,6 +193,8 @@ def token_divergence(
     if not 0 < beta < 1:
         raise ValueError(f"beta must be in (0, 1); got {beta}")
     check_positive("temperature", temperature)
+    check_positive("softcap", softcap)
+    check_positive("teacher_head['softcap']", given.get("softcap"))
     if impl not in ("auto", "chunked", "reference"):
         raise ValueError(f"impl must be one of auto, chunked, reference; got {impl!r}")
     heads = (

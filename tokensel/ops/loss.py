@@ -20,6 +20,7 @@ from tokensel.ops.checks import (
     check_head,
     check_label_range,
     check_labels,
+    check_number,
     check_positive,
     check_same_device,
     check_shape,
@@ -104,7 +105,8 @@ class _TokenLogprobs(torch.autograd.Function):
         coefficient = torch.zeros_like(lse) if of_log_p is None else -of_log_p  # of the nll
         terms = None
         if of_entropy is not None:  # of the entropy H in the logits: -p (log p + H)
-            terms = torch.stack([torch.addcmul(coefficient, of_entropy, entropy, value=-1), of_entropy])
+            of_p = coefficient - torch.where(of_entropy != 0, of_entropy * entropy, 0)  # a row without may be anything
+            terms = torch.stack([of_p, of_entropy])
         want = list(ctx.needs_input_grad[:3])
         options = (ctx.softcap, ctx.logit_scale, want, ctx.impl)
         rows = (labels, coefficient, lse, terms)
@@ -143,15 +145,15 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log p of every label under `softmax(head(hidden) / temperature)`, and entropies, differentiable, without logits.
 
-    What preference, policy-gradient and distillation losses are made of. The backward recomputes the logits of the rows
-    whose upstream gradient is not zero, and of these alone.
+    What preference and policy-gradient losses are made of. The backward recomputes the logits of rows whose upstream
+    gradient is not zero, and of these alone (impl "chunked" on a GPU multiplies the others, too, as zeros).
 
     Args:
         hidden: [..., D]; weight: [V, D]; labels: [...] int64 or int32; bias: [V]; softcap, logit_scale, ignore_index,
             impl: as in `token_stats`, which also says how a head that is sharded over ranks is given: it gets the
             gradient of its own rows, and `hidden` the sum over ranks.
-        stats: TokenStats of the same rows, labels, head and temperature, with their entropy if it is asked for. Given,
-            the forward does no matrix product.
+        stats: TokenStats of the same rows, labels, head and temperature, with their entropy if it is asked for; of
+            others the gradients are wrong. Given, the forward does no matrix product.
         entropy: also the entropy of each row's softmax.
         temperature: divides the logits, after the softcap.
         shift: labels [..., S] are aligned with the tokens: entry t is token t itself, which row t - 1 predicts, and so
@@ -167,7 +169,7 @@ def token_logprobs(
         if stats is not None:
             raise ValueError("stats are of rows, and shift=True takes labels of tokens; shift them first")
         check_shifted(labels)
-        labels = pad(labels[..., 1:], (0, 1), value=ignore_index)
+        labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if stats is None:
         stats = token_stats(
             hidden,
@@ -183,6 +185,9 @@ def token_logprobs(
         )
     elif entropy and stats.entropy is None:
         raise ValueError("stats have no entropy; make them with entropy=True")
+    check_number("temperature", temperature)
+    check_positive("temperature", temperature)
+    check_positive("softcap", softcap)
     hidden, weight, bias, shard = local_head(hidden, weight, bias)
     check_head(hidden, weight, bias)
     check_shape("stats.lse", stats.lse, check_labels(labels, hidden.shape[:-1]).shape, "one entry a label")
@@ -201,7 +206,7 @@ def token_logprobs(
             of_rows = _row_logprobs(x, weight, y, some, head, impl)
             results = [torch.where(valid, values, 0).view(labels.shape) for values in of_rows]
     if shift:
-        results = [pad(values[..., :-1], (1, 0)) for values in results]
+        results = [pad(values, (1, 0))[..., :-1] for values in results]
     return results[0], results[1] if entropy else None
 
 

@@ -66,6 +66,8 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tu
     if kind == "tv":
         return (p - q).abs() / 2, torch.sign(p - q) / 2
     if kind == "jsd":
+        possible = (p > 0) | (q > 0)  # of what is not, the gradient would be no number
+        log_q, log_p = torch.where(possible, log_q, 0), torch.where(possible, log_p, 0)
         log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
         over_q, over_p = (torch.where(x > 0, log_x - log_m, 0) for x, log_x in ((q, log_q), (p, log_p)))
         return beta * q * over_q + (1 - beta) * p * over_p, (1 - beta) * over_p

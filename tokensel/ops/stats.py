@@ -76,7 +76,8 @@ def token_stats(
         bias: [V].
         temperature: divides these logits; the statistics are of the divided ones.
         entropy: also `entropy`, `logp_var` and `top1`.
-        renyi2, logit_sum, rank: also the field of that name; impl "auto" is then "chunked" on every device.
+        renyi2, logit_sum, rank: also the field of that name; impl "auto" is then "chunked" on every device. The label's
+            logit is a product of its own for `rank`, so that logits equal to it may or may not count.
         impl: "auto", "chunked", "fused" or "reference" (see `tokensel.ops.checks.resolve_impl`).
         workspace_mib: most MiB that a block of logits may take (chunked).
     Returns:
@@ -350,7 +351,8 @@ def token_stats_from_logits(
         logits: [..., V], any floating dtype; softcap and scale already applied.
         labels: [...] int64 or int32, aligned: logits[i] predicts labels[i].
         history_logits: [..., V] of the history model, or None.
-        entropy, renyi2, logit_sum, rank, ignore_index, impl, workspace_mib: as in `token_stats`.
+        entropy, renyi2, logit_sum, rank, ignore_index, impl, workspace_mib: as in `token_stats`; here every
+            implementation has all statistics, and `rank` counts what is larger exactly.
     Returns:
         (TokenStats of `logits`, TokenStats of `history_logits` or None).
     """
@@ -368,8 +370,10 @@ def token_stats_from_logits(
     flat = [z.reshape(-1, z.shape[-1]) for z in (logits, history_logits) if z is not None]  # (N, V)
     wanted, label_logit = wanted_fields(entropy, renyi2, logit_sum, rank), None
     if rank:
-        at = torch.where(y != ignore_index, y, 0)[:, None]
-        label_logit = torch.stack([z.gather(1, at)[:, 0].to(torch.promote_types(z.dtype, torch.float32)) for z in flat])
+        inside = (y >= 0) & (y < logits.shape[-1])  # a label that no logit has is no place to read from
+        at = torch.where(inside, y, 0)[:, None]
+        own = [z.gather(1, at)[:, 0].to(torch.promote_types(z.dtype, torch.float32)) for z in flat]
+        label_logit = torch.where(inside, torch.stack(own), torch.inf)
     if impl == "fused" or (impl == "chunked" and on_gpu(logits)):
         from tokensel_kernels.logits_stats import write_logits_sums
 

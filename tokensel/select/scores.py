@@ -134,8 +134,8 @@ def relative_scale(signals: TokenSignals) -> Tensor:
 
 
 def tempered_probability(signals: TokenSignals, w_min: float) -> Tensor:
-    """max(p^(1 / tau), w_min), TALR (arXiv 2509.20758), tau the median nll of the response tokens (nats)."""
-    nll = signals["nll"].to(torch.promote_types(signals["nll"].dtype, torch.float32))
+    """max(p^(1 / tau), w_min), TALR (arXiv 2509.20758), tau the median nll of response tokens, at least 1e-6 nats."""
+    nll = signals["nll"].to(torch.promote_types(signals["nll"].dtype, torch.float32)).clamp(min=0)  # but for rounding
     tau = torch.nanmedian(torch.where(signals.response, nll, torch.nan)).clamp(min=1e-6)
     return torch.exp(-nll / tau).clamp(min=w_min)
 

@@ -93,8 +93,8 @@ def idft(beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0) -> S
     check_positive("beta", beta)
     for name, value in (("gamma_min", gamma_min), ("gamma_max", gamma_max)):
         check_number(name, value)
-    if not 0 <= gamma_min <= gamma_max:
-        raise ValueError(f"0 <= gamma_min <= gamma_max must hold; got {gamma_min}, {gamma_max}")
+    if not 0 <= gamma_min <= gamma_max < math.inf:
+        raise ValueError(f"0 <= gamma_min <= gamma_max, finite, must hold; got {gamma_min}, {gamma_max}")
     scorer = lambda s: scores.in_distribution(s, beta, gamma_min, gamma_max)  # noqa: E731
     return SelectionMethod("idft", {"nll", "entropy"}, scorer, AsScored())
 
