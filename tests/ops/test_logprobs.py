@@ -185,7 +185,7 @@ def test_statistics_may_be_given_and_have_to_fit():
 
 def test_a_sequence_of_no_tokens():
     (hidden, weight, _), labels = inputs_of()
-    log_p, entropy = token_logprobs(hidden[:0].view(2, 0, -1), weight, labels[:0].view(2, 0), entropy=True, shift=True)
+    log_p, entropy = token_logprobs(hidden[:0].view(2, 0, 40), weight, labels[:0].view(2, 0), entropy=True, shift=True)
     assert log_p.shape == entropy.shape == (2, 0)
 
 
