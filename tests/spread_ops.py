@@ -61,7 +61,7 @@ def head_step(dtype, impl, mesh=None):
     loss = tokensel.selected_cross_entropy(hidden, weight, labels, weights, stats=now, denominator=10.0, **options)
     alone = tokensel.selected_cross_entropy(hidden, weight, labels, weights, denominator=10.0, **options)
     gradients = torch.autograd.grad(3 * loss, leaves)
-    return {"keep": keep, "loss": loss.detach(), "without stats": alone.detach(), "stats": vars(now)} | {
+    return {"keep": keep, "loss": loss.detach(), "without stats": alone.detach(), "stats": now.fields()} | {
         name: whole(gradient) for name, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True)
     }
 

@@ -102,21 +102,16 @@ class Forward:
 
 
 def _model_forward(model: Any, forward: Callable, *args, selection=None, **kwargs):
-    """The patched model's: with `selection`, the selection's own way through it; with what an `answer` is for, that."""
-    answer = model._tokensel_patched.answer
-    if selection is None and answer is not None and kwargs.get(answer.ASKED):
-        return answer(model._tokensel_patched, *args, **kwargs)
+    """The patched model's: with `selection`, the selection's own way through it; a trainer's question has an answer."""
     if selection is None:
-        return forward(*args, **kwargs)
+        asked = kwargs.get("fused_lm_head") and model._tokensel_patched.answer
+        return asked(model._tokensel_patched, *args, **kwargs) if asked else forward(*args, **kwargs)
     if args:
         raise TypeError("with selection=, pass the model's inputs by keyword (input_ids=..., labels=...)")
     missing = kwargs.get("input_ids") is None
     if missing or kwargs.get("past_key_values") is not None:
-        needs = "needs input_ids" if missing else "takes no past_key_values"
-        raise ValueError(
-            f"with selection=, the model {needs}; adapters that hand over embeddings or keys (prompt and prefix "
-            "tuning) are not supported"
-        )
+        needs = f"with selection=, the model {'needs input_ids' if missing else 'takes no past_key_values'}"
+        raise ValueError(f"{needs}; adapters that hand over embeddings or keys (prompt and prefix tuning) do not work")
     return selection(model._tokensel_patched, **kwargs)
 
 
@@ -304,10 +299,8 @@ class PatchedModel:
         allowed = 4 * eps * logits.abs().max() + 64 * torch.finfo(torch.float32).eps
         name, width = type(self.model).__name__, self._head.weight.shape[1]
         if hidden.shape[-1] != width:
-            raise ValueError(
-                f"{name}'s hidden states are {hidden.shape[-1]} wide, its head {width}: it transforms them in between, "
-                "which is not supported"
-            )
+            states = f"{name}'s hidden states are {hidden.shape[-1]} wide, its head {width}"
+            raise ValueError(f"{states}: it transforms them in between, which is not supported")
         differences = []
         for options in possible_head_options(self.model):
             compute = functools.partial(token_stats, labels=ids, impl="chunked", **options)

@@ -29,8 +29,6 @@ class _Answer:
         dtype: of mixed precision, or None; TRL's own forward of a reference stands inside it.
     """
 
-    ASKED = "fused_lm_head"
-
     def __init__(self, temperature: float, statistics: dict[str, Any], dtype: torch.dtype | None, impl: str) -> None:
         self.temperature, self.statistics, self.dtype, self.impl = temperature, statistics, dtype, impl
 
@@ -87,7 +85,7 @@ def _asks(model: Any) -> bool:
             forward = forward.inner
             continue
         function = getattr(forward, "__func__", forward)
-        if _Answer.ASKED in getattr(getattr(function, "__code__", None), "co_varnames", ()):
+        if "fused_lm_head" in getattr(getattr(function, "__code__", None), "co_varnames", ()):
             return True
         forward = getattr(function, "__wrapped__", None)
     return False

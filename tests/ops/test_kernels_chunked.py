@@ -9,6 +9,7 @@ from test_kernels_waits import NoWaiting, on_a_gpu  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokensel.ops.chunked
+import tokensel.ops.chunked_grad
 from tokensel import selected_cross_entropy, token_stats, token_stats_contrast, token_stats_pair
 
 pytest.importorskip("triton")
@@ -95,8 +96,10 @@ def test_a_cuda_graph_captures_statistics_and_gradients(inputs):
 def test_products_are_of_all_rows(inputs, kept, monkeypatch):
     hidden, weight, labels, _, old = inputs
     if DEVICE == "cpu":  # the fixture's products are of several operators; these are one
-        monkeypatch.setattr(tokensel.ops.chunked, "product", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
-        monkeypatch.setattr(tokensel.ops.chunked, "add_product", lambda t, a, b: t.addmm_(a.float(), b.float()))
+        for module in (tokensel.ops.chunked, tokensel.ops.chunked_grad):
+            monkeypatch.setattr(module, "product", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
+        add_product = lambda t, a, b: t.addmm_(a.float(), b.float())  # noqa: E731
+        monkeypatch.setattr(tokensel.ops.chunked_grad, "add_product", add_product)
     N, V, D = len(labels), *weight.shape
     labels, keep = labels.clamp(min=0), torch.arange(N, device=DEVICE) < kept
     with Recorded() as mode:
@@ -124,7 +127,7 @@ def test_what_is_held_stays_below_the_workspace(inputs, mib, models):
 
 
 def test_the_gradient_of_a_block_stays_below_its_workspace(inputs, monkeypatch):
-    monkeypatch.setattr(tokensel.ops.chunked, "WORKSPACE_MIB", 0.03)
+    monkeypatch.setattr(tokensel.ops.chunked_grad, "WORKSPACE_MIB", 0.03)
     hidden, weight, labels, _, _ = inputs
     stats = token_stats(hidden, weight, labels, impl="chunked")
     shape, asked = tokensel.ops.chunked.resident_block, []

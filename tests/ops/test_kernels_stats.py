@@ -7,7 +7,7 @@ import torch
 from kernel_inputs import DEVICE, make, summed_magnitude
 from oracles import DTYPES, FIELDS, head_of, truth, truth_of_logits
 
-import tokensel.ops.chunked
+import tokensel.ops.chunked_grad
 import tokensel.ops.loss
 import tokensel.ops.stats
 import tokensel_kernels.attention_mass
@@ -273,7 +273,7 @@ def test_library_products_of_several_blocks_of_the_vocabulary(V, gpu_chunked):
     ids=["head frozen", "head trained", "large softcap"],
 )
 def test_gradients_by_library_products(options, dtype, frozen, gpu_chunked, monkeypatch):
-    monkeypatch.setattr(tokensel.ops.chunked, "WORKSPACE_MIB", 0.0023)  # blocks of nine rows
+    monkeypatch.setattr(tokensel.ops.chunked_grad, "WORKSPACE_MIB", 0.0023)  # blocks of nine rows
     hidden, weight, labels, bias = make(dtype=dtype)
     keep = torch.randn(len(labels), device=DEVICE) * (torch.rand(len(labels), device=DEVICE) < 0.6)
     names = ("hidden",) if frozen else ("hidden", "weight", "bias")
