@@ -157,7 +157,7 @@ def token_divergence(
         teacher: (hidden [..., D'], weight [V, D']) of the same dtype, constants; D' may differ, V may not.
         mask: [...] bool, the rows that count.
         kind: "forward_kl", KL(q, p); "reverse_kl", KL(p, q); "jsd", beta KL(q, m) + (1 - beta) KL(p, m) of the mixture
-            m = beta q + (1 - beta) p (generalised Jensen-Shannon, arXiv 2306.13649, eq. 1); "tv", Σ |p - q| / 2.
+            m = beta q + (1 - beta) p (generalised Jensen-Shannon, arXiv 2306.13649, eq. 1); "tv", `Σ |p - q| / 2`.
         beta: of "jsd", in (0, 1).
         temperature: divides the logits of both.
         bias, softcap, logit_scale: of the student's head, as in `token_stats`. teacher_head: the same of the teacher's;
