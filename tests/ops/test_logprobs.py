@@ -152,8 +152,9 @@ def test_labels_that_are_aligned_with_the_tokens(impl):
     torch.testing.assert_close(*(torch.autograd.grad(loss, [hidden, weight, bias]) for loss in (ours, expected)))
 
 
-def test_a_row_that_overflowed_and_is_masked_harms_nothing():
-    inputs, labels = inputs_of(torch.float64)
+@pytest.mark.parametrize("V", [50, 2300], ids=["one block", "two, whose entropies merge"])
+def test_a_row_that_overflowed_and_is_masked_harms_nothing(V):
+    inputs, labels = inputs_of(torch.float64, V=V)
     hidden, weight, bias = inputs
     rows = torch.arange(len(labels)) != 3
     upstream = torch.randn(2, len(labels)) * rows
