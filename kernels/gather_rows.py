@@ -33,19 +33,19 @@ def _kept_rows_kernel(
 
 
 @triton.jit
-def _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, rows, N, TERMS: tl.constexpr):
+def _has_coefficient(coefficient_ptr, terms_ptr, rows, N, TERMS: tl.constexpr):
     """Whether any coefficient of a row is not 0."""
     kept = tl.load(coefficient_ptr + rows, mask=rows < N, other=0.0) != 0
     if TERMS:
-        kept = kept | (tl.load(of_p_ptr + rows, mask=rows < N, other=0.0) != 0)
-        kept = kept | (tl.load(of_log_p_ptr + rows, mask=rows < N, other=0.0) != 0)
+        for term in tl.static_range(3):
+            kept = kept | (tl.load(terms_ptr + term * N + rows, mask=rows < N, other=0.0) != 0)
     return kept
 
 
 @triton.jit
 def _gather_kept_kernel(
-    x_ptr, label_ptr, lse_ptr, coefficient_ptr, of_p_ptr, of_log_p_ptr, place_ptr, count_ptr,  # pointers
-    kept_x_ptr, kept_label_ptr, kept_lse_ptr, kept_coefficient_ptr, kept_of_p_ptr, kept_of_log_p_ptr,  # pointers
+    x_ptr, label_ptr, lse_ptr, coefficient_ptr, terms_ptr, place_ptr, count_ptr,  # pointers
+    kept_x_ptr, kept_label_ptr, kept_lse_ptr, kept_coefficient_ptr, kept_terms_ptr,  # pointers
     N, V, D,  # shapes
     x_stride, kept_stride,  # strides
     logit_scale, TERMS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -62,7 +62,7 @@ def _gather_kept_kernel(
     kept_before = tl.zeros([SCANNED], tl.int32)
     for first in range(0, N, SCANNED):
         scanned = first + tl.arange(0, SCANNED)
-        kept = _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, scanned, N, TERMS).to(tl.int32)
+        kept = _has_coefficient(coefficient_ptr, terms_ptr, scanned, N, TERMS).to(tl.int32)
         all_kept += kept
         kept_before += tl.where(scanned < start, kept, 0)
     count = tl.sum(all_kept)
@@ -70,7 +70,7 @@ def _gather_kept_kernel(
         tl.store(count_ptr, count)
     rows = start + tl.arange(0, ROWS)
     coefficient = tl.load(coefficient_ptr + rows, mask=rows < N, other=0.0)
-    kept = _has_coefficient(coefficient_ptr, of_p_ptr, of_log_p_ptr, rows, N, TERMS)
+    kept = _has_coefficient(coefficient_ptr, terms_ptr, rows, N, TERMS)
     place = tl.sum(kept_before) + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(place_ptr + rows, tl.where(kept, place, -1), mask=rows < N)
     label = tl.load(label_ptr + rows, mask=kept, other=-1)
@@ -78,8 +78,9 @@ def _gather_kept_kernel(
     tl.store(kept_lse_ptr + place, tl.load(lse_ptr + rows, mask=kept, other=0.0) * LOG2_E, mask=kept)
     tl.store(kept_coefficient_ptr + place, coefficient * logit_scale, mask=kept)
     if TERMS:
-        tl.store(kept_of_p_ptr + place, tl.load(of_p_ptr + rows, mask=kept, other=0.0), mask=kept)
-        tl.store(kept_of_log_p_ptr + place, tl.load(of_log_p_ptr + rows, mask=kept, other=0.0), mask=kept)
+        for term in tl.static_range(3):
+            value = tl.load(terms_ptr + term * N + rows, mask=kept, other=0.0)
+            tl.store(kept_terms_ptr + term * N + place, value, mask=kept)
     beyond = count + rows
     padding = beyond < min(tl.cdiv(count, TILE) * TILE, N)
     for column in range(0, D, COLUMNS):
@@ -128,7 +129,7 @@ class KeptRows(NamedTuple):
     label: Tensor  # (N,) int32, -1 outside the vocabulary
     lse: Tensor  # (N,) float32, in units of log 2
     coefficient: Tensor  # (N,) float32, of the logits before the scale
-    terms: tuple[Tensor | None, Tensor | None]  # (N,) float32 each, as they were given
+    terms: Tensor | None  # (3, N) float32, as they were given
     place: Tensor  # (N,) int32, of all rows: where each went, or -1
     count: Tensor  # (1,) int32
 
@@ -141,13 +142,13 @@ def gather_rows(
     V: int,
     logit_scale: float,
     tile: int,
-    terms: tuple[Tensor | None, Tensor | None] = (None, None),
+    terms: Tensor | None = None,
 ) -> KeptRows:
     """Rows with a coefficient that is not 0, in their order, by one launch.
 
     Args:
         hidden: [N, D], last dimension contiguous; labels: [N] of a vocabulary of V; coefficient, lse: [N] float32.
-        tile: rows of a product's tile. terms: other coefficients, [N] float32 each, for which a row is kept, too.
+        tile: rows of a product's tile. terms: other coefficients, [3, N] float32, for which a row is kept, too.
     """
     N, D = hidden.shape
 
@@ -159,16 +160,16 @@ def gather_rows(
         empty(N, dtype=torch.int32),
         empty(N, dtype=torch.float32),
         empty(N, dtype=torch.float32),
-        (None, None) if terms[0] is None else (empty(N, dtype=torch.float32), empty(N, dtype=torch.float32)),
+        None if terms is None else empty(3, N, dtype=torch.float32),
         empty(N, dtype=torch.int32),
         empty(1, dtype=torch.int32),
     )
     _gather_kept_kernel[(triton.cdiv(N, MOVED["ROWS"]),)](
-        hidden, labels.contiguous(), lse.contiguous(), coefficient.contiguous(), *terms, kept.place, kept.count,
-        kept.x, kept.label, kept.lse, kept.coefficient, *kept.terms,
+        hidden, labels.contiguous(), lse.contiguous(), coefficient.contiguous(), terms, kept.place, kept.count,
+        kept.x, kept.label, kept.lse, kept.coefficient, kept.terms,
         N, V, D,
         hidden.stride(0), kept.x.stride(0),
-        logit_scale, TERMS=terms[0] is not None, TILE=tile, SCANNED=1024, **MOVED,
+        logit_scale, TERMS=terms is not None, TILE=tile, SCANNED=1024, **MOVED,
     )  # fmt: skip
     return kept
 

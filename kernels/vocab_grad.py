@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensel_kernels.block_grad import logits_gradient, scaled_terms
+from tokensel_kernels.block_grad import load_terms, logits_gradient, scaled_terms
 from tokensel_kernels.gather_rows import gather_rows, scatter_rows
 from tokensel_kernels.primitives import exponents, grouped_tile, load_tile, multiply, softcap_kind
 from tokensel_kernels.tiles import (
@@ -43,7 +43,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _logits_gradient_kernel(
-    x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, of_p_ptr, of_log_p_ptr, count_ptr, dz,  # pointers
+    x, w, bias_ptr, label_ptr, lse_ptr, coefficient_ptr, terms_ptr, count_ptr, dz,  # pointers
     first_column, N, V, D, width,  # shapes
     x_stride, w_stride, dz_stride,  # strides
     scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, TERMS: tl.constexpr, TAIL: tl.constexpr,
@@ -76,26 +76,25 @@ def _logits_gradient_kernel(
         label = tl.load(label_ptr + rows, mask=kept, other=-1)
         lse = tl.load(lse_ptr + rows, mask=kept, other=float("inf"))
         coefficient = tl.load(coefficient_ptr + rows, mask=kept, other=0.0)
-        of_p, of_log_p = coefficient, coefficient
+        of_p, of_log_p, of_one = coefficient, coefficient, coefficient
         if TERMS:
-            of_p = tl.load(of_p_ptr + rows, mask=kept, other=0.0)
-            of_log_p = tl.load(of_log_p_ptr + rows, mask=kept, other=0.0)
+            of_p, of_log_p, of_one = load_terms(terms_ptr, rows, N, kept)
         if TMA and not SPECIALIZE:  # in halves, so that what is stored leaves room for the loads
             left, right = _halves(product, ROWS, COLUMNS)
             left = logits_gradient(
-                left, column, label, lse, coefficient, of_p, of_log_p, bias_ptr, V, scale, cap, HAS_BIAS, SOFTCAP,
-                TERMS, TAIL, HALF,
+                left, column, label, lse, coefficient, of_p, of_log_p, of_one, bias_ptr, V, scale, cap, HAS_BIAS,
+                SOFTCAP, TERMS, TAIL, HALF,
             )  # fmt: skip
             dz.store([row, local], left.to(dz.dtype))
             right = logits_gradient(
-                right, column + HALF, label, lse, coefficient, of_p, of_log_p, bias_ptr, V, scale, cap, HAS_BIAS,
-                SOFTCAP, TERMS, TAIL, HALF,
+                right, column + HALF, label, lse, coefficient, of_p, of_log_p, of_one, bias_ptr, V, scale, cap,
+                HAS_BIAS, SOFTCAP, TERMS, TAIL, HALF,
             )  # fmt: skip
             dz.store([row, local + HALF], right.to(dz.dtype))
         else:
             whole = logits_gradient(
-                product, column, label, lse, coefficient, of_p, of_log_p, bias_ptr, V, scale, cap, HAS_BIAS, SOFTCAP,
-                TERMS, TAIL, COLUMNS,
+                product, column, label, lse, coefficient, of_p, of_log_p, of_one, bias_ptr, V, scale, cap, HAS_BIAS,
+                SOFTCAP, TERMS, TAIL, COLUMNS,
             )  # fmt: skip
             if TMA:
                 dz.store([row, local], whole.to(dz.dtype))
@@ -253,12 +252,13 @@ def selected_gradients(
     terms: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in hidden, weight and bias, as far as `want` asks for them, of what has the gradient in the logits
-    coefficient · (p - onehot), Σ coefficient · nll; with terms p (terms[0] - terms[1] log p) - coefficient · onehot.
+    coefficient · (p - onehot), Σ coefficient · nll; with terms p (terms[0] - terms[1] log p) + terms[2] - coefficient ·
+    onehot.
 
     Args:
         hidden: [N, D], weight: [V, D], bias: [V] or None, of one type: float16, bfloat16 or float32.
         labels: [N] int64. coefficient: [N] float32. lse: [N] float32 of the same logits.
-        terms: [2, N] float32 or None. A row of which all these are 0 is not read.
+        terms: [3, N] float32 or None. A row of which all these are 0 is not read.
     """
     N, D = hidden.shape
     V = len(weight)
@@ -284,8 +284,8 @@ def selected_gradients(
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
     db = torch.empty_like(bias) if want_bias else None
     with on_device(hidden):
-        of_p = (None, None) if terms is None else scaled_terms(terms, logit_scale)
-        kept = gather_rows(hidden, labels, coefficient, lse, V, logit_scale, tile.rows, of_p)
+        scaled = None if terms is None else scaled_terms(terms, logit_scale)
+        kept = gather_rows(hidden, labels, coefficient, lse, V, logit_scale, tile.rows, scaled)
         x, count = kept.x, kept.count
         # the same matrices, cut as each kernel reads them
         x_by_row, w_by_row = (tile_source(m, n, tile.depth, tile) for m, n in ((x, tile.rows), (weight, tile.columns)))
@@ -301,7 +301,7 @@ def selected_gradients(
             row_tiles, columns = triton.cdiv(N, plain.rows), triton.cdiv(D, plain.columns)
             tiles = triton.cdiv(N, tile.rows) * triton.cdiv(block, tile.columns)
             _logits_gradient_kernel[(min(programs_of(tile), tiles),)](
-                x_by_row, w_by_row, bias, kept.label, kept.lse, kept.coefficient, *kept.terms, count, dz_written,
+                x_by_row, w_by_row, bias, kept.label, kept.lse, kept.coefficient, kept.terms, count, dz_written,
                 first, N, V, D, block,
                 x.stride(0), weight.stride(0), dz.stride(0),
                 *exponents(softcap, logit_scale, kind), HAS_BIAS=bias is not None, SOFTCAP=kind,

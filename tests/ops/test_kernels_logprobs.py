@@ -8,7 +8,7 @@ from kernel_inputs import DEVICE, make
 from oracles import DTYPES
 
 import tokensel_kernels.vocab_grad
-from tokensel import token_logprobs
+from tokensel import selected_cross_entropy, token_logprobs, token_stats
 from tokensel_kernels import tiles
 from tokensel_kernels.gather_rows import gather_rows
 
@@ -101,10 +101,51 @@ def test_far_off_logits_and_tokens_that_cannot_be(shift, tma, monkeypatch):
         assert value.isfinite().all()
 
 
-def test_rows_that_have_an_entropy_to_learn_from_are_gathered_too():
+def test_rows_that_have_other_terms_to_learn_from_are_gathered_too():
     hidden, _, labels, _ = make(N=40, D=24)
-    coefficient, of_p, of_log_p, lse = torch.zeros(4, 40, device=DEVICE)
-    coefficient[3], of_p[[3, 17]], of_log_p[[17, 39]] = 1.0, 2.0, 3.0
-    kept = gather_rows(hidden, labels, coefficient, lse, 150, 1.0, 16, (of_p, of_log_p))
-    assert kept.count.tolist() == [3] and torch.equal(kept.x[:3], hidden[[3, 17, 39]])
-    assert [t[:3].tolist() for t in kept.terms] == [[2, 2, 0], [0, 3, 3]]
+    coefficient, lse = torch.zeros(2, 40, device=DEVICE)
+    terms = torch.zeros(3, 40, device=DEVICE)
+    coefficient[3], terms[0, [3, 17]], terms[1, [17, 38]], terms[2, 39] = 1.0, 2.0, 3.0, 4.0
+    kept = gather_rows(hidden, labels, coefficient, lse, 150, 1.0, 16, terms)
+    assert kept.count.tolist() == [4] and torch.equal(kept.x[:4], hidden[[3, 17, 38, 39]])
+    assert kept.terms[:, :4].tolist() == [[2, 2, 0, 0], [0, 3, 3, 0], [0, 0, 0, 4]]
+
+
+def losses_of(inputs, labels, keep, impl, **options):
+    """A smoothed loss of each row with z-loss, and its gradients; smoothing has no fused statistics."""
+    hidden, weight, bias = inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    stats = None
+    if impl == "fused":
+        stats = token_stats(hidden, weight, labels, bias=bias, logit_sum=True, impl="reference", **options)
+    terms = {"label_smoothing": 0.2, "z_loss": 0.01, "reduction": "none"}
+    losses = selected_cross_entropy(hidden, weight, labels, keep, stats=stats, bias=bias, impl=impl, **terms, **options)
+    losses.sum().backward()
+    return [losses.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options, tma", [({}, True), ({"softcap": 6.0, "logit_scale": 0.7}, False)], ids=str)
+@pytest.mark.parametrize("impl", ["fused", "chunked"])
+def test_smoothed_labels_and_z_loss(impl, options, tma, dtype, monkeypatch, request):
+    if impl == "fused":
+        small_tiles(monkeypatch, dtype, tma)
+    else:
+        request.getfixturevalue("gpu_chunked")
+    hidden, weight, labels, bias = make(dtype=dtype)
+    keep = torch.randn(len(labels), device=DEVICE)
+    keep[::3] = 0
+    ours = losses_of((hidden, weight, bias), labels, keep, impl, **options)
+    wide = [t.double() for t in (hidden, weight, bias)]
+    exact = losses_of(wide, labels, keep, "reference", **options)
+    eager = losses_of((hidden, weight, bias), labels, keep, "reference", **options)
+    single, rounding = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
+    logit = (wide[0] @ wide[1].T + wide[2]).abs().max()
+    # dz of a row is at most |keep| (2 + twice the z-loss' lse)
+    dz = torch.where(labels != -100, keep.abs() * (2 + 0.02 * logit), 0).double()
+    share = rounding + single * float(logit) * 4
+    bound = {"hidden": dz.max() * wide[1].abs().max(), "weight": dz @ wide[0].abs().amax(1), "bias": dz.sum()}
+    for name, a, b, c in zip(("loss", *bound), ours, eager, exact, strict=True):
+        allowed = 2 * (b.double() - c).abs().max() + 2 * (rounding if name in bound else single * 10) * c.abs().max()
+        allowed += share * bound[name] if name in bound else 0
+        assert (a.double() - c).abs().max() <= allowed, f"{name}: {(a.double() - c).abs().max():.3g} > {allowed:.3g}"
+    assert not ours[1][(keep == 0) | (labels == -100)].any()

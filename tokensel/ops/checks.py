@@ -15,8 +15,9 @@ from tokensel_kernels.rates import RULE, choose
 
 IMPLS = ("auto", "chunked", "reference", "fused")
 AUTO_RULE = (
-    "chunked on a CPU, in float64, and where Triton is not installed; on a GPU, for attention mass and for logits that "
-    f"exist, fused in half precision and chunked in float32; there, from hidden states, {RULE}"
+    "chunked on a CPU, in float64, with a head of another type than the hidden states, and where Triton is not "
+    "installed; on a GPU, for attention mass and for existing logits, fused in half precision and chunked in float32; "
+    f"there, from hidden states, {RULE}"
 )
 
 
@@ -28,13 +29,16 @@ def _fastest(device: torch.device, work: str) -> str:
     return impl
 
 
-def resolve_impl(impl: str, like: Tensor, shard: object = None, work: str | None = None) -> str:
+def resolve_impl(
+    impl: str, like: Tensor, shard: object = None, work: str | None = None, weight: Tensor | None = None
+) -> str:
     """Turns `impl` into the implementation that runs on a tensor's device and dtype, by AUTO_RULE.
 
-    work: "statistics" or "gradient" from hidden states, or None where `auto` has nothing to compare.
+    work: "statistics" or "gradient" from hidden states, or None where `auto` has nothing to compare. weight: the head
+    that hidden states are multiplied with.
 
     Raises:
-        ValueError: an unknown name, `fused` with a dtype that it does not take, or `reference` with a part of a head
+        ValueError: an unknown name, `fused` with dtypes that it does not take, or `reference` with a part of a head
             (`shard` is not None), since it holds whole logits. ImportError: `fused` without
             Triton. What a device lacks, the kernels' tile table says (`tokensel_kernels.tiles`).
     """
@@ -42,8 +46,9 @@ def resolve_impl(impl: str, like: Tensor, shard: object = None, work: str | None
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "reference" and shard is not None:
         raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
+    other = None if weight is None or weight.dtype == like.dtype else weight.dtype
     if impl == "auto":
-        if like.device.type != "cuda" or like.dtype not in KERNEL_DTYPES or not HAS_TRITON:
+        if other is not None or like.device.type != "cuda" or like.dtype not in KERNEL_DTYPES or not HAS_TRITON:
             return "chunked"
         if work is None:
             return "chunked" if like.dtype == torch.float32 else "fused"
@@ -53,6 +58,11 @@ def resolve_impl(impl: str, like: Tensor, shard: object = None, work: str | None
             raise ImportError("impl='fused' needs Triton: pip install triton; or use impl='chunked'")
         if like.dtype not in KERNEL_DTYPES:
             raise ValueError(f"impl='fused' takes float16, bfloat16 or float32, not {like.dtype}; use impl='chunked'")
+        if other is not None:
+            raise ValueError(
+                f"impl='fused' multiplies hidden states and weight of one type, not {like.dtype} and {other}; "
+                "use impl='chunked'"
+            )
     return impl
 
 
@@ -78,8 +88,8 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], like: str) -> No
         raise ValueError(f"{name} must have shape {list(shape)} ({like}); got {list(value.shape)}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden [..., D], weight [V, D], bias [V] of one floating dtype on one device."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [..., D], weight [V, D], bias [V] on one device; the hidden states, in a type that holds the weight's."""
     check_tensor("hidden", hidden, floating=True)
     check_tensor("weight", weight, floating=True)
     if weight.dim() != 2:
@@ -88,11 +98,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"hidden must have shape [..., D] with D = {weight.shape[1]} as in weight [V, D]; got {list(hidden.shape)}"
         )
-    if hidden.dtype != weight.dtype:
-        raise TypeError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
     if bias is not None:
         check_shape("bias", check_tensor("bias", bias, floating=True), (weight.shape[0],), "[V]")
     check_same_device(hidden=hidden, weight=weight, bias=bias)
+    return hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
 
 
 def check_same_vocabulary(**weights: Tensor) -> None:

@@ -29,12 +29,12 @@ def gradients(
     want: Sequence[bool],
     terms: Tensor | None = None,
 ) -> Gradients:
-    """Gradients by dz = coefficient · (p - onehot), or with terms dz = p (terms[0] - terms[1] log p) - coefficient ·
-    onehot. hidden (N, D), weight (V, D); labels, coefficient and lse (N,), terms (2, N)."""
+    """Gradients by dz = coefficient · (p - onehot), or with terms dz = p (terms[0] - terms[1] log p) + terms[2] -
+    coefficient · onehot. hidden (N, D), weight (V, D); labels, coefficient and lse (N,), terms (3, N)."""
     kept = kept_rows(coefficient, terms).nonzero()[:, 0]
     y, log_z = labels[kept], lse[kept]
     upstream = coefficient[kept] * head.logit_scale  # (K,)
-    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (2, K)
+    of_p = None if terms is None else terms[:, kept] * head.logit_scale  # (3, K)
 
     def gradient_of(z: Tensor, rows: slice, start: int) -> Tensor:
         some = None if of_p is None else of_p[:, rows]
@@ -109,14 +109,14 @@ def _as_bias(gradient: Tensor | None, head: Head) -> Tensor | None:
 
 
 def kept_rows(coefficient: Tensor, terms: Tensor | None) -> Tensor:
-    """Whether a row has a gradient at all: (N,), (2, N) -> (N,) bool."""
+    """Whether a row has a gradient at all: (N,), (3, N) -> (N,) bool."""
     return coefficient != 0 if terms is None else (coefficient != 0) | (terms != 0).any(0)
 
 
 def _logits_gradient(
     z: Tensor, labels: Tensor, lse: Tensor, upstream: Tensor, softcap: float | None, terms: Tensor | None
 ) -> Tensor:
-    """`gradients`' dz times dz/du in place, u being the logits before the softcap. z (R, C), terms (2, R)."""
+    """`gradients`' dz times dz/du in place, u being the logits before the softcap. z (R, C), terms (3, R)."""
     slope = None if softcap is None else 1 - (z / softcap) ** 2
     log_p = z.sub_(lse[:, None]).clamp_(min=SMALLEST_EXPONENT)
     inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
@@ -125,9 +125,9 @@ def _logits_gradient(
         log_p.exp_()[at] -= 1
         z *= upstream[:, None]
     else:
-        of_p, of_log_p = terms[:, :, None]  # (R, 1) each
+        of_p, of_log_p, of_one = terms[:, :, None]  # (R, 1) each
         factor = torch.addcmul(of_p, of_log_p, log_p, value=-1)
-        log_p.exp_().mul_(factor)
+        log_p.exp_().mul_(factor).add_(of_one)
         z[at] -= upstream[inside]
     return z if slope is None else z.mul_(slope)
 
@@ -185,7 +185,10 @@ def gradients_on_gpu(
         if d_x is not None:
             add_product(d_x, dz, w)
         if d_weight is not None:
-            torch.mm(dz.T, x, out=d_weight[block])  # accumulated in float32, rounded once
+            same = dz.dtype == d_weight.dtype
+            dw = torch.mm(dz.T, x, out=d_weight[block] if same else None)  # accumulated in float32, rounded once
+            if not same:
+                d_weight[block] = dw
         if d_bias is not None:
             d_bias[block] = dz.sum(0, dtype=torch.float32)
     return None if d_x is None else d_x.to(hidden.dtype), d_weight, d_bias

@@ -7,6 +7,7 @@ whose upstream gradient is not zero.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,8 +75,11 @@ def _compute_gradients(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log p of the labels and, where it is given, the entropy, (N,) each, as functions of hidden states and head."""
+class _RowStatistics(torch.autograd.Function):
+    """log p of the labels, lse and, where given, entropy and sum of the logits, as functions of hidden states and head.
+
+    (N,) each.
+    """
 
     @staticmethod
     def forward(
@@ -87,45 +91,53 @@ class _TokenLogprobs(torch.autograd.Function):
         lse: Tensor,
         nll: Tensor,
         entropy: Tensor | None,
+        logit_sum: Tensor | None,
         softcap: float | None,
         logit_scale: float,
         impl: str,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
         ctx.softcap, ctx.logit_scale, ctx.impl = softcap, logit_scale, impl
         ctx.set_materialize_grads(False)
-        return -nll, None if entropy is None else entropy.clone()
+        return -nll, lse.clone(), *(None if known is None else known.clone() for known in (entropy, logit_sum))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_log_p: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
-        for name, upstream in (("log-probabilities", of_log_p), ("entropies", of_entropy)):
-            check_finite(f"the gradient of the {name}", upstream)
+        for name, of in zip(("log-probabilities", "lse", "entropies", "logits' sums"), upstream, strict=True):
+            check_finite(f"the gradient of the {name}", of)
+        of_log_p, of_lse, of_entropy, of_sum = upstream
         coefficient = torch.zeros_like(lse) if of_log_p is None else -of_log_p  # of the nll
         terms = None
-        if of_entropy is not None:  # of the entropy H in the logits: -p (log p + H)
-            of_p = coefficient - torch.where(of_entropy != 0, of_entropy * entropy, 0)  # a row without may be anything
-            terms = torch.stack([of_p, of_entropy])
+        if any(of is not None for of in upstream[1:]):
+            of_p, nothing = coefficient, torch.zeros_like(lse)
+            if of_lse is not None:
+                of_p = of_p + of_lse
+            if of_entropy is not None:  # of the entropy H in the logits: -p (log p + H)
+                of_p = of_p - torch.where(of_entropy != 0, of_entropy * entropy, 0)  # a row without may be anything
+            terms = torch.stack([of_p, *(nothing if of is None else of for of in (of_entropy, of_sum))])
         want = list(ctx.needs_input_grad[:3])
         options = (ctx.softcap, ctx.logit_scale, want, ctx.impl)
         rows = (labels, coefficient, lse, terms)
         gradients = iter(_compute_gradients(hidden, weight, bias, *rows, *options))
-        return *(next(gradients) if wanted else None for wanted in want), *[None] * 7
+        return *(next(gradients) if wanted else None for wanted in want), *[None] * 8
 
 
-def _row_logprobs(
+def _row_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, stats: TokenStats, head: Head, impl: str
-) -> list[Tensor]:
-    """[log p, and the entropy if there is one] of rows whose statistics are known, with their gradients.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(log p, lse, entropy, sum of the logits) of rows whose statistics are known, with their gradients.
 
-    hidden (N, D), weight (V, D), labels (N,).
+    hidden (N, D), weight (V, D), labels (N,); None where the statistics have none.
     """
-    entropy = None if stats.entropy is None else stats.entropy.reshape(-1)
-    rows = (labels, stats.lse.reshape(-1), stats.nll.reshape(-1), entropy)
-    apply: Any = _TokenLogprobs.apply  # autograd gives it no types
-    results = apply(hidden, weight, head.bias, *rows, head.softcap, head.logit_scale, impl)
-    return [values for values in results if values is not None]
+    known = (stats.lse, stats.nll, stats.entropy, stats.logit_sum)
+    of_rows = [None if of is None else of.reshape(-1) for of in known]
+    apply: Any = _RowStatistics.apply  # autograd gives it no types
+    results: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(
+        hidden, weight, head.bias, labels, *of_rows, head.softcap, head.logit_scale, impl
+    )
+    return results
 
 
 def token_logprobs(
@@ -189,9 +201,9 @@ def token_logprobs(
     check_positive("temperature", temperature)
     check_positive("softcap", softcap)
     hidden, weight, bias, shard = local_head(hidden, weight, bias)
-    check_head(hidden, weight, bias)
+    hidden = check_head(hidden, weight, bias)
     check_shape("stats.lse", stats.lse, check_labels(labels, hidden.shape[:-1]).shape, "one entry a label")
-    impl = resolve_impl(impl, hidden, shard, "gradient")
+    impl = resolve_impl(impl, hidden, shard, "gradient", weight)
     head = Head(bias, softcap, float(logit_scale)).tempered(temperature)
     x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     valid = y != ignore_index
@@ -202,8 +214,9 @@ def token_logprobs(
             results = [nothing.masked_scatter(at, values) for values in of_valid]
         else:
             y = y if shard is None else shard.labels(y, ignore_index)
-            some = stats if entropy else TokenStats(stats.lse, stats.target_logit)
-            of_rows = _row_logprobs(x, weight, y, some, head, impl)
+            some = TokenStats(stats.lse, stats.target_logit, entropy=stats.entropy if entropy else None)
+            log_p, _, entropies, _ = _row_statistics(x, weight, y, some, head, impl)
+            of_rows = [log_p] if entropies is None else [log_p, entropies]
             results = [torch.where(valid, values, 0).view(labels.shape) for values in of_rows]
     if shift:
         results = [pad(values, (1, 0))[..., :-1] for values in results]
@@ -218,35 +231,51 @@ def selected_cross_entropy(
     *,
     stats: TokenStats | None = None,
     denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "sum",
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> Tensor:
-    """Σ keep · nll / denominator, differentiable in `hidden`, `weight` and `bias`.
+    """Σ keep · loss / denominator, differentiable in `hidden`, `weight` and `bias`; the loss of a row is its nll.
+
+    With label smoothing ε and a z-loss of c it is (1 - ε) nll + ε (mean nll of all V tokens) + c lse²
+    (arXiv 1512.00567, sec. 7; arXiv 2204.02311, sec. 5).
 
     Args:
         hidden: [..., D]; weight: [V, D]; labels: [...] int64 or int32; bias: [V]; softcap, logit_scale: as in
             `token_stats`, which also says how a head that is sharded over ranks is given: it gets the gradient of its
             own rows, and `hidden` the sum over ranks.
-        keep: [...] bool, or real weights (also negative; constants for the gradient). Ignored rows never count.
+        keep: [...] bool, or real weights (also negative; constants for the gradient): `class_weight[labels]` weighs
+            classes. Ignored rows never count.
         stats: TokenStats of the same hidden, weight and labels, which were checked with them. Given, the forward does
-            no matrix product.
+            no matrix product. Smoothing needs their `logit_sum`.
         denominator: number or scalar tensor; None means `Σ |keep|`, the number kept for a boolean mask.
+        label_smoothing: ε, in [0, 1). The statistics are then chunked where impl is "auto".
+        z_loss: c, not negative.
+        reduction: "sum", or "none" for keep · loss / denominator of each row, where a denominator of None is 1.
         ignore_index: label of rows that are not part of the loss.
         impl: "auto", "chunked", "fused" or "reference".
     Returns:
-        Scalar, float32 (float64 for float64 input). With nothing kept: 0, with zero gradients.
+        Scalar, or [...] for "none"; float32 (float64 for float64 input). With nothing kept: 0, with zero gradients.
     Raises:
         TypeError, ValueError: the argument, what was expected and what was given.
     """
     whole = (hidden, weight, bias)
     hidden, weight, bias, shard = local_head(*whole)
-    check_head(hidden, weight, bias)
-    asked, impl = impl, resolve_impl(impl, hidden, shard, "gradient")
+    hidden = check_head(hidden, weight, bias)
+    asked, impl = impl, resolve_impl(impl, hidden, shard, "gradient", weight)
     labels = check_labels(labels, hidden.shape[:-1])
     check_positive("softcap", softcap)
+    for name, value, most in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, math.inf)):
+        check_number(name, value)
+        if not 0 <= value < most:
+            raise ValueError(f"{name} must be in [0, {most:g}); got {value}")
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction must be 'sum' or 'none'; got {reduction!r}")
     check_shape("keep", check_tensor("keep", keep), tuple(labels.shape), "one entry a label")
     check_same_device(hidden=hidden, labels=labels, keep=keep)
     if not (keep.dtype == torch.bool or keep.is_floating_point()):
@@ -258,6 +287,7 @@ def selected_cross_entropy(
             bias=whole[2],
             softcap=softcap,
             logit_scale=logit_scale,
+            logit_sum=label_smoothing > 0,
             ignore_index=ignore_index,
             impl=asked,
         )
@@ -266,23 +296,37 @@ def selected_cross_entropy(
     else:
         check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
         check_same_device(**{"hidden": hidden, "stats.lse": stats.lse})
+        if label_smoothing and stats.logit_sum is None:
+            raise ValueError("label_smoothing needs stats.logit_sum; make the statistics with logit_sum=True")
 
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     coefficient = torch.where(y != ignore_index, keep.detach().reshape(-1).to(dtype), 0)
     if denominator is None:
-        denominator = coefficient.abs().sum()
-    elif not isinstance(denominator, Tensor):
+        denominator = coefficient.abs().sum() if reduction == "sum" else 1.0
+    if not isinstance(denominator, Tensor):
         denominator = torch.full((), denominator, dtype=dtype, device=hidden.device)  # a copy would make the host wait
     elif denominator.numel() != 1:
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
     coefficient = torch.where(denominator != 0, coefficient / denominator, 0)
     head = Head(bias, softcap, float(logit_scale))
+    rows = coefficient != 0
     with torch.autocast(hidden.device.type, enabled=False):  # or it would round what is float32 on purpose
         if stats is None or impl == "reference":
-            rows = coefficient != 0
             logits = reference.head_logits(x[rows], weight, *head)
-            return reference.selected_loss(logits, y[rows], coefficient[rows])
-        y = y if shard is None else shard.labels(y, ignore_index)
-        (log_p,) = _row_logprobs(x, weight, y, TokenStats(stats.lse, stats.target_logit), head, impl)
-        return -torch.where(coefficient != 0, coefficient * log_p, 0).sum()  # a dropped row may be anything
+            of_kept = reference.losses(logits, y[rows], label_smoothing, z_loss) * coefficient[rows]
+            losses = torch.zeros_like(coefficient).masked_scatter(rows, of_kept)
+        else:
+            y = y if shard is None else shard.labels(y, ignore_index)
+            logit_sum = stats.logit_sum if label_smoothing else None
+            some = TokenStats(stats.lse, stats.target_logit, logit_sum=logit_sum)
+            log_p, lse, _, logit_sum = _row_statistics(x, weight, y, some, head, impl)
+            log_p = torch.where(rows, log_p, 0)  # a dropped row may be anything
+            losses = -coefficient * log_p
+            if label_smoothing or z_loss:
+                lse = torch.where(rows, lse, 0)
+                losses = losses + coefficient * z_loss * lse.square()
+            if logit_sum is not None:
+                mean = torch.where(rows, logit_sum, 0) / whole[1].shape[0]
+                losses = losses + coefficient * label_smoothing * (log_p + lse - mean)
+        return losses.sum() if reduction == "sum" else losses.view(labels.shape)

@@ -28,6 +28,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     Raises:
         ImportError: half-precision inputs on a PyTorch older than 2.8.
     """
+    b = b.to(a.dtype)  # of a head of another type
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, *_float32(), out=out)
 
 
@@ -37,6 +38,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> Tensor:
     a (M, K), b (K, N), total (M, N) of their type or float32. On a CPU half-precision products are rounded before they
     are added, since its library has no others.
     """
+    b = b.to(a.dtype)  # of a head of another type
     if a.dtype == total.dtype:
         return total.addmm_(a, b, beta=beta)
     if total.device.type != "cpu":

@@ -69,9 +69,10 @@ def token_stats(
 
     Args:
         hidden: [..., D] final hidden states, any strides; row i predicts `labels[i]`.
-        weight: [V, D] language-model head, of hidden's dtype (float16, bfloat16, float32 or float64). A DTensor with
-            Shard(0) is a head whose vocabulary is spread over ranks; `hidden` is then a replicated DTensor, and each
-            rank gets the statistics over the whole vocabulary.
+        weight: [V, D] language-model head: float16, bfloat16, float32 or float64. Of another dtype than `hidden`, both
+            are multiplied in the wider one, a block of the head at a time (chunked). A DTensor with Shard(0) is a head
+            whose vocabulary is spread over ranks; `hidden` is then a replicated DTensor, and each rank gets the
+            statistics over the whole vocabulary.
         labels: [...] int64 or int32; rows that equal `ignore_index` are not read.
         bias: [V].
         temperature: divides these logits; the statistics are of the divided ones.
@@ -184,7 +185,7 @@ def _models_stats(
     for name, (whole_hidden, whole_weight) in zip(names if len(models) > 1 else ("hidden",), models, strict=True):
         x, w, local_bias, shard = local_head(whole_hidden, whole_weight, bias)
         check_same_device(**{name: check_tensor(name, x), "labels": check_tensor("labels", labels)})
-        check_head(x, w, local_bias)
+        x = check_head(x, w, local_bias)
         labels = check_labels(labels, x.shape[:-1])
         hidden.append(x.reshape(-1, x.shape[-1]))  # (N, D)
         weight.append(w)  # (V, D)
@@ -194,7 +195,9 @@ def _models_stats(
         if impl == "fused":
             raise ValueError(f"impl='fused' has no {', '.join(asked)}; use impl='chunked'")
         impl = "chunked" if impl == "auto" else impl
-    impl = resolve_impl(impl, hidden[0], shard, "statistics")
+    pairs = list(zip(hidden, weight, strict=True))
+    x, w = next((pair for pair in pairs if pair[0].dtype != pair[1].dtype), pairs[0])
+    impl = resolve_impl(impl, x, shard, "statistics", w)
     dtypes = {x.dtype for x in hidden}
     if len(dtypes) > 1 and (impl == "fused" or contrast is not None):
         both = " and ".join(sorted(map(str, dtypes)))
@@ -207,7 +210,7 @@ def _models_stats(
     if shard is not None:
         y, ignore_index = shard.labels(y, ignore_index), shard.IGNORED
     head = Head(local_bias, softcap, float(logit_scale)).tempered(temperature)
-    pairs, mib = list(zip(hidden, weight, strict=True)), float(workspace_mib)
+    mib = float(workspace_mib)
     with torch.autocast(labels.device.type, enabled=False):  # or it would round what is float32 on purpose
         label_logit = None
         if rank:
