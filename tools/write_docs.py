@@ -73,7 +73,7 @@ def step() -> str:
     results = speed_results()["cpu"]
     return "\n\n".join(
         [
-            *tables.step(results, without=("/ ours", "error of the loss")),
+            *tables.step(results, without=("/ ours", "error of the loss", "of the gradients")),
             f"`make bench` on {machine_line(results)}.",
         ]
     )

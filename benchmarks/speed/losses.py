@@ -169,12 +169,7 @@ def _quack(device: torch.device, softcap: float | None) -> LinearLoss:
 
 
 def _trl(device: torch.device, softcap: float | None) -> LinearLoss:
-    need_gpu(device)
-    return trl_chunked(softcap)
-
-
-def trl_chunked(softcap: float | None) -> LinearLoss:
-    """TRL's chunked log-probabilities, log p alone: library products in the inputs' type, folded by a Triton kernel."""
+    """TRL's chunked log-probabilities, log p alone: library products, folded by a Triton kernel, on CPUs by PyTorch."""
     from trl.kernels import ChunkedLogProbFunction
 
     def each(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -120,10 +120,17 @@ def step_rows(results: Results) -> list[dict]:
                 f"{dtype}: / ours": _times(seconds / ours if seconds and (ours := _median(record, results)) else None),
                 f"{dtype}: extra MiB": "" if way in floors else _mib(result),
                 f"{dtype}: error of the loss": "" if way in floors else f"{errors['loss']:.0e}" if errors else NONE,
+                f"{dtype}: of the gradients": "" if way in floors else _gradients_error(errors),
                 f"{dtype}: kept unlike float64": "" if way in floors else errors.get("kept", NONE),
             }
         rows.append(row)
     return rows
+
+
+def _gradients_error(errors: dict) -> str:
+    """The larger of both gradients' errors, as a share of the gradient."""
+    shares = [error for name, error in errors.items() if name.startswith("d_")]
+    return f"{max(shares):.0e}" if shares else NONE
 
 
 def _median(record: dict, results: Results) -> float | None:

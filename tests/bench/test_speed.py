@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import machine
-from benchmarks.speed import cases, floors, losses, measure, peers
+from benchmarks.speed import cases, floors, measure, peers
 from benchmarks.speed.cases import SETS, Case
 from benchmarks.speed.inputs import INPUTS
 
@@ -50,10 +50,6 @@ def ways(monkeypatch):
         )
 
     return replace
-
-
-def largest_error(s, out):
-    return max(s.errors(out).values())
 
 
 def exact_nll(s):
@@ -106,19 +102,8 @@ def test_every_way_that_takes_a_softcap_is_right(work, clock, monkeypatch):
         torch.compiler.set_stance("default")
     assert ways["torch"]["absent"] == "has no softcap"
     measured = {name: result for name, result in ways.items() if "absent" not in result}
-    assert set(measured) == {"tokensel chunked", "published", "compiled chunks"}
+    assert set(measured) - {"TRL chunked"} == {"tokensel chunked", "published", "compiled chunks"}  # TRL may be missing
     assert all(error <= 1e-4 for result in measured.values() for error in result["errors"].values())
-
-
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_trl_is_asked_for_what_it_gives(softcap):
-    pytest.importorskip("trl")
-    s = INPUTS["kept_backward"](small("kept_backward", softcap=softcap), CPU)
-    loss = losses.trl_chunked(softcap)
-    assert largest_error(s, {"nll": loss.losses(s)[:2]}) <= 1e-4
-    value = loss.kept_loss(s, s.given_keep, None)
-    value.backward()
-    assert largest_error(s, {"loss": value.detach(), "keep": s.given_keep}) <= 1e-4
 
 
 @pytest.mark.parametrize("error", [1e-2, math.nan])
