@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -37,6 +39,23 @@ def in_new_process(function: Callable, *arguments: object) -> object:
 def measured(run: object) -> bool:
     """Whether a run has ended well: None is one that has not been started."""
     return run is not None and not (isinstance(run, dict) and "failed" in run)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody else fills in these results meanwhile; `path`.lock stays behind, and is nobody's once its process ends.
+
+    Raises:
+        BlockingIOError: another process does.
+    """
+    with open(path.with_name(f"{path.name}.lock"), "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, f"another process is filling in {path}; --output another folder"
+            ) from error
+        yield
 
 
 def resume(path: Path, settings: dict, has_form: Callable[[dict], bool] = lambda results: True) -> dict:

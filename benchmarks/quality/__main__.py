@@ -19,6 +19,7 @@ again. A study that was interrupted goes on when it is started again with the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ from benchmarks.quality.signals import NOISY, run_signals, signals_table
 from benchmarks.quality.tables import TABLES, all_runs, has_form
 from benchmarks.quality.text_rows import text_parts
 from benchmarks.quality.worlds import SHORT, STEPS, WIDTH
-from benchmarks.resume import RESULTS, goes_on, measured, resume, write
+from benchmarks.resume import RESULTS, alone, goes_on, measured, resume, write
 from tokensel.pretrained import PRETRAINED
 
 STUDIES = {"planted": studies.planted, "text": studies.text, "feedback": studies.feedback}
@@ -93,10 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     parser, parsers = _parser()
     options = parser.parse_args(argv)
     be_quiet()
-    (_run_real if options.study in REAL else _run_made)(options, parsers[options.study])
+    with contextlib.ExitStack() as locked:  # until the study ends
+        (_run_real if options.study in REAL else _run_made)(options, parsers[options.study], locked)
 
 
-def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser, locked: contextlib.ExitStack) -> None:
     """A study of a pretrained model. Its results may come from several machines and commits: each run tells its own."""
     run, table, _ = REAL[options.study]
     study = RealStudy(
@@ -113,6 +115,7 @@ def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     try:
         for folder in (options.output, options.work):
             folder.mkdir(parents=True, exist_ok=True)
+        locked.enter_context(alone(path))
         before = {} if options.fresh else resume(path, {}, has_form)
         results = goes_on(before, settings(study) | {"study": options.study}, path)
         _told(results, path)
@@ -124,7 +127,7 @@ def _run_real(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     _end(table(results), results, path, options.output)
 
 
-def _run_made(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _run_made(options: argparse.Namespace, parser: argparse.ArgumentParser, locked: contextlib.ExitStack) -> None:
     """A study of the model that is made here."""
     table = TABLES[options.study]
     path = options.output / f"quality.{options.study}.json"
@@ -133,6 +136,7 @@ def _run_made(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     given = []
     try:  # what can be wrong is seen before anything is trained
         options.output.mkdir(parents=True, exist_ok=True)
+        locked.enter_context(alone(path))
         if options.study == "text":
             given.append(text_parts(options.file, options.scale))
             sha256 = hashlib.sha256(options.file.read_bytes()).hexdigest()
