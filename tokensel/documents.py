@@ -7,7 +7,8 @@ and the packing boundaries, and is handed along. All tensors are [B, S] and labe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -275,3 +276,54 @@ def prompt_keys(labels: Tensor, prompt: str = "all", segment_ids: Tensor | None 
     if prompt == "context":
         return torch.ones_like(labels, dtype=torch.bool), turn_ids(labels)
     raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}; got {prompt!r}")
+
+
+_MASKS = ("completion_mask", "assistant_masks")  # which TRL makes of text; 1 = a response token
+_ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")  # of its DPO and KTO trainers
+
+
+def documents_of(row: Mapping[str, Any], max_length: int | None = None) -> list[dict[str, list[int]]]:
+    """The documents of a row, as a trainer sees them: lists `input_ids` and `labels` of each.
+
+    Args:
+        row: `input_ids`, and `labels` or the masks that TRL makes of text (1 = a response token); with neither every
+            token is a response. Perhaps `attention_mask`, 0 = padding, which is no part of a document, and
+            `seq_lengths`, those of the documents that TRL has packed into the row. Or `prompt_ids` and the answers to
+            it, as TRL's DPO and KTO trainers have them; each answer makes a document.
+        max_length: a prompt with its answer is cut to this many tokens, as TRL's collators do.
+    Raises:
+        ValueError: no `input_ids`, or lists that differ in length.
+    """
+    if "prompt_ids" in row and "input_ids" not in row:
+        return [document for answered in _answered(row, max_length) for document in documents_of(answered)]
+    if "input_ids" not in row:
+        raise ValueError(f"a row must have input_ids; it has {', '.join(row) or 'nothing'}. Tokenise the rows first")
+    ids, labels, valid = (_listed(row.get(name)) for name in ("input_ids", "labels", "attention_mask"))
+    lengths = _listed(row.get("seq_lengths")) or [len(ids)]
+    masks = {name: _listed(row[name]) for name in _MASKS if row.get(name) is not None} if labels is None else {}
+    for name, values in {"labels": labels, "attention_mask": valid, **masks}.items():
+        if values is not None and len(values) != len(ids):
+            raise ValueError(f"{name} has {len(values)} entries, but the row has {len(ids)} input_ids")
+    if sum(lengths) != len(ids):
+        raise ValueError(f"seq_lengths are {' + '.join(map(str, lengths))}, but the row has {len(ids)} input_ids")
+    if labels is None:
+        labels = [token if all(bits) else IGNORE_INDEX for token, *bits in zip(ids, *masks.values(), strict=True)]
+    documents = []
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        places = [i for i in range(end - length, end) if valid is None or valid[i]]
+        if places:  # nothing predicts the first token
+            answers = [IGNORE_INDEX, *(labels[i] for i in places[1:])]
+            documents.append({"input_ids": [ids[i] for i in places], "labels": answers})
+    return documents
+
+
+def _answered(row: Mapping[str, Any], max_length: int | None) -> Iterator[dict[str, list[int]]]:
+    """The prompt of a row with each of its answers, which are responses."""
+    prompt = _listed(row["prompt_ids"])
+    for answer in (_listed(row[name]) for name in _ANSWERS if row.get(name) is not None):
+        whole = {"input_ids": [*prompt, *answer], "completion_mask": [0] * len(prompt) + [1] * len(answer)}
+        yield {name: values[:max_length] for name, values in whole.items()}
+
+
+def _listed(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values

@@ -28,7 +28,8 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     tokenizer = load_tokenizer(settings)
-    rows, counts = encode_dataset(settings, settings.dataset_name, settings.dataset_split, tokenizer)
+    split, both = settings.dataset_split, settings.both_answers
+    rows, counts = encode_dataset(settings, settings.dataset_name, split, tokenizer, both_answers=both)
     rows = rows.select_columns(["input_ids", "labels"])
     model = load_model(settings)
     check_fit(settings.dataset_name, counts, tokenizer, model)

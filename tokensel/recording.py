@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,49 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from tokensel.documents import IGNORE_INDEX, document_keys, to_labels, to_rows
+from tokensel.documents import IGNORE_INDEX, document_keys, documents_of, to_labels, to_rows
 from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
 from tokensel.ops.checks import check_positive
 from tokensel.ops.stats import token_stats_contrast
 from tokensel.store import HistoryWriter, tokenizer_fingerprint
 from tokensel.store.shards import Shards, publish
-
-_MASKS = ("completion_mask", "assistant_masks")  # which TRL makes of text; 1 = a response token
-
-
-def documents_of(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The documents of a row, as a trainer sees them: lists `input_ids` and `labels` of each.
-
-    Args:
-        row: `input_ids`, and `labels` or the masks that TRL makes of text (1 = a response token); with neither every
-            token is a response. Perhaps `attention_mask`, 0 = padding, which is no part of a document, and
-            `seq_lengths`, those of the documents that TRL has packed into the row.
-    Raises:
-        ValueError: no `input_ids`, or lists that differ in length.
-    """
-    if "input_ids" not in row:
-        raise ValueError(f"a row must have input_ids; it has {', '.join(row) or 'nothing'}. Tokenise the rows first")
-    ids, labels, valid = (_listed(row.get(name)) for name in ("input_ids", "labels", "attention_mask"))
-    lengths = _listed(row.get("seq_lengths")) or [len(ids)]
-    masks = {name: _listed(row[name]) for name in _MASKS if row.get(name) is not None} if labels is None else {}
-    for name, values in {"labels": labels, "attention_mask": valid, **masks}.items():
-        if values is not None and len(values) != len(ids):
-            raise ValueError(f"{name} has {len(values)} entries, but the row has {len(ids)} input_ids")
-    if sum(lengths) != len(ids):
-        raise ValueError(f"seq_lengths are {' + '.join(map(str, lengths))}, but the row has {len(ids)} input_ids")
-    if labels is None:
-        labels = [token if all(bits) else IGNORE_INDEX for token, *bits in zip(ids, *masks.values(), strict=True)]
-    documents = []
-    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-        places = [i for i in range(end - length, end) if valid is None or valid[i]]
-        if places:  # nothing predicts the first token
-            answers = [IGNORE_INDEX, *(labels[i] for i in places[1:])]
-            documents.append({"input_ids": [ids[i] for i in places], "labels": answers})
-    return documents
-
-
-def _listed(values: Any) -> Any:
-    return values.tolist() if hasattr(values, "tolist") else values
 
 
 class Identity(NamedTuple):
@@ -297,14 +260,16 @@ def record_losses(
 
     Args:
         model: a transformers causal language model, perhaps with adapters, which are on; it runs where it is.
-        rows: a Dataset, or another sequence of mappings as `documents_of` reads them: `input_ids` and `labels`.
+        rows: a Dataset, or another sequence of mappings as `documents_of` reads them: `input_ids` and `labels`, or the
+            prompts and answers of a trainer of preferences of TRL.
         path: the Parquet file to make; must not exist yet.
         tokenizer: a trainer with another one will refuse the store; None = it is not compared.
         batch_size: documents in a forward pass.
         impl: of the statistics.
         first_token: score the responses alone, behind this token (`t_shirt`).
         negative: score under softmax(2 z - z'), z' of this model (`critical_tokens`).
-        model_name, dataset, max_length, chat: what a later error says the store was made from (see `HistoryWriter`).
+        model_name, dataset, chat: what a later error says the store was made from (see `HistoryWriter`).
+        max_length: so is this; prompts with answers are cut to it, as TRL cuts them.
     Returns:
         rows, documents, response_tokens, mean_nll (nats), tokens_per_second.
     Raises:
@@ -327,7 +292,7 @@ def record_losses(
     def all_documents() -> Iterator[dict]:
         for number in range(len(rows)):
             try:
-                documents = documents_of(rows[number])
+                documents = documents_of(rows[number], max_length)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
             counts.append(len(documents))
@@ -338,7 +303,7 @@ def record_losses(
     first = numpy.cumsum(counts) - counts
 
     def document(number: int) -> dict:
-        return documents_of(rows[int(row_of[number])])[number - first[row_of[number]]]
+        return documents_of(rows[int(row_of[number])], max_length)[number - first[row_of[number]]]
 
     if first_token is not None:
         _refuse_other_responses(identity, document, row_of)

@@ -80,6 +80,13 @@ class ScoreArguments(DataArguments):
             "help": "Score the response tokens alone, behind the tokenizer's BOS (EOS where it has none), for t_shirt."
         },
     )
+    both_answers: bool = field(
+        default=False,
+        metadata={
+            "help": "Of preference pairs, record both answers with the tokens that TRL's DPOTrainer makes of them: its "
+            "reference, for tokensel.use_token_logprobs."
+        },
+    )
     contrast_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Score under softmax(2 z - z'), z' of this model of wrong answers, for critical_tokens."},

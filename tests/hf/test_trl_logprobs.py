@@ -2,90 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
-import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from training import PLAIN, TOKENIZER, build, largest_difference, weights
-from transformers import AutoModelForCausalLM
+from training import build
+from trl_policies import assert_same_run, logged, maker, trl
 
 from tokensel import apply_to, remove, use_token_logprobs
 from tokensel.model import Forward
-from tokensel.testing import make_rows
-
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'tokensel[trl]'")
-if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-    pytest.skip(f"TRL {trl.__version__} does not ask its models for log-probabilities", allow_module_level=True)
-
-ROWS = make_rows(12, seed=5)
-PAIRS = [
-    {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
-    for a, b in zip(ROWS[::2], ROWS[1::2], strict=True)
-]
-LABELLED = [
-    {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-    for pair in PAIRS
-    for side in ("chosen", "rejected")
-]
-PROMPTS = [{"prompt": row["prompt"]} for row in ROWS[:4]]
-# float64 models; TRL's log-probabilities are float32, ours are the model's
-CLOSE = {"rel": 1e-4, "abs": 2e-5}
-
-
-def lengths(completions, **_):
-    return [float(len(text) % 7) for text in completions]
-
-
-def settings(tmp_path, **changes):
-    ours = {"output_dir": str(tmp_path / "out"), "bf16": False, "learning_rate": 0.02, "max_steps": 2}
-    return PLAIN | ours | changes
 
 
 @pytest.fixture
 def make(tmp_path):
-    """`make(kind, **settings)`: a trainer of TRL on a model that it can load again as the reference."""
-    build().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-
-    def make(kind, peft_config=None, **changes):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
-        return made(kind, tmp_path, model, peft_config, **changes)
-
-    return make
-
-
-def made(kind, tmp_path, model, peft_config, **changes):
-    common = {"processing_class": copy.deepcopy(TOKENIZER), "peft_config": peft_config}
-    if kind == "GRPO":
-        how = {"num_generations": 2, "max_completion_length": 8, "temperature": 0.7, "beta": 0.1}
-        args = trl.GRPOConfig(**settings(tmp_path, **how | changes))
-        return trl.GRPOTrainer(
-            model, reward_funcs=lengths, args=args, train_dataset=datasets.Dataset.from_list(PROMPTS), **common
-        )
-    rows = datasets.Dataset.from_list(PAIRS if kind == "DPO" else LABELLED)
-    trainer, config = (getattr(trl, f"{kind}{part}") for part in ("Trainer", "Config"))
-    return trainer(model, args=config(**settings(tmp_path, **changes)), train_dataset=rows, **common)
-
-
-def logged(trainer):
-    """What is measured at each step, but for times."""
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [
-        {name: x for name, x in entry.items() if not any(t in name for t in ("time", "runtime"))} for entry in entries
-    ]
-
-
-def assert_same_run(ours, theirs, ties=()):
-    """ties: what is counted by comparing two numbers that are equal but for their rounding."""
-    assert len(logged(ours)) == 2
-    for mine, trls in zip(logged(ours), logged(theirs), strict=True):
-        assert mine.keys() == trls.keys()
-        for name in mine.keys() - set(ties):
-            assert mine[name] == pytest.approx(trls[name], **CLOSE, nan_ok=True), name
-    assert largest_difference(weights(ours), weights(theirs)) < 1e-5
-    assert any(entry["grad_norm"] > 1e-3 for entry in logged(theirs))
+    return maker(tmp_path)
 
 
 RUNS = {
@@ -95,6 +24,7 @@ RUNS = {
     "KTO": {},
     "GRPO": {},
     "GRPO, entropy mask": {"top_entropy_quantile": 0.5},
+    "RLOO": {},
 }
 
 
@@ -197,3 +127,12 @@ def test_a_trainer_that_does_not_ask_is_named(tmp_path):
     trainer = Trainer(build(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="Trainer .*does not ask its model for log-probabilities; supported are DPO"):
         use_token_logprobs(trainer)
+
+
+def test_a_trainer_of_trl_that_has_moved_is_named_with_the_version_and_those_that_are_supported(make, monkeypatch):
+    """As in TRL 1.9, whose trainers call their models for logits."""
+    monkeypatch.setattr(trl.trainer.dpo_trainer, "add_fused_lm_head", lambda *_, **__: None)
+    message = rf"DPOTrainer \(TRL {trl.__version__}\) does not ask .* supported are DPOTrainer, .* of TRL 1\.16"
+    with pytest.raises(ValueError, match=message):
+        use_token_logprobs(trainer := make("DPO"))
+    assert not hasattr(trainer.model, "_tokensel_patched")

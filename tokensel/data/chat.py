@@ -75,8 +75,8 @@ def encode_chat(
         RowError: messages or tools of another form, or a template that refuses them.
         ValueError: a tokenizer without a template, or a slow one.
     """
-    messages = _checked_messages(index, messages)
-    chat = _Chat(index, messages, tokenizer, _checked_tools(index, tools), template_kwargs, chat_template)
+    messages = checked_messages(index, messages)
+    chat = TemplatedChat(index, messages, tokenizer, checked_tools(index, tools), template_kwargs, chat_template)
     answers = [i for i in range(prompt_messages, len(messages)) if messages[i]["role"] == "assistant"]
     whole = chat.encode(len(messages), answers)
     if whole is not None:
@@ -86,7 +86,7 @@ def encode_chat(
     return documents
 
 
-def _checked_messages(index: int, messages: Any) -> list[dict]:
+def checked_messages(index: int, messages: Any) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise RowError(index, f"messages must be a list of {{role, content}}; got {describe(messages)}")
     for i, message in enumerate(messages):
@@ -129,7 +129,7 @@ def _strange(value: Any) -> Any:
     return _STRANGE if isinstance(value, str) else value
 
 
-def _checked_tools(index: int, tools: Any) -> list[dict] | None:
+def checked_tools(index: int, tools: Any) -> list[dict] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -143,7 +143,7 @@ def _checked_tools(index: int, tools: Any) -> list[dict] | None:
     return _without_none(tools) or None  # some templates introduce tools that are not there
 
 
-class _Chat:
+class TemplatedChat:
     """A chat and its template."""
 
     def __init__(self, index: int, messages: list[dict], tokenizer, tools, template_kwargs, chat_template):
@@ -176,7 +176,7 @@ class _Chat:
             )
         return message
 
-    def _apply(self, messages: list[dict], **options) -> Any:
+    def apply(self, messages: list[dict], **options) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, **self.options, **options)
         except Exception as error:  # a template is foreign code, which may raise anything
@@ -185,7 +185,7 @@ class _Chat:
 
     def _render(self, messages: list[dict], prompt: bool = False) -> str:
         """The text of messages; with `prompt` the generation prompt behind it."""
-        return self._apply(messages, tokenize=False, add_generation_prompt=prompt)
+        return self.apply(messages, tokenize=False, add_generation_prompt=prompt)
 
     def _first(self, count: int, prompt: bool = False) -> str | None:
         """The text of the first `count` messages; None where the template refuses them alone."""
@@ -286,7 +286,7 @@ class _Chat:
         return _common(self._render(strange), text)
 
     def _marked_owners(self, count: int, answers: list[int]) -> tuple[list[int], list[int | None]] | None:
-        marked = self._apply(
+        marked = self.apply(
             self.messages[:count],
             tokenize=True,
             return_dict=True,

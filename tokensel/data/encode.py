@@ -17,7 +17,9 @@ import pyarrow.compute
 
 from tokensel.data.chat import TURNS, Encoded, checked_weight, describe, encode_chat, is_finite
 from tokensel.data.layouts import COLUMNS, Chat, Reading, Text, Tokens, read_row
+from tokensel.data.pairs import encode_pair
 from tokensel.data.rows import RowError, as_dataset
+from tokensel.data.text import encode_text
 from tokensel.documents import IGNORE_INDEX
 
 
@@ -84,6 +86,7 @@ def encode_rows(
     chat_template: str | None = None,
     rejected_weight: float = 0.0,
     role_names: Mapping[str, str] | None = None,
+    both_answers: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, EncodingCounts]:
     """Rows of text -> token ids and labels.
 
@@ -113,6 +116,7 @@ def encode_rows(
         chat_template: for chats, another than the tokenizer's.
         rejected_weight: of the rejected answers of pairs, which become rows of their own; 0 leaves them out.
         role_names: a role in the messages -> the chat template's name for it.
+        both_answers: rows are preference pairs, whose two answers get the tokens and labels of TRL's DPOTrainer.
     Returns:
         (Dataset with `input_ids` and `labels`, lists of int64 of one length a row, and, where anything gives weights,
         `token_weights`, float32 of that length; `EncodingCounts`). What comes later in a stream is not known: it has
@@ -131,12 +135,14 @@ def encode_rows(
             raise ValueError(f"{name} must be a finite number; got {value!r}")
     if not all(isinstance(name, str) for name in [*(role_names or {}), *(role_names or {}).values()]):
         raise ValueError(f"role_names must map names to names, such as bot to assistant; got {role_names!r}")
+    if both_answers and rejected_weight:
+        raise ValueError("both_answers and rejected_weight both make documents of rejected answers; give one")
     if turns not in TURNS:
         raise ValueError(f"turns must be one of {', '.join(TURNS)}; got {turns!r}")
-    encoder = _Encoder(tokenizer, max_length, prompt_weight, response_weight)
+    encoder = _Encoder(tokenizer, max_length, prompt_weight, response_weight, both_answers)
     encoder.chat = {"turns": turns, "chat_template": chat_template}
     has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
-    encoder.reading = Reading(has_template, role_names or {}, rejected_weight)
+    encoder.reading = Reading(has_template, role_names or {}, 1.0 if both_answers else rejected_weight)
     encoder.weighted = (prompt_weight, response_weight, rejected_weight) != (0, 1, 0)
     if isinstance(rows, datasets.IterableDataset):
         return _encoded_stream(rows, encoder, keep_columns), encoder.counts
@@ -262,6 +268,7 @@ class _Encoder:
     max_length: int
     prompt_weight: float
     response_weight: float
+    both_answers: bool
     weighted: bool = True
     chat: dict[str, Any] = field(default_factory=dict)  # arguments of `encode_chat`
     reading: Reading = Reading(False, {}, 0.0)
@@ -288,8 +295,11 @@ class _Encoder:
         weight = self.response_weight * checked_weight(row.get("weight"), index, "weight")
         self.counts.rows += 1
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
-        for part in parts:
-            encoded = self._encode(part, row, index)
+        if self.both_answers and layout != "pair":
+            raise RowError(
+                index, f"both_answers takes preference pairs (chosen and rejected), but the row is a {layout}"
+            )
+        for part, encoded in zip(parts, self._encode(parts, row, index), strict=True):
             self.counts.answers_as_rows += max(len(encoded) - 1, 0)
             for document in encoded:
                 if not self.weighted and (row.get("weight") is not None or {*document.weights} - {None}):
@@ -302,8 +312,14 @@ class _Encoder:
                 if (cut := self._cut(document, weight * getattr(part, "weight", 1.0))) is not None:
                     yield cut
 
-    def _encode(self, part: Tokens | Text | Chat, row: dict[str, Any], index: int) -> list[Encoded]:
-        """The documents of a part, of their full length."""
+    def _encode(self, parts: list[Any], row: dict[str, Any], index: int) -> list[list[Encoded]]:
+        """The documents of each part, of their full length."""
+        if not self.both_answers:
+            return [self._encode_alone(part, row, index) for part in parts]
+        self.counts.chats += isinstance(parts[0], Chat)
+        return [[answer] for answer in encode_pair(index, parts, self.tokenizer, row, self.chat["chat_template"])]
+
+    def _encode_alone(self, part: Tokens | Text | Chat, row: dict[str, Any], index: int) -> list[Encoded]:
         if isinstance(part, Chat):
             self.counts.chats += 1
             return encode_chat(
@@ -318,7 +334,7 @@ class _Encoder:
         if isinstance(part, Tokens):
             ids, labels = _check_ids(index, part.input_ids, part.labels, len(self.tokenizer))
             return [Encoded(ids, labels, _check_weights(index, part))]
-        ids, labels = _encode_text(part.prompt, part.response, self.tokenizer)
+        ids, labels = encode_text(part.prompt, part.response, self.tokenizer)
         return [Encoded(ids, labels, [None] * len(ids))]
 
     def _cut(self, document: Encoded, factor: float) -> dict[str, list[Any]] | None:
@@ -374,22 +390,3 @@ def _check_weights(index: int, row: Tokens) -> Sequence[float | None]:
         if not is_finite(weight):
             raise RowError(index, f"token_weights[{i}] must be a finite number; got {weight!r}")
     return weights
-
-
-def _encode_text(prompt: str, completion: str, tokenizer) -> tuple[list[int], list[int]]:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token, so a response would have no end; set tokenizer.eos_token")
-    start = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
-    ids, special = list(start["input_ids"]), start["special_tokens_mask"]
-    # Some tokenizers close every text with EOS; a prompt goes on. EOS written in the prompt's own text stays,
-    # and so does the only token of an empty prompt, which opens the document.
-    if len(ids) > 1 and special[-1] and ids[-1] == eos:
-        ids.pop()
-    response = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
-    if response and response[-1] != eos:
-        response.append(eos)
-    # The text may spell out the BOS that the tokenizer puts at its start.
-    if ids and special[0] and ids[0] == bos and [*ids, *response][1:2] == [bos]:
-        del ids[0]
-    return ids + response, [IGNORE_INDEX] * len(ids) + response

@@ -233,7 +233,7 @@ def _pair_of_texts(row: dict, index: int, reading: Reading) -> list[Text | Chat]
         return [_answered(asked, given, answer, reading) for answer in answers]
     if asked:
         return [Text(_user(asked, given)["content"] + "\n", answer) for answer in answers]
-    begin = _shared(*answers)
+    begin = common_length(*answers)
     if begin and answers[0][begin - 1] == " ":  # as TRL's extract_prompt: a space belongs to the word behind it
         begin -= 1
     return [Text(answer[:begin], answer[begin:]) for answer in answers]
@@ -244,7 +244,7 @@ def _pair_of_chats(row: dict, index: int, reading: Reading) -> list[Chat]:
     if isinstance(row.get("prompt"), list):
         prompt = _messages(row, index, "prompt", reading)
         return [Chat(prompt + answer, len(prompt)) for answer in answers]
-    begin = _shared(*answers)
+    begin = common_length(*answers)
     if row.get("prompt") is not None and not begin:  # else it is told again by the messages
         raise RowError(index, f"prompt must be a list of messages, as chosen is; got {describe(row['prompt'])}")
     asked, given = _asked(row, index)
@@ -254,7 +254,7 @@ def _pair_of_chats(row: dict, index: int, reading: Reading) -> list[Chat]:
     return [Chat(answer, begin) for answer in answers]
 
 
-def _shared(a: Sequence, b: Sequence) -> int:
+def common_length(a: Sequence, b: Sequence) -> int:
     """How many of their first elements are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -31,6 +31,12 @@ from tokensel.store.format import (
     tokenizer_fingerprint,
 )
 
+_REPAIR = (
+    "Run `tokensel score` with the same tokenizer, chat template, turns, max_length, dataset, prompt and response "
+    "columns as this run, or record what the trainer trains: trainer.record_history(path). In a lookup of your own "
+    "pass key_mask if rows are padded and segment_ids if they are packed"
+)
+
 
 class HistoryMissError(LookupError):
     """A document or a response token that the history store cannot answer for."""
@@ -125,6 +131,7 @@ class HistoryStore:
     Attributes:
         metadata: dict with format_version, content, tokenizer (fingerprint or None), model, max_length, dataset, chat
             (template and turns, or None), documents, tokens, tokensel_version.
+        repair: what the error about a missing document says to do.
         chat_template: that of the run which looks documents up; named where a document is missing and the store was
             made with another. None = not known.
     """
@@ -132,6 +139,7 @@ class HistoryStore:
     def __init__(self, path: Path, metadata: dict, keys: Tensor, lengths: Tensor, nll: Tensor):
         self.path, self.metadata = path, metadata
         self.chat_template: str | dict | None = None
+        self.repair = _REPAIR
         starts = lengths.cumsum(0) - lengths
         self._keys, order = keys.sort()  # (n,) int64
         self._lengths, self._starts = lengths[order], starts[order]  # (n,) int64
@@ -244,11 +252,7 @@ class HistoryStore:
             problem = f"{name} has {int(self._lengths[place[document]])} tokens in the history store"
         else:
             problem = f"{name} is not in the history store"
-        raise HistoryMissError(
-            f"{problem}. {self._origin()}. Run `tokensel score` with the same tokenizer, chat template, turns, "
-            "max_length and dataset as this run, or record what the trainer trains: trainer.record_history(path). In a "
-            "lookup of your own pass key_mask if rows are padded and segment_ids if they are packed"
-        )
+        raise HistoryMissError(f"{problem}. {self._origin()}. {self.repair}")
 
     def _raise_other_response(self, documents: HostDocuments, response: int) -> NoReturn:
         token = int(documents.response.nonzero()[response])
@@ -256,6 +260,5 @@ class HistoryStore:
         raise HistoryMissError(
             f"the document in row {row} was scored with other response tokens: the one at column {column} "
             f"(token {int(documents.position[token])} of the document) has a label now and had none then. "
-            f"{self._origin()}. Run `tokensel score` again with the same prompt and response columns, or record "
-            "what the trainer trains: trainer.record_history(path)"
+            f"{self._origin()}. {self.repair}"
         )
