@@ -191,7 +191,10 @@ def use_token_logprobs(
             "cast_lm_head_to_fp32 is not supported here, where the head's products are float32 in any case; set it to "
             "False, and bf16=False if the hidden states should be float32, too"
         )
-    live: Any = None if reference is not None else getattr(trainer, "ref_model", None)
+    live: Any = getattr(trainer, "ref_model", None)
+    if isinstance(live, RecordedReference) and reference is None:
+        reference = live.store.path  # of an earlier call
+    live = None if reference is not None else live
     models: list[Any] = [unwrap(model) for model in (trainer.model, live) if model is not None]
     for model in models:
         if hasattr(model, "_tokensel_patched") and not isinstance(model.__dict__.get("forward"), Forward):

@@ -64,12 +64,16 @@ PAIRS = {
 }
 
 
-def of_trl(rows, tmp_path, max_length=None):
+def of_trl(kind, tmp_path, max_length=None):
     """TRL's trainer of the rows."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'tokensel[trl]'")
+    if "text" not in kind and "EOS" not in kind and not hasattr(trl.data_utils, "common_prefix_length"):
+        pytest.skip(
+            f"TRL {trl.__version__} cuts answers at the length of the prompt's own tokens, which go on otherwise"
+        )
     policy, reference = (make_model(TOKENIZER, hidden_size=16, layers=1, heads=2, kv_heads=1, seed=0) for _ in range(2))
     args = trl.DPOConfig(str(tmp_path / "out"), report_to="none", use_cpu=True, bf16=False, max_length=max_length)
-    data = datasets.Dataset.from_list(rows)
+    data = datasets.Dataset.from_list(PAIRS[kind])
     return trl.DPOTrainer(policy, reference, args, train_dataset=data, processing_class=TOKENIZER)
 
 
@@ -84,7 +88,7 @@ def trained(trainer):
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_both_answers_have_the_tokens_of_trls_trainer(tmp_path, kind):
-    trainer = of_trl(PAIRS[kind], tmp_path)
+    trainer = of_trl(kind, tmp_path)
     encoded, counts = encode_rows(PAIRS[kind], TOKENIZER, 256, both_answers=True)
     assert list(encoded) == list(trained(trainer))
     assert counts.layouts == {"pair": len(TEXTS)} and counts.documents == 2 * len(TEXTS)
@@ -93,7 +97,7 @@ def test_both_answers_have_the_tokens_of_trls_trainer(tmp_path, kind):
         prompts[0] + 2 if len(prompts) == 1 else prompts[-1]
     )  # at which some prompts fill it, and some answers are cut
     cut, counts = encode_rows(PAIRS[kind], TOKENIZER, limit, both_answers=True)
-    trainer = of_trl(PAIRS[kind], tmp_path, limit)
+    trainer = of_trl(kind, tmp_path, limit)
     assert list(cut) == list(trained(trainer)) and counts.truncated and counts.documents < 8 or len(prompts) == 1
     assert list(cut) == [document for row in trainer.train_dataset for document in documents_of(row, limit)]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import runpy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trl_policies import PAIRS, assert_same_run, logged, maker
 
 from tokensel import methods, record_losses, use_token_logprobs
 from tokensel.data import encode_rows
+from tokensel.preferences import RecordedReference
 from tokensel.store import HistoryMissError
 from tokensel.testing import make_rows, make_tokenizer
 
@@ -44,7 +47,7 @@ def test_a_recorded_reference_is_the_live_one(make, tmp_path, run):
     theirs.train()
     ours = make(kind, **RUNS[run])
     loaded = None if ours.ref_model is None else weakref.ref(ours.ref_model)
-    use_token_logprobs(use_token_logprobs(ours, reference=store), reference=store)
+    use_token_logprobs(use_token_logprobs(ours, reference=store))  # a second call keeps the store
     gc.collect()
     assert loaded is None or loaded() is None  # no reference is in memory
     ours.train()
@@ -178,3 +181,11 @@ def test_trainers_without_both_answers_are_refused(make):
         use_token_logprobs(make("GRPO"), reference="reference.parquet")
     with pytest.raises(ValueError, match="method chooses among the tokens of both answers of DPOTrainer; leave it out"):
         use_token_logprobs(make("KTO"), method=methods.get("random"))
+
+
+def test_the_example_trains_without_a_reference_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trl_dpo.py"))["trainer"]
+    assert isinstance(trainer.ref_model, RecordedReference) and trainer.state.global_step == 8
+    first, *_, last = (entry["loss"] for entry in logged(trainer))
+    assert last < 0.6 < first < 0.75
