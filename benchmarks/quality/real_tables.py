@@ -28,7 +28,7 @@ def real_table(results: dict) -> str:
             *summary(results, kinds),
             "",
             *_answers(results),
-            *_machines(results),
+            *_seeds(results),
             "",
             "<details><summary>Everything that was measured, by kind of rows</summary>",
             "",
@@ -47,7 +47,7 @@ def first_table(results: dict) -> str:
         of_kind = results["rows"][kind]
         cells = [_difference(of_kind, name) for name in ("full", *others)]
         lines.append(f"| {KINDS[kind].about} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_machines(results)])
+    return "\n".join([*lines, "", *_seeds(results)])
 
 
 def kinds_measured(results: dict) -> list[str]:
@@ -151,16 +151,20 @@ def _answers(results: dict) -> list[str]:
     return [f"Held-out problems answered right by greedy decoding, clean rows: {', '.join(told)}.", ""] if told else []
 
 
-def _machines(results: dict) -> list[str]:
-    """What the runs were measured on."""
+def machines(results: dict) -> list[str]:
+    """What was measured where: of each machine its versions and commits."""
     commits: dict[str, list[str]] = {}
     for used in results.get("machines", []):
         versions = [f"{name} {used[name]}" for name in ("torch", "transformers") if name in used]
         where = f"{used.get('gpu') or used['cpu']}, {used['cores']} cores, Python {used['python']}"
         commits.setdefault(", ".join([where, *versions]), []).append(short_commit(used["commit"]))
+    return [f"{where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]
+
+
+def _seeds(results: dict) -> list[str]:
+    """How many, and on what machines."""
     seeds = max((len(runs) for of_kind in results["rows"].values() for runs in of_kind.values()), default=0)
-    begun = f"{seeds} seed{'s' * (seeds != 1)}"
-    return [f"{begun}; {where}; commit {', '.join(dict.fromkeys(names))}." for where, names in commits.items()]
+    return [f"{seeds} seed{'s' * (seeds != 1)}; {where}" for where in machines(results)]
 
 
 def _base(results: dict, kind: str, name: str) -> float | None:

@@ -20,6 +20,7 @@ from transformers import DataCollatorForSeq2Seq
 from benchmarks.machine import machine
 from benchmarks.quality.real import RealStudy, make_sources, place_of, pretrained_folder, world_arguments
 from benchmarks.quality.real_rows import KINDS
+from benchmarks.quality.real_tables import machines
 from benchmarks.quality.real_worlds import RealWorld, Recipe, batched, build_world, training_steps, with_reference
 from benchmarks.quality.runner import device_used, run_all
 from benchmarks.resume import measured
@@ -345,4 +346,4 @@ def signals_notes(results: dict) -> list[str]:
     notes += [f"- failed: {kind}: {found['failed']}" for kind, found in kinds.items() if found and not measured(found)]
     if (done := sum(found is not None for found in kinds.values())) < len(kinds):
         notes.append(f"- unfinished: {done} of {len(kinds)} kinds")
-    return notes
+    return [*notes, *(f"- {where}" for where in machines(results))]
