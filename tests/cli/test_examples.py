@@ -31,6 +31,17 @@ def test_the_raw_loop_trains():
         assert (int(kept), int(responses)) == (80, 128)
 
 
+def test_a_student_nears_its_teacher_by_the_tokens_that_are_chosen():
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / "distillation.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^step +(\d+) +KL to the teacher (\S+) nats, of kept (\S+)$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, *_ in found] == [0, 10, 20, 30, 39]
+    far, of_kept = ([float(entry[i]) for entry in found] for i in (1, 2))
+    assert far[-1] < 0.75 * far[0] and all(kept > whole for kept, whole in zip(of_kept, far, strict=True))
+
+
 def test_fsdp2_trains_on_two_ranks():
     path = EXAMPLES / "fsdp2.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
