@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokensel import _moved
 from tokensel.ops.divergence import token_divergence
+from tokensel.ops.logprobs import TopLogprobs, logprobs_at, top_logprobs
 from tokensel.ops.loss import selected_cross_entropy, token_logprobs
 from tokensel.ops.prompt_mass import prompt_attention_mass, uniform_prompt_mass
 from tokensel.ops.prompt_mass_varlen import prompt_attention_mass_varlen
@@ -75,8 +76,10 @@ __all__ = [
     "TokenSelectionMixin",
     "TokenSignals",
     "TokenStats",
+    "TopLogprobs",
     "apply_to",
     "auto_history",
+    "logprobs_at",
     "methods",
     "prompt_attention_mass",
     "prompt_attention_mass_varlen",
@@ -89,6 +92,7 @@ __all__ = [
     "token_stats_contrast",
     "token_stats_from_logits",
     "token_stats_pair",
+    "top_logprobs",
     "uniform_prompt_mass",
     "use_token_logprobs",
 ]

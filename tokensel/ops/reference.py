@@ -57,6 +57,23 @@ def logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, labels[:, None])[:, 0], -(p * torch.where(p > 0, log_p, 0)).sum(-1)
 
 
+def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(log p, ids) of the k largest logits, descending, of equal ones the smaller id first: [N, V] -> [N, k] each."""
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids), ids
+
+
+def logprobs_at(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p of the ids, log of the probability of all other tokens) by autograd: [N, V], [N, K] -> [N, K], [N].
+
+    A negative id names no token, and has -inf.
+    """
+    log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
+    named, at = ids >= 0, ids.clamp(min=0)
+    elsewhere = log_p.masked_fill(torch.zeros_like(log_p).scatter_add_(-1, at, named.to(log_p.dtype)) > 0, -torch.inf)
+    return torch.where(named, log_p.gather(-1, at), -torch.inf), torch.logsumexp(elsewhere, dim=-1)
+
+
 def divergence_terms(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor | None]:
     """(terms whose sum over the vocabulary is a divergence of p from q, its slope in p up to a constant): [N, V] each.
 
@@ -77,9 +94,10 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tu
     return q * torch.where(q > 0, log_q - log_p, 0), None
 
 
-def selected_loss(logits: Tensor, labels: Tensor, coefficient: Tensor) -> Tensor:
-    """Σ coefficient · nll by autograd, of rows that are all kept: [K, V], [K], [K] -> scalar."""
-    return (coefficient * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).sum()
+def losses(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Cross-entropies with z-loss by autograd, of rows that all have a label: [K, V], [K] -> [K]."""
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return nll + z_loss * torch.logsumexp(logits, dim=-1) ** 2
 
 
 def visible_keys(key_mask: Tensor, segment_ids: Tensor | None, window: int | None) -> Tensor:
