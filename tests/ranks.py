@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from spread_ops import context, vocabulary, whole
+from spread_ops import context, logprobs, vocabulary, whole
 from tiny import causal_lm, packed, padded, samples
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -374,7 +374,9 @@ def death(directory):
     train(model, [batch], rank=dist.get_rank(), ranks=RANKS)
 
 
-JOBS = {job.__name__: job for job in (spread, zero3, checkpoint, trainers, vocabulary, context, refusals, death)}
+JOBS = {
+    job.__name__: job for job in (spread, zero3, checkpoint, trainers, vocabulary, logprobs, context, refusals, death)
+}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

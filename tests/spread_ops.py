@@ -72,6 +72,43 @@ def vocabulary(directory):
     torch.save(found, directory / f"vocabulary-{dist.get_rank()}.pt")
 
 
+DIVERGENCES = [{"kind": kind} for kind in ("forward_kl", "reverse_kl", "jsd", "tv")]
+RECORDED = [{}, {"kind": "reverse_kl"}, {"add_tail": False}]
+
+
+def logprobs_step(dtype, mesh=None):
+    """Log-probabilities of several tokens a row, divergences, and the gradients of them all, whole tensors."""
+    hidden, other, weight, bias, labels = head_inputs(getattr(torch, dtype))
+    local, ids = (
+        hidden.requires_grad_(),
+        torch.stack([labels.clamp(min=0), torch.arange(60), torch.arange(60) + 273], 1),
+    )
+    mask, other_weight = labels != -100, weight.flip(0)
+    if mesh is not None:
+        hidden, other = (DTensor.from_local(t, mesh, [Replicate()]) for t in (hidden, other))
+        weight, bias, other_weight = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, bias, other_weight))
+    leaves = local, weight.requires_grad_(), bias.requires_grad_()
+    student, teacher, head = (hidden, weight), (other, other_weight), HEAD_OPTIONS | {"temperature": 1.3}
+    top = {k: tokensel.top_logprobs(*teacher, k, mask=mask, **head) for k in (5, 200)}  # 200: more than a rank's rows
+    far = {f"top {k}": found.logp for k, found in top.items()} | {f"ids {k}": found.ids for k, found in top.items()}
+    values = {"at ids": tokensel.logprobs_at(*student, ids, mask=mask, bias=bias, **head)}
+    stats = tokensel.token_stats(*student, labels, bias=bias, **head), tokensel.token_stats(*teacher, labels, **head)
+    for of, calls in ((teacher, DIVERGENCES), (teacher, [{"kind": "jsd", "stats": stats}]), (top[5], RECORDED)):
+        for options in calls:
+            name = f"{len(values)} {options.get('kind')}"
+            values[name] = tokensel.token_divergence(student, of, mask, bias=bias, **head, **options)
+    weights = torch.linspace(-1, 2, 60, dtype=torch.float64)  # not all alike, and some negative
+    loss = sum((weights * value.double().reshape(60, -1).sum(1)).sum() for value in values.values())
+    gradients = zip(("hidden", "weight", "bias"), torch.autograd.grad(loss, leaves), strict=True)
+    return far | {n: v.detach() for n, v in values.items()} | {name: whole(gradient) for name, gradient in gradients}
+
+
+def logprobs(directory):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {dtype: logprobs_step(dtype, mesh) for dtype in ("float64", "float32")}
+    torch.save(found, directory / f"logprobs-{dist.get_rank()}.pt")
+
+
 # Attention whose keys are spread over the ranks
 
 

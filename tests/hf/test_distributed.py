@@ -28,7 +28,8 @@ from tokensel.ops.context_parallel import MassParts, prompt_mass_parts
 TIGHT = 1e-13
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-JOBS = ("spread", *["zero3"] * HAS_DEEPSPEED, "checkpoint", "trainers", "vocabulary", "context", "refusals", "death")
+JOBS = ("spread", *["zero3"] * HAS_DEEPSPEED, "checkpoint", "trainers", "vocabulary", "logprobs", "context")
+JOBS += ("refusals", "death")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,14 @@ def test_the_gradients_of_a_spread_head_are_within_twice_the_error_of_eager_ones
             assert 0 < float(expected.abs().max()) and error <= budget, (name, float(error), float(budget))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float64", TIGHT), ("float32", 5e-6)])
+def test_logprobs_and_divergences_of_a_spread_head_are_those_of_a_whole_one(found, dtype, tolerance):
+    for name, expected in spread_ops.logprobs_step(dtype).items():
+        first, second = (rank["logprobs"][dtype][name] for rank in found)
+        assert torch.equal(first, second) and expected.any(), name
+        torch.testing.assert_close(first, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture
 def mesh():
     """A mesh of this process alone."""
@@ -226,6 +235,13 @@ def test_one_rank_holds_the_whole_vocabulary(mesh):
     for name, value in plain.items():
         if name != "stats":
             assert torch.equal(spread[name], value), name
+
+
+def test_a_teacher_of_a_whole_head_does_not_fit_a_student_of_a_spread_one(mesh):
+    hidden, weight = distribute_tensor(torch.randn(4, 8), mesh, [Replicate()]), torch.randn(10, 8)
+    student = hidden, distribute_tensor(weight, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="must be sharded over the same ranks, or neither; shard both alike"):
+        tokensel.token_divergence(student, (torch.randn(4, 8), weight), torch.ones(4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +266,7 @@ def test_a_head_that_is_spread_otherwise_is_refused(mesh, hidden, weight, bias, 
     for call in (
         lambda: tokensel.token_stats(h, w, labels, **options),
         lambda: tokensel.selected_cross_entropy(h, w, labels, labels > 1, **options),
+        lambda: tokensel.top_logprobs(h, w, 2, **options),
     ):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             call()

@@ -7,7 +7,10 @@ import torch
 from oracles import DTYPES, head_of
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokensel.ops.divergence
 from tokensel import token_divergence, token_stats
+from tokensel.ops import reference
+from tokensel.ops.logits_blocks import LogitsBlocks
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tv")
 IMPLS = ("chunked", "reference")
@@ -39,6 +42,13 @@ def all_of(values, inputs, upstream):
     return [values.detach(), *torch.autograd.grad((values * upstream).sum(), inputs)]
 
 
+def stats_of(inputs, teacher, mask, **options):
+    """TokenStats of student and teacher, whose labels are of no interest."""
+    labels = torch.where(mask, 3, -100)
+    (hidden, weight, bias), teacher = inputs, token_stats(*teacher, labels, **options)
+    return token_stats(hidden, weight, labels, bias=bias, **options), teacher
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "logit_scale": 0.7, "temperature": 1.8}], ids=str)
@@ -64,12 +74,16 @@ def test_values_and_gradients_equal_the_definition(kind, options, dtype, impl):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["", "stats"])
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_gradcheck_in_float64(kind):
+def test_gradcheck_in_float64(kind, known):
     inputs, teacher, mask = make(N=6, V=11, D=5, teacher_D=3, dtype=torch.float64)
+    options = {"softcap": 4.0, "temperature": 1.3}
 
     def values(hidden, weight, bias):
-        return token_divergence((hidden, weight), teacher, mask, kind=kind, bias=bias, beta=0.3, softcap=4.0)
+        stats = stats_of((hidden, weight, bias), teacher, mask, **options) if known else None
+        options_of_kind = {"kind": kind, "beta": 0.3, "stats": stats, **options}
+        return token_divergence((hidden, weight), teacher, mask, bias=bias, **options_of_kind)
 
     assert torch.autograd.gradcheck(values, inputs)
 
@@ -99,6 +113,16 @@ def test_a_teacher_that_is_sure_is_a_label():
     torch.testing.assert_close(values[mask], token_stats(hidden, weight, labels).nll[mask])
 
 
+def test_the_backward_makes_all_of_a_teachers_blocks_in_one_place(monkeypatch):
+    inputs, teacher, mask = make(V=9000)
+    values, places = token_divergence(inputs[:2], teacher, mask, bias=inputs[2]), set()
+    block = LogitsBlocks.__call__
+    spied = lambda *args: places.add((z := block(*args)).data_ptr()) or z  # noqa: E731
+    monkeypatch.setattr(LogitsBlocks, "__call__", spied)
+    values.sum().backward()
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_that_neither_can_say_have_no_part(kind, impl):
@@ -114,6 +138,97 @@ def test_tokens_that_neither_can_say_have_no_part(kind, impl):
         torch.testing.assert_close(ours, expected)
 
 
+IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_counted(kind, grad, monkeypatch):
+    """Both models' once for the KL divergences or with statistics, else twice; no slopes without a gradient."""
+    inputs, teacher, mask = make()
+    once = 2 * int(mask.sum()) * (inputs[1].numel() + teacher[1].numel())
+    slopes, sweep = [], tokensel.ops.divergence._compare
+    spied = lambda *args, slope: slopes.append(slope) or sweep(*args, slope=slope)  # noqa: E731
+    monkeypatch.setattr("tokensel.ops.divergence._compare", spied)
+    for stats, sweeps in ((None, 1 if kind.endswith("kl") else 2), (stats_of(inputs, teacher, mask), 1)):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as products:
+            values = token_divergence(inputs[:2], teacher, mask, kind=kind, stats=stats, bias=inputs[2])
+        assert products.get_total_flops() == sweeps * once and values.requires_grad == grad
+    assert set(slopes) == {grad and not kind.endswith("kl")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_normalisers_change_nothing(kind, dtype):
+    inputs, teacher, mask = make(dtype=dtype)
+    options = {"softcap": 6.0, "logit_scale": 0.7, "temperature": 1.8}
+    stats = stats_of(inputs, teacher, mask, **options)
+    without, values = (
+        token_divergence(inputs[:2], teacher, mask, kind=kind, bias=inputs[2], stats=of, **options)
+        for of in (None, stats)
+    )
+    torch.testing.assert_close(values, without, rtol=1e-5, atol=2e-6)
+    for ours, expected in zip(*(torch.autograd.grad(v.sum(), inputs) for v in (values, without)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_large_equal_logits_do_not_cancel(kind, shift):
+    """Against the same in float64 from logits that float32 holds as they are."""
+    student, teacher = (torch.randint(-8, 9, (9, 5000)).float() for _ in range(2))
+    mask = torch.ones(9, dtype=torch.bool)
+    models = [(torch.eye(9), (z + shift).T.contiguous()) for z in (student, teacher)]
+    log_p, log_q = (z.double().log_softmax(-1) for z in (student, teacher))
+    exact = reference.divergence_terms(log_p, log_q, kind, 0.5)[0].sum(-1)
+    values = token_divergence(*models, mask, kind=kind)
+    # of two float32 lse, to which the shift comes back
+    assert (values - exact).abs().max() < 4 * torch.finfo(torch.float32).eps * abs(shift) * max(1, exact.max())
+    small = token_divergence(*((x, w - shift) for x, w in models), mask, kind=kind)
+    torch.testing.assert_close(small, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peaked_students_and_teachers(kind):
+    (hidden, weight, _), (teacher_hidden, teacher_weight), mask = make(spread=200.0)
+    hidden = (hidden * 200).detach().requires_grad_()
+    values = token_divergence((hidden, weight), (teacher_hidden, teacher_weight), mask, kind=kind)
+    log_p, log_q = (
+        head_of(h, w, dtype=torch.float64).log_softmax(-1)
+        for h, w in ((hidden, weight), (teacher_hidden, teacher_weight))
+    )
+    exact = reference.divergence_terms(log_p, log_q, kind, 0.5)[0].sum(-1) * mask
+    torch.testing.assert_close(values, exact.float(), rtol=1e-4, atol=1e-3)
+    ours, expected = (torch.autograd.grad(v.sum(), hidden)[0] for v in (values, exact))
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("student, teacher", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float64")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_two_types_are_compared_in_the_wider_one(kind, student, teacher):
+    inputs, _, mask = make(dtype=getattr(torch, student))
+    _, of_teacher, _ = make(dtype=getattr(torch, teacher))
+    wide = torch.promote_types(getattr(torch, student), getattr(torch, teacher))
+    values = token_divergence(inputs[:2], of_teacher, mask, kind=kind, bias=inputs[2])
+    assert values.dtype == wide
+    widened = [t.detach().to(wide).requires_grad_() for t in inputs]
+    expected = token_divergence(widened[:2], [t.to(wide) for t in of_teacher], mask, kind=kind, bias=widened[2])
+    assert torch.equal(values, expected)
+    gradients = (torch.autograd.grad(v.sum(), i) for v, i in ((values, inputs), (expected, widened)))
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact.to(ours.dtype))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_student_that_cannot_say_what_the_teacher_does_is_infinitely_far(impl):
+    (hidden, weight, _), teacher, mask = make(V=4200)
+    bias = torch.zeros(4200)
+    bias[:2048] = -torch.inf  # a whole block
+    for kind, far in (("forward_kl", True), ("reverse_kl", False), ("jsd", False)):
+        values = token_divergence((hidden, weight), teacher, mask, kind=kind, bias=bias, impl=impl)[mask]
+        assert (values == torch.inf).all() if far else values.isfinite().all()
+
+
 def test_rows_that_do_not_count_or_have_no_upstream_gradient_cost_nothing():
     (hidden, weight, _), teacher, mask = make()
     with torch.no_grad():
@@ -121,8 +236,7 @@ def test_rows_that_do_not_count_or_have_no_upstream_gradient_cost_nothing():
     values = token_divergence((hidden, weight), teacher, mask)
     upstream = torch.zeros(len(mask))
     upstream[[1, 2]] = 1.0
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as products:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as products:
         (values * upstream).sum().backward()
     assert products.get_total_flops() == 2 * 2 * (3 * weight.numel() + teacher[1].numel())
     assert hidden.grad[[1, 2]].isfinite().all() and not hidden.grad[3:].any()
@@ -169,5 +283,8 @@ def test_a_teacher_that_does_not_fit_is_named():
         token_divergence(inputs[:2], (hidden, weight[:29]), mask)
     with pytest.raises(ValueError, match=r"teacher hidden must have shape \[21, 40\].*; got \[20, 40\]"):
         token_divergence(inputs[:2], (hidden[:20], weight), mask)
-    with pytest.raises(TypeError, match="student is torch.float32 but teacher is torch.float64; cast one of them"):
-        token_divergence(inputs[:2], (hidden.double(), weight.double()), mask)
+    stats = stats_of(inputs, (hidden, weight), mask)
+    with pytest.raises(ValueError, match="the student's stats have no lse for a row that counts; give it a label"):
+        token_divergence(inputs[:2], (hidden, weight), torch.ones_like(mask), stats=stats)
+    with pytest.raises(ValueError, match=r"lse of the teacher's stats must have shape \[21\]"):
+        token_divergence(inputs[:2], (hidden, weight), mask, stats=(stats[0], stats[1].view((21, 1))))
