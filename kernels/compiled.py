@@ -108,13 +108,18 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
                 pair = [w.new_empty(N, V)] * models
                 sums = tensor(5 if entropy else 3, models, N, like=torch.float32)
                 yield _Call(options, functools.partial(write_logits_sums, pair, labels, sums, **head))
+                if entropy:
+                    of_all = tensor(8, models, N, like=torch.float32), tensor(models, N, like=torch.float32)
+                    sums, head["label_logit"] = of_all
+                    everything = options.replace("entropy", "every statistic")
+                    yield _Call(everything, functools.partial(write_logits_sums, pair, labels, sums, **head))
     rows = (labels, coefficient, lse)
     for name, entropy in [(name, False) for name in heads] + [("", True), ("bias, softcap", True)]:
         if not (half or every or name in ("", "bias, softcap")):
             continue
         head = dict(zip(("bias", "softcap"), heads[name], strict=True)) | {"logit_scale": 1.0}
         want = (True, True, head["bias"] is not None)
-        terms = tensor(2, N, like=torch.float32) if entropy else None
+        terms = tensor(3, N, like=torch.float32) if entropy else None
         options = ", ".join(filter(None, [name, "entropy" * entropy]))
         yield _Call(options, functools.partial(selected_gradients, x, w, *rows, want=want, terms=terms, **head))
         z, dz = tensor(1024, 8192, like=torch.float32), tensor(1024, 8192)

@@ -32,7 +32,7 @@ def test_the_raw_loop_trains():
 
 
 def test_a_student_nears_its_teacher_by_the_tokens_that_are_chosen():
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / "distillation.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
