@@ -106,13 +106,10 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
             yield _Call(options, functools.partial(hidden_stats, pair, labels, entropy=entropy, **head))
             if name in ("", "bias, softcap"):
                 pair = [w.new_empty(N, V)] * models
-                sums = tensor(5 if entropy else 3, models, N, like=torch.float32)
-                yield _Call(options, functools.partial(write_logits_sums, pair, labels, sums, **head))
-                if entropy:
-                    of_all = tensor(8, models, N, like=torch.float32), tensor(models, N, like=torch.float32)
-                    sums, head["label_logit"] = of_all
-                    everything = options.replace("entropy", "every statistic")
-                    yield _Call(everything, functools.partial(write_logits_sums, pair, labels, sums, **head))
+                for wanted, count in (("entropy", 5), ("every statistic", 8)) if entropy else (("", 3),):
+                    sums = tensor(count, models, N, like=torch.float32)
+                    rows = functools.partial(write_logits_sums, pair, labels, sums, label_logit=sums[0], **head)
+                    yield _Call(options.replace("entropy", wanted), rows)
     rows = (labels, coefficient, lse)
     for name, entropy in [(name, False) for name in heads] + [("", True), ("bias, softcap", True)]:
         if not (half or every or name in ("", "bias, softcap")):

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import plots, runner, studies, tables, text_rows, worlds
-from benchmarks.resume import RESULTS, attempt, measured
+from benchmarks.resume import RESULTS, alone, attempt, measured
 from tokensel import methods
 
 
@@ -231,6 +231,16 @@ def test_an_interrupted_study_goes_on_with_what_it_has(run_study, capsys, name, 
     run_study(name, "--seeds", "2")
     assert len(run_study.asked) == 2 * total
     assert "is of other settings" in capsys.readouterr().out
+
+
+def test_one_process_at_a_time_fills_in_a_file_of_results(run_study, capsys):
+    path = run_study.path("planted")
+    path.parent.mkdir(parents=True)
+    with alone(path), pytest.raises(SystemExit):
+        run_study("planted")
+    assert f"another process is filling in {path}" in capsys.readouterr().err and not run_study.asked
+    run_study("planted")
+    assert run_study.asked
 
 
 def test_a_world_that_fails_costs_its_own_runs(run_study, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import plots, real, real_tables
 from benchmarks.quality.tables import all_runs, differences
-from benchmarks.resume import alone, attempt, measured
+from benchmarks.resume import attempt, measured
 from tools import write_docs
 
 RECIPES = ("full", "oracle", "random")
@@ -394,12 +394,3 @@ def test_a_curve_is_the_mean_of_seeds_as_far_as_all_go(results, tmp_path, monkey
     results["rows"]["clean"]["full"][0]["curve"] += [[90, 0.5]] * more
     plots.plot_real(results, tmp_path / "real.svg")
     assert drawn[0] == ("full", ((0, 10.0, 40.0), (2.0, 2.25, 1.25)))
-
-
-def test_one_process_at_a_time_fills_in_a_file_of_results(study, capsys):
-    study.path.parent.mkdir(parents=True)
-    with alone(study.path), pytest.raises(SystemExit):
-        study()
-    assert "another process is filling in" in capsys.readouterr().err and not study.asked
-    study()
-    assert study.asked
