@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import DTYPES, head_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokensel.ops.divergence
-from tokensel import token_divergence, token_stats
+from tokensel import logprobs_at, token_divergence, token_stats, top_logprobs
 from tokensel.ops import reference
 from tokensel.ops.logits_blocks import LogitsBlocks
 
@@ -111,6 +113,33 @@ def test_a_teacher_that_is_sure_is_a_label():
     sure = torch.nn.functional.one_hot(labels, 50).double() * 1e4, torch.eye(50).double()
     values = token_divergence((hidden, weight), sure, mask)
     torch.testing.assert_close(values[mask], token_stats(hidden, weight, labels).nll[mask])
+
+
+class Largest(TorchDispatchMode):
+    """Of all tensors that operators give, how many numbers the largest has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
+        self.numbers = max(self.numbers, *(t.numel() for t in tensors), 0)
+        return results
+
+
+@pytest.mark.parametrize("call", [*KINDS, "recorded", "at ids", "top"])
+def test_nothing_of_the_width_of_the_vocabulary_is_held(call):
+    inputs, teacher, mask = make(N=200, V=9000, D=2, teacher_D=3)
+    top = top_logprobs(*teacher, 20)
+    with Largest() as largest:
+        if call == "top":
+            top_logprobs(*teacher, 20)
+        elif call == "at ids":
+            logprobs_at(*inputs[:2], top.ids).sum().backward()
+        else:
+            of, kind = (teacher, call) if call in KINDS else (top, "jsd")
+            token_divergence(inputs[:2], of, mask, kind=kind).sum().backward()
+    assert largest.numbers <= 200 * 2048
 
 
 def test_the_backward_makes_all_of_a_teachers_blocks_in_one_place(monkeypatch):
