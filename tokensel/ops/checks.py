@@ -160,8 +160,8 @@ def check_finite(name: str, values: Tensor | None) -> None:
     if values is None or torch.compiler.is_compiling() or not may_read_values(values):
         return
     if not bool((finite := values.isfinite()).all()):
-        row = int((~finite).nonzero()[0, 0])
-        raise ValueError(f"{name} is {float(values[row])} in row {row}; it must be finite")
+        place = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(f"{name} is {float(values[place])} in row {place[0]}; it must be finite")
 
 
 def check_token_range(input_ids: Tensor, rows: int, model: str) -> None:
