@@ -8,6 +8,8 @@ it. Loss and metrics stay TRL's. The model here is tiny and random.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import trl
 from datasets import Dataset
 
@@ -35,6 +37,7 @@ args = trl.DPOConfig(
     report_to="none",
 )
 reference = make_model(tokenizer, seed=0)
+Path("reference.parquet").unlink(missing_ok=True)  # of an earlier run
 answers, _ = encode_rows(pairs, tokenizer, args.max_length, both_answers=True)
 tokensel.record_losses(reference, answers, "reference.parquet", tokenizer=tokenizer)
 

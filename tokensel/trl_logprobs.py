@@ -130,10 +130,24 @@ def _opened(trainer: Any, reference: Any, method: SelectionMethod | None, record
         for setting in ("precompute_ref_log_probs", "sync_ref_model"):
             if getattr(trainer.args, setting, False):
                 raise ValueError(f"reference and {setting}=True are two references; leave one out")
+        if "history_nll" in files:
+            raise ValueError("reference and recorded['history'] are two stores of one signal; leave one out")
+        if getattr(trainer.args, "truncation_mode", "keep_start") != "keep_start":
+            raise ValueError(
+                f"truncation_mode={trainer.args.truncation_mode!r} cuts answers in front, and stores hold whole "
+                "beginnings; set it to 'keep_start'"
+            )
         files["history_nll"] = reference
     if recorded and method is None:
         raise ValueError("recorded losses are for a method; give method=tokensel.methods.get(...)")
     if method is not None:
+        if not isinstance(method, SelectionMethod):
+            raise TypeError(f"method must come from tokensel.methods.get(...); got {method!r}")
+        if "sft" in getattr(trainer.args, "loss_type", ()):
+            raise ValueError(
+                "loss_type 'sft' is a mean over all tokens of the chosen answer, which a method would shrink; leave it "
+                "out, or the method"
+            )
         if not isinstance(trainer, trl.DPOTrainer):
             raise ValueError(f"method chooses among the tokens of both answers of DPOTrainer; leave it out of {name}")
         for setting in ("precompute_ref_log_probs", "use_weighting"):
@@ -152,7 +166,8 @@ def _opened(trainer: Any, reference: Any, method: SelectionMethod | None, record
     for store in stores.values():
         store.repair = (
             "Run `tokensel score --both_answers true` with the same tokenizer, chat template, max_length and dataset "
-            "as this run, or record the trainer's rows: tokensel.record_losses(reference, trainer.train_dataset, PATH)"
+            "as this run, or record the trainer's rows: tokensel.record_losses(reference, trainer.train_dataset, PATH, "
+            "max_length=trainer.args.max_length)"
         )
     return stores
 

@@ -172,8 +172,17 @@ def test_a_method_whose_signals_are_not_there_is_refused(make, tmp_path, monkeyp
         monkeypatch.setattr(trainer.args, setting, True)
         refused(f"{setting}=True takes the log-probabilities of all tokens", {"name": "random"})
         monkeypatch.setattr(trainer.args, setting, False)
+    monkeypatch.setattr(trainer.args, "loss_type", ["sigmoid", "sft"])
+    refused("loss_type 'sft' is a mean over all tokens", {"name": "random"})
+    monkeypatch.setattr(trainer.args, "loss_type", ["sigmoid"])
+    two = {"reference": "reference.parquet", "recorded": {"history": "history.parquet"}}
+    refused("two stores of one signal", {"name": "history_excess"}, **two)
+    monkeypatch.setattr(trainer.args, "truncation_mode", "keep_end")
+    refused("truncation_mode='keep_end' cuts answers in front", reference="reference.parquet")
     monkeypatch.setattr(trainer.args, "sync_ref_model", True)
     refused("reference and sync_ref_model=True are two references", reference="reference.parquet")
+    with pytest.raises(TypeError, match="method must come from tokensel.methods.get"):
+        use_token_logprobs(trainer, method="random")
 
 
 def test_trainers_without_both_answers_are_refused(make):

@@ -317,3 +317,29 @@ def test_a_teacher_that_does_not_fit_is_named():
         token_divergence(inputs[:2], (hidden, weight), torch.ones_like(mask), stats=stats)
     with pytest.raises(ValueError, match=r"lse of the teacher's stats must have shape \[21\]"):
         token_divergence(inputs[:2], (hidden, weight), mask, stats=(stats[0], stats[1].view((21, 1))))
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_bias_that_changes_before_the_backward_is_noticed(of):
+    hidden, head, bias = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8), torch.randn(30)
+    given = {"bias": bias} if of == "student" else {"teacher_head": {"bias": bias}}
+    mask = torch.ones(5, dtype=torch.bool)
+    divergence = token_divergence((hidden, head), (torch.randn(5, 6), torch.randn(30, 6)), mask, **given)
+    bias += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        divergence.sum().backward()
+    logp = logprobs_at(hidden, head, torch.zeros(5, 1, dtype=torch.int64), bias=bias)
+    bias += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+
+
+def test_what_is_no_model_is_named():
+    hidden, head, mask = torch.randn(5, 8), torch.randn(30, 8), torch.ones(5, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"teacher must be \(hidden, weight\); got Tensor"):
+        token_divergence((hidden, head), hidden, mask)
+    with pytest.raises(TypeError, match=r"or TopLogprobs\(logp, ids\) where it was recorded"):
+        token_divergence((hidden, head), (torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.int64)), mask)
+    stats = token_stats(hidden, head, mask.long())
+    with pytest.raises(TypeError, match=r"stats must be \(TokenStats of the student, TokenStats of the teacher\)"):
+        token_divergence((hidden, head), (hidden, head), mask, stats=stats)

@@ -165,3 +165,31 @@ def test_fused_takes_one_type():
     (hidden, weight, _), labels, keep = make()
     with pytest.raises(ValueError, match="one type, not torch.float32 and torch.bfloat16; use impl='chunked'"):
         selected_cross_entropy(hidden, weight.bfloat16(), labels, keep, impl="fused")
+
+
+@pytest.mark.parametrize("make_loss", [selected_cross_entropy, token_logprobs])
+def test_statistics_of_other_labels_are_refused(make_loss):
+    (hidden, weight, _), labels, _ = make()
+    stats = token_stats(hidden, weight, labels)
+    rows = (
+        hidden,
+        weight,
+        labels.clamp(min=0),
+        *([torch.ones(len(labels))] if make_loss is selected_cross_entropy else []),
+    )
+    with pytest.raises(ValueError, match=r"stats have no lse for labels\[0\]; make them with the same labels"):
+        make_loss(*rows, stats=stats)
+    with pytest.raises(TypeError, match="stats must be TokenStats of one model; got tuple"):
+        make_loss(*rows, stats=(stats, stats))
+
+
+def test_weights_and_denominators_are_numbers():
+    (hidden, weight, _), labels, keep = make()
+    keep = keep.float()
+    keep[0] = torch.nan  # an ignored row
+    assert selected_cross_entropy(hidden, weight, labels, keep).isfinite()
+    keep[7] = torch.nan
+    with pytest.raises(ValueError, match="keep is nan in row 7; it must be finite"):
+        selected_cross_entropy(hidden, weight, labels, keep)
+    with pytest.raises(TypeError, match="denominator must be a number; got 'x'"):
+        selected_cross_entropy(hidden, weight, labels, keep > 0, denominator="x")

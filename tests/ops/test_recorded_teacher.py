@@ -195,7 +195,7 @@ def changed(teacher, name, row, entry, value):
         (lambda t: changed(t, "logp", 3, 0, torch.nan), ValueError, "sum up to a probability of nan in row 2"),
         (lambda t: t._replace(ids=t.ids.float()), TypeError, "teacher.ids must be torch.int64 or torch.int32"),
         (lambda t: t._replace(logp=t.logp.long()), TypeError, "teacher.logp must have a floating-point dtype"),
-        (lambda t: TopLogprobs(t.logp[:20], t.ids[:20]), ValueError, r"teacher.ids must have shape \[21, 'K'\]"),
+        (lambda t: TopLogprobs(t.logp[:20], t.ids[:20]), ValueError, r"teacher.ids must have shape \[21, K\]"),
         (lambda t: t._replace(logp=t.logp[:, :3]), ValueError, r"teacher.logp must have shape \[21, 9\]"),
         (
             lambda t: TopLogprobs(*(x.repeat(1, 4) for x in t)),
@@ -216,3 +216,14 @@ def test_options_of_the_other_kind_of_teacher_are_named():
         token_divergence(inputs[:2], recorded, mask, teacher_head={"softcap": 3.0})
     with pytest.raises(ValueError, match="add_tail=False belongs to a recorded teacher"):
         token_divergence(inputs[:2], teacher, mask, add_tail=False)
+
+
+def test_half_precision_cannot_tell_a_tail():
+    hidden, head, mask = torch.randn(5, 8), torch.randn(30, 8), torch.ones(5, dtype=torch.bool)
+    teacher = top_logprobs(torch.randn(5, 8), head, 4)
+    coarse = teacher._replace(logp=teacher.logp.bfloat16())
+    with pytest.raises(ValueError, match="too coarse for the tail of kind='reverse_kl'"):
+        token_divergence((hidden, head), coarse, mask, kind="reverse_kl")
+    for how in ({"kind": "reverse_kl", "add_tail": False}, {"kind": "jsd"}):
+        near = token_divergence((hidden, head), teacher, mask, **how)
+        torch.testing.assert_close(token_divergence((hidden, head), coarse, mask, **how), near, rtol=0.05, atol=0.01)

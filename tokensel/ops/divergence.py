@@ -163,16 +163,17 @@ class _TokenDivergence(torch.autograd.Function):
         kind: str,
         beta: float,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, *known, *teacher[:2])
+        ctx.save_for_backward(hidden, weight, bias, *known, *teacher[:2], teacher.head.bias)
         ctx.heads, ctx.kind, ctx.beta = (head, teacher.head), kind, beta
         return divergence.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, lse, teacher_lse, mean_slope, teacher_hidden, teacher_weight = ctx.saved_tensors
+        hidden, weight, bias, lse, teacher_lse, mean_slope, teacher_hidden, teacher_weight, its_bias = ctx.saved_tensors
         check_finite("the gradient of the divergence", upstream)
-        head, teacher_head = ctx.heads
+        # biases that have changed since are noticed
+        head, teacher_head = (of._replace(bias=b) for of, b in zip(ctx.heads, (bias, its_bias), strict=True))
         kept = upstream.nonzero()[:, 0]
         of_teacher = LogitsBlocks(Model(teacher_hidden[kept], teacher_weight, teacher_head), lse.dtype)
         lse, teacher_lse, mean_slope = lse[kept], teacher_lse[kept], mean_slope[kept]
@@ -201,10 +202,12 @@ class _TokenDivergence(torch.autograd.Function):
 
 def _of_top(log_p: Tensor, elsewhere: Tensor, log_q: Tensor, kind: str, beta: float, add_tail: bool) -> Tensor:
     """Divergence over K tokens from log-probabilities (K, n) and (K,), differentiable in the first two. -> (K,)"""
+    rounding = torch.finfo(log_q.dtype).eps
+    log_q = log_q.to(log_p.dtype)
     if add_tail:
         tail = (1 - log_q.exp().sum(1)).clamp(min=0)
         if kind == "reverse_kl":  # infinite where the teacher's is 0, which a rounded sum cannot tell from little
-            tail = tail.clamp(min=torch.finfo(tail.dtype).eps)
+            tail = tail.clamp(min=rounding)
         tail = torch.where(elsewhere == -torch.inf, 0, tail)  # a rounding, too, where every token is named
         log_p, log_q = torch.cat([log_p, elsewhere[:, None]], 1), torch.cat([log_q, tail.log()[:, None]], 1)
     else:
@@ -255,8 +258,9 @@ def token_divergence(
         temperature: divides the logits of both models; not what was recorded.
         stats: TokenStats of the student and of the teacher for the same rows, heads and temperature, whose `lse` are
             taken; of others the result is wrong.
-        add_tail: of a recorded teacher. For "reverse_kl" q_rest is at least 1.2e-7, a float32 rounding of 1; it is 0
-            where the student can say no other token.
+        add_tail: of a recorded teacher. q_rest is what a rounded sum leaves of 1: a q_rest of 1e-5 is known to a few
+            percent. For "reverse_kl" it is at least the rounding of what was recorded, 1.2e-7 for float32, and
+            half-precision records are refused; it is 0 where the student can say no other token.
         bias, softcap, logit_scale: of the student's head, as in `token_stats`. teacher_head: the same of the teacher's;
             None = the student's softcap and scale, without a bias.
         impl: "auto", "chunked" (plain PyTorch on every device) or "reference".
@@ -265,6 +269,11 @@ def token_divergence(
     Raises:
         TypeError, ValueError: the argument, what was expected and what was given.
     """
+    for name, pair in (("student", student), ("teacher", teacher)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"{name} must be (hidden, weight); got {type(pair).__name__}")
+    if stats is not None and not (isinstance(stats, (tuple, list)) and all(isinstance(of, TokenStats) for of in stats)):
+        raise TypeError("stats must be (TokenStats of the student, TokenStats of the teacher)")
     hidden, weight, local_bias, shard = local_head(*student, bias)
     hidden = check_head(hidden, weight, local_bias)
     check_impl(impl, shard)
@@ -286,11 +295,18 @@ def token_divergence(
             if stats is not None or teacher_head is not None:
                 raise ValueError("stats and teacher_head belong to a teacher of hidden states; a recorded one has none")
             logp, ids = _recorded_rows(teacher, mask, V)
+            if kind == "reverse_kl" and add_tail and logp.dtype.itemsize < 4:
+                raise ValueError(
+                    f"teacher.logp are {logp.dtype}, too coarse for the tail of kind='reverse_kl', 1 less their sum; "
+                    "record float32, or take add_tail=False or another kind"
+                )
             log_p, elsewhere = logprobs_at_and_elsewhere(rows, ids, shard, impl)
-            of_rows = _of_top(log_p, elsewhere, logp.to(log_p.dtype), *how, add_tail)
+            of_rows = _of_top(log_p, elsewhere, logp, *how, add_tail)
         else:
             if not add_tail:
                 raise ValueError("add_tail=False belongs to a recorded teacher, TopLogprobs; this one has no tail")
+            if not teacher[1].is_floating_point():
+                raise TypeError("teacher must be (hidden, weight), or TopLogprobs(logp, ids) where it was recorded")
             check_same_vocabulary(student=student[1], teacher=teacher[1])
             same: HeadOptions = {"softcap": softcap, "logit_scale": logit_scale}
             options = same if teacher_head is None else teacher_head

@@ -192,12 +192,15 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be torch.int64 or torch.int32; got {ids.dtype}")
     if ids.dim() != len(shape) + 1 or tuple(ids.shape[:-1]) != shape or ids.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape {[*shape, 'K']}, K tokens for each row of hidden; got {[*ids.shape]}")
+        wanted = ", ".join(map(str, (*shape, "K")))
+        raise ValueError(f"{name} must have shape [{wanted}], K tokens for each row of hidden; got {[*ids.shape]}")
     return ids
 
 
 def check_id_range(name: str, ids: Tensor, vocabulary: int) -> None:
     """Ids in [0, vocabulary), checked as labels are (`checks.check_label_range`)."""
+    if torch.compiler.is_compiling():
+        return
     inside = (ids >= 0) & (ids < vocabulary)
     if not may_read_values(ids):
         torch._assert_async(inside.all(), f"{name}: outside [0, V); TOKENSEL_CHECK=1 names it")
@@ -313,16 +316,16 @@ class _LogprobsAt(torch.autograd.Function):
         head: Head,
     ) -> tuple[Tensor, Tensor]:
         logp = logits - lse[:, None]
-        ctx.save_for_backward(hidden, weight, ids, logp, elsewhere, lse)
+        ctx.save_for_backward(hidden, weight, bias, ids, logp, elsewhere, lse)
         ctx.head = head
         return logp, elsewhere - lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_logp: Tensor, of_elsewhere: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ids, logp, elsewhere, lse = ctx.saved_tensors
+        hidden, weight, bias, ids, logp, elsewhere, lse = ctx.saved_tensors
         check_finite("the gradient of the log-probabilities", of_logp.sum(1) + of_elsewhere)
-        head: Head = ctx.head
+        head: Head = ctx.head._replace(bias=bias)  # noticed if it has changed since
         kept = ((of_logp != 0).any(1) | (of_elsewhere != 0)).nonzero()[:, 0]
         ids, elsewhere, lse = ids[kept], elsewhere[kept], lse[kept]
         of_logp, of_elsewhere = of_logp[kept] * head.logit_scale, of_elsewhere[kept] * head.logit_scale

@@ -27,6 +27,7 @@ from tokensel.ops.checks import (
     check_shape,
     check_shifted,
     check_tensor,
+    may_read_values,
     resolve_impl,
 )
 from tokensel.ops.chunked import Head
@@ -140,6 +141,19 @@ def _row_statistics(
     return results
 
 
+def _check_stats(stats: TokenStats, labels: Tensor, ignore_index: int, keep: Tensor | None = None) -> None:
+    """Statistics for each of the labels [...], which have seen the vocabulary where a row counts."""
+    if not isinstance(stats, TokenStats):
+        raise TypeError(f"stats must be TokenStats of one model; got {type(stats).__name__}")
+    check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
+    check_same_device(**{"labels": labels, "stats.lse": stats.lse})
+    if torch.compiler.is_compiling() or not may_read_values(labels):
+        return
+    unseen = (labels != ignore_index) & (stats.lse == -torch.inf)
+    if len(where := (unseen if keep is None else unseen & (keep != 0)).nonzero()):
+        raise ValueError(f"stats have no lse for labels{where[0].tolist()}; make them with the same labels")
+
+
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -202,7 +216,7 @@ def token_logprobs(
     check_positive("softcap", softcap)
     hidden, weight, bias, shard = local_head(hidden, weight, bias)
     hidden = check_head(hidden, weight, bias)
-    check_shape("stats.lse", stats.lse, check_labels(labels, hidden.shape[:-1]).shape, "one entry a label")
+    _check_stats(stats, check_labels(labels, hidden.shape[:-1]), ignore_index)
     impl = resolve_impl(impl, hidden, shard, "gradient", weight)
     head = Head(bias, softcap, float(logit_scale)).tempered(temperature)
     x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
@@ -291,11 +305,11 @@ def selected_cross_entropy(
             ignore_index=ignore_index,
             impl=asked,
         )
-    if stats is None:
-        check_label_range(labels, whole[1].shape[0], ignore_index)
-    else:
-        check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
-        check_same_device(**{"hidden": hidden, "stats.lse": stats.lse})
+    check_label_range(labels, whole[1].shape[0], ignore_index)
+    if keep.is_floating_point():
+        check_finite("keep", keep.masked_fill(labels == ignore_index, 0))
+    if stats is not None:
+        _check_stats(stats, labels, ignore_index, keep)
         if label_smoothing and stats.logit_sum is None:
             raise ValueError("label_smoothing needs stats.logit_sum; make the statistics with logit_sum=True")
 
@@ -305,6 +319,7 @@ def selected_cross_entropy(
     if denominator is None:
         denominator = coefficient.abs().sum() if reduction == "sum" else 1.0
     if not isinstance(denominator, Tensor):
+        check_number("denominator", denominator)
         denominator = torch.full((), denominator, dtype=dtype, device=hidden.device)  # a copy would make the host wait
     elif denominator.numel() != 1:
         raise ValueError(f"denominator must be a number or a scalar tensor; got shape {list(denominator.shape)}")
