@@ -132,9 +132,10 @@ def _opened(trainer: Any, reference: Any, method: SelectionMethod | None, record
                 raise ValueError(f"reference and {setting}=True are two references; leave one out")
         if "history_nll" in files:
             raise ValueError("reference and recorded['history'] are two stores of one signal; leave one out")
-        if getattr(trainer.args, "truncation_mode", "keep_start") != "keep_start":
+        mode = getattr(trainer.args, "truncation_mode", "keep_start")
+        if mode != "keep_start":
             raise ValueError(
-                f"truncation_mode={trainer.args.truncation_mode!r} cuts answers in front, and stores hold whole "
+                f"truncation_mode={mode!r} cuts answers in front, and stores hold whole "
                 "beginnings; set it to 'keep_start'"
             )
         files["history_nll"] = reference
