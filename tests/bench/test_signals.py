@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tokensel
+from benchmarks.machine import short_commit
 from benchmarks.quality import real_worlds, signal_plots, signals
 from benchmarks.quality.real import RealStudy
 from benchmarks.quality.real_rows import Parts
@@ -217,7 +218,8 @@ def test_a_study_goes_on_with_the_kinds_that_it_lacks(run):
     results = json.loads(run.saved[-1])
     table = signals.signals_table(results)
     assert "| signal | random | chats | docs | own |\n" in table and "| failed | not measured | not measured |" in table
-    assert table.endswith("- failed: chats: ValueError: no luck\n- unfinished: 2 of 4 kinds")
+    assert "\n- failed: chats: ValueError: no luck\n- unfinished: 2 of 4 kinds\n- " in table
+    assert table.endswith(f"; commit {short_commit(results['machines'][0]['commit'])}.")
     run(("random", "chats", "docs", "own"), results)
     assert [kind for kind, *_ in run.asked] == ["chats", "docs", "own"]  # what failed is tried again
     assert "failed" not in (table := signals.signals_table(results)) and "unfinished" not in table
@@ -247,7 +249,7 @@ def test_the_table_has_areas_prices_and_the_best_pair(run, found):
         signals.SIGNALS[name] for pair, area in at["pairs"].items() if area == best for name in pair.split(", ")
     )
     assert f"- random: {at['tokens']:,} response tokens of 30 rows, " in later
-    assert later.endswith(f"; {one} and {other} at step 200")
+    assert f"; {one} and {other} at step 200\n" in later
 
 
 def test_the_picture_names_the_results_that_it_shows(run, tmp_path):

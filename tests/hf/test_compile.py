@@ -92,7 +92,7 @@ def test_operators_keep_their_promises():
         head = (labels, label_logit, bias, 20.0, 1.0, wanted, -100, "chunked", 256.0)
         torch.library.opcheck(torch.ops.tokensel.models_stats, ([hidden, old], [weight, weight], *head))
     lse, coefficient = torch.randn(24) + 8, torch.rand(24)
-    for terms in (None, torch.rand(2, 24)):
+    for terms in (None, torch.rand(3, 24)):
         rows = (labels.clamp(min=0), coefficient, lse, terms)
         backward = (hidden, weight, bias, *rows, None, 1.0, [True, False, True], "chunked")
         torch.library.opcheck(torch.ops.tokensel.selected_gradients, backward)

@@ -155,6 +155,15 @@ def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> Non
         )
 
 
+def check_seen(lse: Tensor, labels: Tensor, ignore_index: int, keep: Tensor | None) -> None:
+    """Statistics, by their lse [...], have seen the vocabulary where a label counts; asked as `check_finite` asks."""
+    if torch.compiler.is_compiling() or not may_read_values(labels):
+        return
+    unseen = (labels != ignore_index) & (lse == -torch.inf)
+    if len(where := (unseen if keep is None else unseen & (keep != 0)).nonzero()):
+        raise ValueError(f"stats have no lse for labels{where[0].tolist()}; make them with the same labels")
+
+
 def check_finite(name: str, values: Tensor | None) -> None:
     """No infinity and no NaN; asked where the device need not be waited for (`may_read_values`)."""
     if values is None or torch.compiler.is_compiling() or not may_read_values(values):

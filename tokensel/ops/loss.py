@@ -24,10 +24,10 @@ from tokensel.ops.checks import (
     check_number,
     check_positive,
     check_same_device,
+    check_seen,
     check_shape,
     check_shifted,
     check_tensor,
-    may_read_values,
     resolve_impl,
 )
 from tokensel.ops.chunked import Head
@@ -142,16 +142,12 @@ def _row_statistics(
 
 
 def _check_stats(stats: TokenStats, labels: Tensor, ignore_index: int, keep: Tensor | None = None) -> None:
-    """Statistics for each of the labels [...], which have seen the vocabulary where a row counts."""
+    """Statistics for each of the labels [...]."""
     if not isinstance(stats, TokenStats):
         raise TypeError(f"stats must be TokenStats of one model; got {type(stats).__name__}")
     check_shape("stats.lse", stats.lse, tuple(labels.shape), "one entry a label")
     check_same_device(**{"labels": labels, "stats.lse": stats.lse})
-    if torch.compiler.is_compiling() or not may_read_values(labels):
-        return
-    unseen = (labels != ignore_index) & (stats.lse == -torch.inf)
-    if len(where := (unseen if keep is None else unseen & (keep != 0)).nonzero()):
-        raise ValueError(f"stats have no lse for labels{where[0].tolist()}; make them with the same labels")
+    check_seen(stats.lse, labels, ignore_index, keep)
 
 
 def token_logprobs(
