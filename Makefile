@@ -26,7 +26,7 @@ quickstart: .venv/.installed  ## fine-tune a tiny model with ssToken and show wh
 demo: .venv/.smollm2  ## the same with a real model, SmolLM2, on real English (CPU, seven minutes on two cores)
 	$(BIN)/python examples/demo.py
 
-test: .venv/.installed  ## run the tests (CPU, eight minutes on two cores)
+test: .venv/.installed  ## run the tests (CPU, ten minutes on two cores)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not chips"
 
 test-all: test  ## and those that are slow and rarely break

@@ -35,10 +35,11 @@ def stored(path, model, rows=ANSWERS, tokenizer=TOKENIZER, **settings):
     return path
 
 
+SLOW = ("DPO, length desensitised", "dft")
 RUNS = {"DPO": {}, "DPO, length desensitised": {"ld_alpha": 0.5}, "DPO, adapters": {"peft_config": LORA}, "KTO": {}}
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run in SLOW)) for run in RUNS])
 def test_a_recorded_reference_is_the_live_one(make, tmp_path, run):
     kind = run.partition(",")[0]
     theirs = make(kind, **RUNS[run])
@@ -77,7 +78,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
 def test_an_answers_log_ratio_is_the_weighted_sum_over_its_tokens(make, tmp_path, name):
     """cDPO (arXiv 2411.19943) is `critical_tokens`: rejected tokens weigh 1 - softmax(2 z_positive - z_negative)."""
     arguments, weigh = METHODS[name]
@@ -108,7 +109,7 @@ def test_an_answers_log_ratio_is_the_weighted_sum_over_its_tokens(make, tmp_path
     assert largest_difference(weights(trainer), {n: p.detach() for n, p in moved.items()}) < 1e-6
 
 
-@pytest.mark.parametrize("adapters", [None, LORA], ids=["a model", "adapters"])
+@pytest.mark.parametrize("adapters", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["a model", "adapters"])
 def test_a_live_reference_gets_the_policys_weights(make, adapters):
     trainer = make("DPO", peft_config=adapters, max_steps=3)
     use_token_logprobs(trainer, method=methods.get("random", rho=0.6)).train()

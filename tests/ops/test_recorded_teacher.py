@@ -82,7 +82,7 @@ def test_gradcheck_in_float64(kind, add_tail):
         options = {"kind": kind, "add_tail": add_tail, "beta": 0.3, "softcap": 4.0, "temperature": 1.4}
         return token_divergence((hidden, weight), teacher, mask, bias=bias, **options)
 
-    assert torch.autograd.gradcheck(values, inputs)
+    assert torch.autograd.gradcheck(values, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("add_tail", [True, False], ids=["tail", "no tail"])
