@@ -317,7 +317,8 @@ def base_losses(world: RealWorld) -> dict:
 def chosen_over_all(rows: list[dict], method) -> list[dict]:
     """Rows with the weights that a method gives their tokens, ranked over all of them."""
     sizes = [len(row["labels"]) for row in rows]
-    flat = {name: torch.tensor(list(itertools.chain.from_iterable(row[name] for row in rows))) for name in rows[0]}
+    columns = {"labels", *method.needs}  # a row may hold other things than one number a token
+    flat = {name: torch.tensor(list(itertools.chain.from_iterable(row[name] for row in rows))) for name in columns}
     sample = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes))
     response = flat["labels"] != IGNORE_INDEX
     response &= torch.cat([torch.arange(size) for size in sizes]) > 0
