@@ -44,6 +44,18 @@ def all_of(values, inputs, upstream):
     return [values.detach(), *torch.autograd.grad((values * upstream).sum(), inputs)]
 
 
+def assert_within_budget(ours, eager, exact, dtype):
+    """Twice the eager error, and roundings of float32 logits and of gradients in their own type."""
+    logits = float(exact[0].max()) + 20
+    for name, a, b, c in zip(("value", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        error, largest = (a.double() - c).abs().max(), c.abs().max()
+        allowed = (
+            2 * (b.double() - c).abs().max() + torch.finfo(torch.float32).eps * logits * max(float(largest), 1) * 4
+        )
+        allowed += 0 if name == "value" else 2 * torch.finfo(dtype).eps * largest
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
 def stats_of(inputs, teacher, mask, **options):
     """TokenStats of student and teacher, whose labels are of no interest."""
     labels = torch.where(mask, 3, -100)
@@ -66,14 +78,7 @@ def test_values_and_gradients_equal_the_definition(kind, options, dtype, impl):
         all_of(definition(inputs, teacher, kind, **options, dtype=d) * mask, inputs, upstream)
         for d in (torch.float64, torch.float32)
     )
-    logits = float(exact[0].max()) + 20
-    for name, a, b, c in zip(("value", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
-        error, largest = (a.double() - c).abs().max(), c.abs().max()
-        allowed = (
-            2 * (b.double() - c).abs().max() + torch.finfo(torch.float32).eps * logits * max(float(largest), 1) * 4
-        )
-        allowed += 0 if name == "value" else 2 * torch.finfo(dtype).eps * largest
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    assert_within_budget(ours, eager, exact, dtype)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["", "stats"])

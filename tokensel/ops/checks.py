@@ -44,8 +44,7 @@ def resolve_impl(
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
-    if impl == "reference" and shard is not None:
-        raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
+    check_whole(impl, shard)
     other = None if weight is None or weight.dtype == like.dtype else weight.dtype
     if impl == "auto":
         if other is not None or like.device.type != "cuda" or like.dtype not in KERNEL_DTYPES or not HAS_TRITON:
@@ -64,6 +63,12 @@ def resolve_impl(
                 "use impl='chunked'"
             )
     return impl
+
+
+def check_whole(impl: str, shard: object) -> None:
+    """`reference` takes no part of a head (`shard` is not None)."""
+    if impl == "reference" and shard is not None:
+        raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
 
 
 def check_tensor(name: str, value: object, *, floating: bool = False) -> Tensor:

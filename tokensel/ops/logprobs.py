@@ -17,6 +17,7 @@ from tokensel.ops.checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    check_whole,
     may_read_values,
 )
 from tokensel.ops.chunked import SMALLEST_EXPONENT, Head, block_stats
@@ -176,8 +177,7 @@ def check_impl(impl: str, shard: VocabShard | None) -> None:
     """An implementation of what has no kernel."""
     if impl not in ("auto", "chunked", "reference"):
         raise ValueError(f"impl must be one of auto, chunked, reference; got {impl!r}")
-    if impl == "reference" and shard is not None:
-        raise ValueError("impl='reference' holds whole logits, and weight is sharded over ranks; use impl='chunked'")
+    check_whole(impl, shard)
 
 
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
