@@ -9,8 +9,9 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set
 from tokensel.arguments import SelectiveTrainingArguments
 from tokensel.data import SelectionCollator
 from tokensel.data.rows import told
-from tokensel.loading import chat_template_of, check_fit, encode_dataset, held_out, load_model, load_tokenizer
+from tokensel.loading import chat_template_of, encode_dataset, held_out, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
+from tokensel.recording import check_fit
 from tokensel.settings import RunArguments
 from tokensel.trainer import SelectiveTrainer
 
@@ -48,7 +49,7 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
     encoded = [encode_dataset(settings, name, split, tokenizer, stream, **weights) for name, split in read]
     model = load_model(settings)
     for (name, _), (_, counts) in zip(read, encoded, strict=True):
-        check_fit(name, counts, tokenizer, model)
+        check_fit(told(name), counts.longest, counts.largest_id, model, tokenizer)
     if settings.use_peft:
         from peft import LoraConfig, get_peft_model
 

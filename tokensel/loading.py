@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokensel.arguments import parse_mapping
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
 from tokensel.data.layouts import COLUMNS
-from tokensel.data.rows import Names, are_files, shared, told
+from tokensel.data.rows import Names, are_files, files_of, shared, told
 from tokensel.files import check_directory
+from tokensel.model import apply_to
+from tokensel.parallel import rank_of_ranks
 from tokensel.settings import DataArguments, RunArguments, ScoreArguments
 from tokensel.store import tokenizer_fingerprint
 
@@ -65,16 +72,101 @@ def chat_of(settings: DataArguments, counts: EncodingCounts, tokenizer: PreTrain
     return {"template": chat_template_of(settings, tokenizer), "turns": settings.turns}
 
 
-def load_model(settings: DataArguments) -> PreTrainedModel:
-    """The causal language model.
+def load_model(settings: DataArguments, **options: Any) -> PreTrainedModel:
+    """The causal language model; options of `from_pretrained`.
 
     Raises:
         ValueError: its weights file is damaged.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype)
+        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype, **options)
     except SafetensorError as error:
         raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
+
+
+def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
+    """The model to score with, where it shall run -> (model, its device).
+
+    Raises:
+        ValueError: settings that contradict each other, a device that cannot be used, or more ranks than GPUs.
+    """
+    bits = settings.load_in_8bit or settings.load_in_4bit
+    for one, other in itertools.combinations(("fully_shard", "device_map", "device"), 2):
+        if getattr(settings, one) and getattr(settings, other):
+            raise ValueError(f"{one} and {other} both say where the model is; give one")
+    if settings.load_in_8bit and settings.load_in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit contradict each other; give one")
+    if settings.fully_shard and bits:
+        raise ValueError("fully_shard spreads weights of 16 or 32 bits; give device_map='auto' with load_in_8bit")
+    ranks = rank_of_ranks()[1]
+    if settings.fully_shard and ranks == 1:
+        raise ValueError(
+            "fully_shard spreads the model over ranks; start them: torchrun --nproc_per_node=N -m tokensel"
+        )
+    if settings.device_map and ranks > 1:
+        raise ValueError("device_map spreads the model over the devices of one process; with ranks, give fully_shard")
+    device = _device(settings.device, ranks)
+    options: dict[str, Any] = {}
+    if bits:
+        from transformers import BitsAndBytesConfig
+
+        names = ("load_in_8bit", "load_in_4bit")
+        options["quantization_config"] = BitsAndBytesConfig(**{name: getattr(settings, name) for name in names})
+    if settings.device_map or bits:
+        model = load_model(settings, device_map=settings.device_map or device, **options)
+        return model, device
+    model = load_model(settings)
+    if not settings.fully_shard:
+        return model.to(device), device  # type: ignore[arg-type]
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    apply_to(model, layer=None)  # before the head is sharded
+    layers = {*model._no_split_modules} if model._no_split_modules else set()
+    mesh = init_device_mesh(device.partition(":")[0], (ranks,))
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, device
+
+
+def _device(name: str | None, ranks: int) -> str:
+    """The device of this process; by default the GPU of its number, where there are any."""
+    if name is None:
+        name = "cpu"
+        if torch.cuda.is_available():
+            local = int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"rank {local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start as many "
+                    "ranks as GPUs (--nproc_per_node)"
+                )
+            name = f"cuda:{local}"
+    try:
+        torch.empty(0, device=name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+    return name
+
+
+@contextlib.contextmanager
+def naming_what_fits() -> Iterator[None]:
+    """Names the ways out where a device has too little memory.
+
+    Raises:
+        ValueError: it had.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{str(error).partition('. ')[0]}. What needs less: a smaller --tokens_per_batch, --dtype bfloat16, "
+            "--load_in_8bit true or --load_in_4bit true; or spread the model: --device_map auto, or --fully_shard true "
+            "under torchrun"
+        ) from error
 
 
 def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -118,7 +210,7 @@ def encode_dataset(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
     streaming: bool = False,
-    **weights: Any,
+    **options: Any,
 ) -> tuple[datasets.Dataset, EncodingCounts]:
     """Rows of files or of a named dataset as token ids, and how many there were; prints the latter.
 
@@ -135,7 +227,7 @@ def encode_dataset(
             role_names=parse_mapping("role_names", settings.role_names, "bot=assistant"),
             turns=settings.turns,
             chat_template=template if isinstance(template, str) else None,
-            **weights,
+            **options,
         )
     except RowError as error:
         raise ValueError(f"{place_of_row(name, error.row, split)}: {error.reason}") from error
@@ -146,24 +238,37 @@ def encode_dataset(
     return rows, counts
 
 
-def check_fit(name: Names, counts: EncodingCounts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
+class EncodedRows:
+    """The rows of a dataset to score as token ids, read and encoded while they are iterated over.
+
+    Attributes:
+        counts: what there was, once they have been.
 
     Raises:
-        ValueError: rows longer than the model has positions, or a token without an embedding.
+        FileNotFoundError: at once, where there is no such file.
+        ValueError: while iterating, a row that cannot be encoded, with its place; no row, or none with a response.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and counts.longest > positions:
-        raise ValueError(
-            f"{told(name)} has rows of up to {counts.longest} tokens, but {model.name_or_path} has {positions} "
-            f"positions; cut them with --max_length {positions}, or, if its positions reach further (YaRN and the "
-            "like), raise max_position_embeddings in its config.json"
-        )
-    embeddings = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    needed = max(counts.largest_id, tokenizer.pad_token_id or 0)
-    if needed >= embeddings:
-        raise ValueError(
-            f"token {needed} ({tokenizer.convert_ids_to_tokens(needed)!r}) has no embedding: {model.name_or_path} has "
-            f"{embeddings}. The tokenizer belongs to another model, or tokens were added without "
-            "model.resize_token_embeddings"
-        )
+
+    def __init__(self, settings: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self.counts = EncodingCounts()
+        self._are_files = files_of(settings.dataset_name, settings.dataset_split) is not None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        settings, name, split = self.settings, self.settings.dataset_name, self.settings.dataset_split
+        streaming = settings.dataset_streaming or self._are_files
+        options = {"streaming": streaming, "both_answers": settings.both_answers, "weights": False}
+        rows, self.counts = encode_dataset(settings, name, split, self.tokenizer, **options)
+        try:
+            yield from rows.select_columns(["input_ids", "labels"])
+        except RowError as error:
+            raise ValueError(f"{place_of_row(name, error.row, split)}: {error.reason}") from error
+        if not self.counts.rows:
+            raise ValueError(f"{told(name)} has no rows; expected one JSON object a line")
+        if not self.counts.documents:
+            raise ValueError(
+                f"none of the {self.counts.rows} rows has a response token within max_length={settings.max_length}; "
+                "raise max_length or check the completions"
+            )
+        if streaming:
+            print(f"{told(name)}: {self.counts}", flush=True)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+import os
 
 from tokensel.arguments import SelectionArguments, parse_recorded
 from tokensel.data.rows import told
-from tokensel.loading import chat_of, check_fit, encode_dataset, load_contrast_model, load_model, load_tokenizer
+from tokensel.loading import (
+    EncodedRows,
+    chat_of,
+    load_contrast_model,
+    load_scoring_model,
+    load_tokenizer,
+    naming_what_fits,
+)
 from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
+from tokensel.parallel import is_first_rank, joined_ranks, on_first_rank, rank_of_ranks
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
 from tokensel.recording import record_losses, refuse_existing
 from tokensel.settings import ScoreArguments, SelectArguments
@@ -17,55 +25,62 @@ from tokensel.store.shards import Shards, publish
 
 
 def score(settings: ScoreArguments) -> dict[str, float]:
-    """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL."""
+    """Records the negative log-likelihood of every response token under a model -> rows, tokens, mean NLL.
+
+    The ranks that torchrun or `accelerate launch` has started share the work.
+    """
     check_positive("batch_size", settings.batch_size)
-    refuse_existing(settings.output)
+    check_positive("tokens_per_batch", settings.tokens_per_batch)
     if settings.without_prompt and settings.contrast_model_name_or_path:
         raise ValueError("without_prompt and contrast_model_name_or_path make stores of different kinds; choose one")
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    tokenizer = load_tokenizer(settings)
-    split, both = settings.dataset_split, settings.both_answers
-    rows, counts = encode_dataset(settings, settings.dataset_name, split, tokenizer, both_answers=both)
-    rows = rows.select_columns(["input_ids", "labels"])
-    model = load_model(settings)
-    check_fit(settings.dataset_name, counts, tokenizer, model)
-    negative = None
-    if settings.contrast_model_name_or_path:
-        negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
-    first_token = None
-    if settings.without_prompt:
-        first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    summary = record_losses(
-        model.to(device),  # type: ignore[arg-type]
-        rows,
-        settings.output,
-        tokenizer=tokenizer,
-        batch_size=settings.batch_size,
-        impl=settings.impl,
-        first_token=first_token,
-        negative=negative,
-        model_name=settings.model_name_or_path,
-        dataset=told(settings.dataset_name),
-        max_length=settings.max_length,
-        chat=chat_of(settings, counts, tokenizer),
-    )
-    summary["peak_memory_mib"] = peak_memory_mib(device)
-    repeated = len(rows) - summary["documents"]
+    with joined_ranks():
+        on_first_rank(lambda: refuse_existing(settings.output))
+        tokenizer = load_tokenizer(settings)
+        rows = EncodedRows(settings, tokenizer)
+        with naming_what_fits():
+            model, device = load_scoring_model(settings)
+            negative = None
+            if settings.contrast_model_name_or_path:
+                negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+            first_token = None
+            if settings.without_prompt:
+                first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            summary = record_losses(
+                model,
+                rows,
+                settings.output,
+                tokenizer=tokenizer,
+                tokens_per_batch=settings.tokens_per_batch,
+                batch_size=settings.batch_size,
+                impl=settings.impl,
+                first_token=first_token,
+                negative=negative,
+                model_name=settings.model_name_or_path,
+                dataset=told(settings.dataset_name),
+                max_length=settings.max_length,
+                chat=lambda: chat_of(settings, rows.counts, tokenizer),
+            )
+        summary["peak_memory_mib"] = peak_memory_mib(device)
+        if is_first_rank():
+            _tell(settings.output, summary)
+    return summary
+
+
+def _tell(output: str, summary: dict[str, float]) -> None:
+    repeated, ranks = summary["rows"] - summary["documents"], rank_of_ranks()[1]
     same = f" ({repeated} of them repeated)" if repeated else ""
+    of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
     print(
-        f"{settings.output}: {len(rows)} rows{same}, {summary['response_tokens']} response tokens, "
-        f"mean NLL {summary['mean_nll']:.4f} nats, {summary['tokens_per_second']:.0f} tokens/s, "
+        f"{output}: {summary['rows']} rows{same}, {summary['response_tokens']} response tokens, "
+        f"mean NLL {summary['mean_nll']:.4f} nats, {summary['tokens_per_second']:.0f} tokens/s{of_ranks}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB"
     )
-    return summary
 
 
 def select(settings: SelectArguments) -> dict[str, float]:
     """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("select reads and writes, and needs no ranks; start it once, without torchrun")
     refuse_existing(settings.output)
     method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
     files = {f"{name}_nll": file for name, file in parse_recorded(settings.recorded).items()}
@@ -78,8 +93,8 @@ def select(settings: SelectArguments) -> dict[str, float]:
             "recorded": files,
             "stores": data.digest,
         }
-        with Shards(settings.output, belongs_to) as shards:
-            shards.tell()
+        with Shards(settings.output) as shards:
+            shards.begin(belongs_to)
             select_tokens(method, data, shards)
             made = data.metadata
             writer = HistoryWriter(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +15,59 @@ from torch import Tensor, nn
 
 from tokensel.ops import context_parallel
 from tokensel.ops.vocab_parallel import is_dtensor
+
+T = TypeVar("T")
+WAIT = timedelta(hours=2)  # of a rank for the others, before the job is given up
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Joins the processes that torchrun or `accelerate launch` has started together, if there are several."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_of_ranks() -> tuple[int, int]:
+    """(number of this process, how many there are); (0, 1) without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, where alone it runs. To be called by all ranks.
+
+    Raises:
+        What it raises on rank 0; on the others ValueError, with the message of that.
+    """
+    rank, ranks = rank_of_ranks()
+    if ranks == 1:
+        return function()
+    failure: Exception | None = None
+    answer: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            answer = [function(), None]
+        except Exception as error:  # raised below, once the others know
+            failure, answer = error, [None, f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise ValueError(f"rank 0 failed: {answer[1]}")
+    return answer[0]
+
+
+def wait_for_ranks() -> None:
+    """Returns when all ranks have come here."""
+    if rank_of_ranks()[1] > 1:
+        dist.barrier()
 
 
 def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks with the same settings") -> None:
@@ -34,7 +91,7 @@ def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks w
 
 def is_first_rank() -> bool:
     """Whether this process speaks for the job: rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return rank_of_ranks()[0] == 0
 
 
 def gather_over_ranks(objects: list) -> list:

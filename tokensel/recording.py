@@ -1,18 +1,19 @@
-"""Recording losses before training: what the documents of a dataset are, and each response token's loss under a model.
+"""Recording losses before training: each response token's loss under a model.
 
-It streams: memory holds the documents in flight, and a run that was killed goes on from its shards.
+It streams: memory holds the documents in flight, and a run that was killed goes on from its shards. The ranks of a job
+share the batches among them. What a batch holds depends on the documents alone, so that any number of ranks, killed and
+resumed or not, writes the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
@@ -20,85 +21,38 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from tokensel.documents import IGNORE_INDEX, document_keys, documents_of, to_labels, to_rows
+from tokensel.documents import IGNORE_INDEX, to_labels, to_rows
 from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
 from tokensel.ops.checks import check_positive
 from tokensel.ops.stats import token_stats_contrast
+from tokensel.ops.vocab_parallel import is_dtensor
+from tokensel.parallel import check_ranks_agree, gather_over_ranks, on_first_rank, rank_of_ranks
 from tokensel.store import HistoryWriter, tokenizer_fingerprint
+from tokensel.store.encoded import EncodedDocuments, write_documents
 from tokensel.store.shards import Shards, publish
 
-
-class Identity(NamedTuple):
-    """What the documents of a dataset are. n rows."""
-
-    keys: numpy.ndarray  # (n,) int64, the hash of each row's token ids
-    lengths: numpy.ndarray  # (n,) int64
-    largest_id: int  # of the tokens
-    digest: str  # sha256 (hex) of all token ids and of which tokens are responses, in order
-
-    def documents(self) -> numpy.ndarray:
-        """Numbers of the rows to score, in order: of rows with equal token ids the first."""
-        return numpy.sort(numpy.unique(self.keys, return_index=True)[1])
-
-
-def identify(rows: Iterable[dict]) -> Identity:
-    """Hashes rows of `input_ids` and `labels`, in order, holding a thousand at a time."""
-    digest, keys, lengths, largest = hashlib.sha256(), [], [], 0
-    waiting: list[dict] = []
-
-    def take() -> None:
-        nonlocal largest
-        sizes = torch.tensor([len(row["input_ids"]) for row in waiting])
-        ids = torch.tensor([token for row in waiting for token in row["input_ids"]])
-        segments = torch.repeat_interleave(torch.arange(len(waiting)), sizes)
-        hashes = document_keys(ids[None], segments[None])[0][sizes.cumsum(0) - sizes]
-        responses = bytes(label != IGNORE_INDEX for row in waiting for label in row["labels"])
-        digest.update(hashes.numpy().tobytes() + sizes.numpy().tobytes() + responses)
-        largest = max(largest, int(ids.max()))
-        keys.append(hashes.numpy())
-        lengths.append(sizes.numpy())
-        waiting.clear()
-
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == 1024:
-            take()
-    if waiting:
-        take()
-    if not keys:
-        raise ValueError("there is no row, and so nothing to record")
-    return Identity(numpy.concatenate(keys), numpy.concatenate(lengths), largest, digest.hexdigest())
+TOKENS_PER_BATCH = 8192
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """sha256 (hex) over name, shape, dtype and the first 64 entries of each parameter: notices a retrained model."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:64].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.is_meta:  # it lies on a disk
+            continue
+        values = parameter.full_tensor() if is_dtensor(parameter) else parameter
+        digest.update(values.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 
-def without_prompt(row: dict, first_token: int) -> dict:
-    """The response tokens of a row alone, behind one token that predicts the first of them.
+def without_prompt(document: numpy.ndarray, first_token: int) -> numpy.ndarray:
+    """The response tokens of a document alone, behind one token that predicts the first of them. (length, 2) int32.
 
     Of the prompt, earlier turns of a conversation included, nothing stays.
     """
-    response = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE_INDEX]
-    return {"input_ids": [first_token, *response], "labels": [IGNORE_INDEX, *response]}
-
-
-def _refuse_other_responses(identity: Identity, document: Callable[[int], dict], row_of: numpy.ndarray) -> None:
-    """Two prompts of the same tokens, cut, leave two documents; one set of losses cannot be of both."""
-    equal = identity.keys.argsort(kind="stable")
-    for one, other in itertools.pairwise(equal):
-        if identity.keys[one] == identity.keys[other]:
-            a, b = ([label != IGNORE_INDEX for label in document(int(n))["labels"]] for n in (one, other))
-            if a != b:
-                raise ValueError(
-                    f"rows {row_of[one]} and {row_of[other]} have the same token ids and different response tokens, so "
-                    "without their prompts they are two documents, which a store does not tell apart; leave one out"
-                )
+    response = document[document[:, 1] != IGNORE_INDEX]
+    return numpy.concatenate([numpy.array([[first_token, IGNORE_INDEX]], numpy.int32), response])
 
 
 def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, labels: Tensor, impl: str) -> Tensor:
@@ -134,90 +88,115 @@ def contrast_nll(positive: PatchedModel, negative: PatchedModel, inputs: dict, l
 
 def response_losses(
     patched: PatchedModel, impl: str = "auto", first_token: int | None = None, negative: PatchedModel | None = None
-) -> Callable[[list[dict]], list[Tensor]]:
+) -> Callable[[list[numpy.ndarray]], list[numpy.ndarray]]:
     """The function from documents to the losses of their response tokens under a model that `apply_to` has patched.
+
+    It takes documents as (length, 2) int32, id and label of each token, and gives float32 nats of their response
+    tokens, in order.
 
     Args:
         first_token: given, the losses are those of the responses behind this token alone (`without_prompt`).
         negative: given, the losses are those under the contrast of `patched` with this model (`contrast_nll`).
     """
     device: Any = patched.model.get_input_embeddings().weight.device
+    device = "cpu" if device.type == "meta" else device  # a weight that lies on a disk is brought to where its input is
 
     @torch.no_grad()
-    def losses(rows: list[dict]) -> list[Tensor]:
+    def losses(documents: list[numpy.ndarray]) -> list[numpy.ndarray]:
         if first_token is not None:
-            rows = [without_prompt(row, first_token) for row in rows]
+            documents = [without_prompt(document, first_token) for document in documents]
         ids, labels = (
-            pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
-            for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX))
+            pad_sequence(
+                [torch.from_numpy(document[:, column].astype(numpy.int64)) for document in documents],
+                batch_first=True,
+                padding_value=padding,
+            )
+            for column, padding in ((0, 0), (1, IGNORE_INDEX))
         )  # (B, S)
-        sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+        sizes = torch.tensor([len(document) for document in documents])
         mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        if negative is None:
-            nll = patched.token_nll(batch, labels.to(device), impl=impl)
-        else:
-            nll = contrast_nll(patched, negative, batch, labels.to(device), impl)
-        return [values[mine] for values, mine in zip(nll.cpu(), labels != IGNORE_INDEX, strict=True)]
+
+        def score(model: PatchedModel, **inputs: Any) -> Tensor:
+            if negative is None:
+                return model.token_nll(inputs, labels.to(device), impl=impl)
+            return contrast_nll(model, negative, inputs, labels.to(device), impl)
+
+        # inside the model's own forward, which is where the weights of a sharded one are gathered
+        nll = patched.model(**batch, selection=score)
+        return [values[mine].numpy() for values, mine in zip(nll.cpu(), labels != IGNORE_INDEX, strict=True)]
 
     return losses
 
 
-def score_documents(
-    shards: Shards,
-    document: Callable[[int], dict],
-    identity: Identity,
-    losses: Callable[[list[dict]], list[Tensor]],
-    batch_size: int,
-) -> int:
-    """Puts the losses of all documents that the shards lack into them -> tokens of those that this run scored.
+def batches_of(lengths: numpy.ndarray, tokens: int, most: int | None = None) -> list[numpy.ndarray]:
+    """Numbers of documents that go through the model together, of like length, the longest first.
 
-    Batches of like length waste no padding; the longest come first, so that too little memory shows at once.
+    So padding is next to nothing, and too little memory shows at once.
 
     Args:
-        document: its number -> `input_ids` and `labels`; of documents with equal token ids the first is scored, with
-            the response tokens of all of them.
-        losses: documents -> for each the negative log-likelihoods of its response tokens, nats, in order.
-    Raises:
-        ValueError: a loss that is not finite; names document and token.
+        lengths: (n,) of the documents.
+        tokens: of a batch with its padding, at most; one document is a batch however long it is.
+        most: documents of a batch at most, instead.
     """
-    documents = identity.documents()
-    order = documents[numpy.argsort(-identity.lengths[documents], kind="stable")]
-    order = order[~numpy.isin(identity.keys[order], shards.keys)]
-    equal = identity.keys.argsort(kind="stable")  # numbers, with those of equal documents side by side
+    order, batches, start = numpy.argsort(-lengths, kind="stable"), [], 0
+    while start < len(order):
+        size = most or max(tokens // max(int(lengths[order[start]]), 1), 1)
+        batches.append(order[start : start + size])
+        start += size
+    return batches
 
-    def with_all_labels(number: int) -> dict:
-        begin, end = (
-            numpy.searchsorted(identity.keys, identity.keys[number], side, sorter=equal) for side in ("left", "right")
-        )
-        whole = document(number)
-        for other in equal[begin:end]:
-            if other != number:
-                labels = zip(whole["labels"], document(int(other))["labels"], strict=True)
-                whole["labels"] = [theirs if mine == IGNORE_INDEX else mine for mine, theirs in labels]
-        return whole
 
-    done, left = int(shards.lengths.sum()), int(identity.lengths[order].sum())
-    with tqdm(total=done + left, initial=done, unit="token", unit_scale=True, desc="score") as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = [with_all_labels(int(i)) for i in numbers]
-            values = []
-            for number, row, nll in zip(numbers, batch, losses(batch), strict=True):
-                response = numpy.array(row["labels"]) != IGNORE_INDEX
-                values.append(numpy.full(len(response), numpy.nan, numpy.float32))
-                values[-1][response] = nll.numpy()
-                wrong = response & ~numpy.isfinite(values[-1])
-                if wrong.any():
-                    raise ValueError(
-                        f"row {number}: the loss of token {int(wrong.argmax())} is {values[-1][wrong][0]}; the scoring "
-                        "model must give finite losses (try float32 or bfloat16 instead of float16)"
-                    )
-            lengths = identity.lengths[numbers].astype(numpy.int32)
-            shards.append(identity.keys[numbers], lengths, numpy.concatenate(values))
-            bar.update(int(lengths.sum()))
+def score_documents(
+    shards: Shards,
+    documents: EncodedDocuments,
+    losses: Callable[[list[numpy.ndarray]], list[numpy.ndarray]],
+    batches: list[numpy.ndarray],
+    in_step: bool = False,
+) -> int:
+    """Puts the losses of what the shards lack into them, this rank's share of the batches -> their tokens.
+
+    Args:
+        losses: documents -> for each the negative log-likelihoods of its response tokens, nats, in order.
+        batches: numbers of the documents of each.
+        in_step: all ranks have to call `losses` equally often, as those of a sharded model.
+    Raises:
+        ValueError: a loss that is not finite; names row and token.
+    """
+    rank, ranks = rank_of_ranks()
+    done = set(shards.keys.tolist())
+    left = [numpy.array([n for n in batch if int(documents.keys[n]) not in done], numpy.int64) for batch in batches]
+    left = [batch for batch in left if len(batch)]
+    mine = left[rank::ranks]
+    sizes = [int(documents.lengths[batch].sum()) for batch in mine]
+    title = "score" if ranks == 1 else f"score (rank 0 of {ranks})"
+    with tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=title, disable=rank > 0) as bar:
+        for batch, size in zip(mine, sizes, strict=True):
+            values = _losses_of(documents, batch, losses)
+            shards.append(documents.keys[batch], documents.lengths[batch].astype(numpy.int32), values)
+            bar.update(size)
     shards.flush()
-    return left
+    if in_step and len(mine) < len(left[::ranks]):  # it has a share in the others' last batch
+        losses([documents[int(left[-1][0])]])
+    return sum(sizes)
+
+
+def _losses_of(
+    documents: EncodedDocuments, batch: numpy.ndarray, losses: Callable[[list[numpy.ndarray]], list[numpy.ndarray]]
+) -> numpy.ndarray:
+    """The losses of all tokens of a batch, one document after the other, NaN where a token is no response."""
+    some, values = [documents[int(number)] for number in batch], []
+    for number, document, nll in zip(batch, some, losses(some), strict=True):
+        response = document[:, 1] != IGNORE_INDEX
+        values.append(numpy.full(len(response), numpy.nan, numpy.float32))
+        values[-1][response] = nll
+        wrong = response & ~numpy.isfinite(values[-1])
+        if wrong.any():
+            raise ValueError(
+                f"row {documents.row_of[number]}: the loss of token {int(wrong.argmax())} is {values[-1][wrong][0]}; "
+                "the scoring model must give finite losses (try float32 or bfloat16 instead of float16)"
+            )
+    return numpy.concatenate(values)
 
 
 @contextlib.contextmanager
@@ -238,82 +217,87 @@ def refuse_existing(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"output {path} exists; move it away or choose another name")
 
 
+def check_fit(name: str, longest: int, largest_id: int, model: nn.Module, tokenizer: Any = None) -> None:
+    """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
+
+    Raises:
+        ValueError: rows longer than the model has positions, or a token without an embedding.
+    """
+    inner: Any = unwrap(model)
+    positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{name} has rows of up to {longest} tokens, but {inner.name_or_path} has {positions} positions; cut them "
+            f"with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
+            "max_position_embeddings in its config.json"
+        )
+    embeddings = int(inner.get_input_embeddings().num_embeddings)
+    needed = max(largest_id, getattr(tokenizer, "pad_token_id", None) or 0)
+    if needed >= embeddings:
+        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(needed)!r})"
+        raise ValueError(
+            f"token {needed}{token} has no embedding: {inner.name_or_path or 'the model'} has {embeddings}. The "
+            "tokenizer belongs to another model, or tokens were added without model.resize_token_embeddings"
+        )
+
+
+def _each(rows: Any) -> Iterator[Any]:
+    """The rows in order; by number where they have one, as those of a torch Dataset that stops at no index."""
+    by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    return (rows[i] for i in range(len(rows))) if by_number else iter(rows)
+
+
 def record_losses(
     model: nn.Module,
     rows: Any,
     path: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    batch_size: int = 16,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     impl: str = "auto",
     first_token: int | None = None,
     negative: nn.Module | None = None,
     model_name: str | None = None,
     dataset: str = "",
     max_length: int | None = None,
-    chat: dict[str, Any] | None = None,
+    chat: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> dict[str, float]:
     """Records the loss of every response token of `rows` under a model in a store, for `history="recorded"`.
 
     A document is found again by its token ids, so the rows must be those that are trained: tokenised, with labels.
-    What a killed run has done stays in `path` + ".partial", and the same call goes on from there.
+    What a killed run has done stays in `path` + ".partial", and the same call goes on from there. Where there is a
+    process group all its ranks make the call, with the same arguments, and share the work.
 
     Args:
-        model: a transformers causal language model, perhaps with adapters, which are on; it runs where it is.
-        rows: a Dataset, or another sequence of mappings as `documents_of` reads them: `input_ids` and `labels`, or the
-            prompts and answers of a trainer of preferences of TRL.
-        path: the Parquet file to make; must not exist yet.
+        model: a transformers causal language model, perhaps with adapters, which are on; it runs where it is. It may be
+            sharded over the ranks, or laid over several devices.
+        rows: mappings as `documents_of` reads them: `input_ids` and `labels`, or the prompts and answers of a trainer
+            of preferences of TRL. A Dataset, a stream or any iterable; read once, in order, on rank 0.
+        path: what to make: a Parquet file, if the name ends so, or else a directory of such (`HistoryWriter`); must not
+            exist yet.
         tokenizer: a trainer with another one will refuse the store; None = it is not compared.
-        batch_size: documents in a forward pass.
+        tokens_per_batch: tokens in a forward pass with their padding, at most, but for one document that is longer.
+        batch_size: documents in a forward pass, instead.
         impl: of the statistics.
         first_token: score the responses alone, behind this token (`t_shirt`).
         negative: score under softmax(2 z - z'), z' of this model (`critical_tokens`).
-        model_name, dataset, chat: what a later error says the store was made from (see `HistoryWriter`).
+        model_name, dataset: what a later error says the store was made from (see `HistoryWriter`).
         max_length: so is this; prompts with answers are cut to it, as TRL cuts them.
+        chat: called once the rows have been read: how their chats became tokens, for later errors, too.
     Returns:
-        rows, documents, response_tokens, mean_nll (nats), tokens_per_second.
+        rows, documents, response_tokens, mean_nll (nats), tokens_per_second (of all ranks).
     Raises:
-        TypeError: rows that cannot be read by number, as a stream.
-        ValueError: a path that exists, no row, a row without token ids, a token that the model has no embedding for, a
-            loss that is not finite, an unfinished run of other settings, a model that `apply_to` refuses, or, with
-            `first_token`, rows of equal token ids and different labels.
+        ValueError: a path that exists, no row, a row without token ids, a token that the model has no embedding or no
+            position for, a loss that is not finite, an unfinished run of other settings, ranks with different settings,
+            a model that `apply_to` refuses, or, with `first_token`, rows of equal token ids and different labels.
     """
+    if not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        raise TypeError(f"rows must be an iterable of mappings; got {type(rows).__name__}")
+    check_positive("tokens_per_batch", tokens_per_batch)
     check_positive("batch_size", batch_size)
-    refuse_existing(path)
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise TypeError(
-            f"rows must have a length and be read by number, to score the longest first; got {type(rows).__name__}. "
-            "Make a Dataset of a stream: datasets.Dataset.from_list(list(rows))"
-        )
     if first_token is not None and negative is not None:
         raise ValueError("first_token and negative make stores of different kinds; give one")
-    counts: list[int] = []  # documents of each row
-
-    def all_documents() -> Iterator[dict]:
-        for number in range(len(rows)):
-            try:
-                documents = documents_of(rows[number], max_length)
-            except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
-            counts.append(len(documents))
-            yield from documents
-
-    identity = identify(all_documents())
-    row_of = numpy.repeat(numpy.arange(len(counts)), counts)
-    first = numpy.cumsum(counts) - counts
-
-    def document(number: int) -> dict:
-        return documents_of(rows[int(row_of[number])], max_length)[number - first[row_of[number]]]
-
-    if first_token is not None:
-        _refuse_other_responses(identity, document, row_of)
-    for what, scored in {"the model": model, "the negative model": negative}.items():
-        table: Any = None if scored is None else unwrap(scored).get_input_embeddings().weight
-        if table is not None and identity.largest_id >= table.shape[0]:
-            raise ValueError(
-                f"token {identity.largest_id} of the rows has no embedding: {what} has {table.shape[0]}. They were "
-                "made with the tokenizer of another model"
-            )
     name = model_name or str(unwrap(model).name_or_path) or type(unwrap(model)).__name__
     belongs_to = {
         "command": "score",
@@ -321,23 +305,30 @@ def record_losses(
         "weights": weights_fingerprint(model),
         "dtype": str(unwrap(model).dtype),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "dataset": identity.digest,
         "max_length": max_length,
         "without_prompt": first_token is not None,
     }
     if negative is not None:
         belongs_to["contrast_model_name_or_path"] = str(unwrap(negative).name_or_path)
         belongs_to["contrast_weights"] = weights_fingerprint(negative)
+    batching = {"tokens_per_batch": tokens_per_batch, "batch_size": batch_size}
+    check_ranks_agree({"output": str(path), **belongs_to, **batching, "impl": impl})
     content = "alone_nll" if first_token is not None else "nll" if negative is None else "contrast_nll"
     with contextlib.ExitStack() as stack:
-        shards = stack.enter_context(Shards(path, belongs_to))
-        shards.tell()
+        on_first_rank(lambda: refuse_existing(path))
+        shards = stack.enter_context(Shards(path))
+        file = shards.directory / "documents"
+        documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, first_token is not None))
+        for scored in (model, *([] if negative is None else [negative])):
+            check_fit(dataset or "rows", int(documents.lengths.max()), documents.largest_id, scored, tokenizer)
+        shards.begin(belongs_to | {"dataset": documents.digest})
         patched = stack.enter_context(_scoring(model))
         other = None if negative is None else stack.enter_context(_scoring(negative))
         losses = response_losses(patched, impl, first_token, other)
-        started = time.perf_counter()
-        tokens = score_documents(shards, document, identity, losses, batch_size)
-        seconds = time.perf_counter() - started
+        started, numbers = time.perf_counter(), documents.numbers()
+        batches = [numbers[batch] for batch in batches_of(documents.lengths[numbers], tokens_per_batch, batch_size)]
+        in_step = any(is_dtensor(parameter) for parameter in model.parameters())
+        tokens = score_documents(shards, documents, losses, batches, in_step)
         writer = HistoryWriter(
             path,
             tokenizer=tokenizer,
@@ -345,14 +336,16 @@ def record_losses(
             max_length=max_length,
             dataset=dataset,
             content=content,
-            chat=chat,
+            chat=chat(),
             if_disk_is_full=shards.advice,
         )
-        count, total = publish(shards, writer, identity.keys[identity.documents()])
+        everybody = sum(gather_over_ranks([tokens]))
+        seconds = time.perf_counter() - started
+        count, total = publish(shards, writer, documents.keys[numbers])
     return {
-        "rows": len(rows),
-        "documents": len(identity.documents()),
+        "rows": documents.rows,
+        "documents": len(numbers),
         "response_tokens": count,
         "mean_nll": total / max(count, 1),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": everybody / seconds,
     }

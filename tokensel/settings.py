@@ -43,6 +43,13 @@ class DataArguments:
             "critical_tokens). 0 leaves them out."
         },
     )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and encode rows as they are used, and download no more of a Hugging Face dataset; training "
+            "needs max_steps then. Files are scored so in any case."
+        },
+    )
     max_length: int = field(
         default=2048, metadata={"help": "Rows are cut to this many tokens; cuts are counted and told."}
     )
@@ -67,10 +74,25 @@ class ScoreArguments(DataArguments):
     """Settings of `tokensel score`."""
 
     output: str = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Parquet file to write; must not exist yet."}
+        default=None,
+        metadata={
+            "help": "What to write: a Parquet file, if the name ends in .parquet, else a directory of them. Must not "
+            "exist yet."
+        },
     )
-    batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
+    tokens_per_batch: int = field(
+        default=8192, metadata={"help": "Tokens in a forward pass, of rows of like length with their padding."}
+    )
+    batch_size: int | None = field(default=None, metadata={"help": "Rows in a forward pass, instead."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto: spread the model over all GPUs of one process, and memory and disk."}
+    )
+    fully_shard: bool = field(
+        default=False, metadata={"help": "Spread the model over the ranks of torchrun (FSDP2): one that fits no GPU."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Weights in 8 bits, by bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits, by bitsandbytes."})
     impl: str = field(
         default="auto", metadata={"help": "Implementation of the statistics: auto, chunked, fused or reference."}
     )
@@ -106,7 +128,8 @@ class SelectArguments:
         metadata={"help": "Stores that `tokensel score` made of one dataset: base=a.parquet,reference=b.parquet."},
     )
     output: str = field(  # type: ignore[assignment]  # required: `settings.parse` asks for it
-        default=None, metadata={"help": "Parquet file of weights to write, for weights_store; must not exist yet."}
+        default=None,
+        metadata={"help": "Weights to write, for weights_store: a file or a directory, as of `tokensel score`."},
     )
 
 
@@ -119,9 +142,6 @@ class RunArguments(DataArguments):
     )
     eval_dataset_split: str | None = field(
         default=None, metadata={"help": "Split of the held-out rows, as dataset_split; default: the same."}
-    )
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read and encode rows as they are trained on; needs max_steps."}
     )
     prompt_weight: float = field(
         default=0.0, metadata={"help": "Weight of prompt tokens; not 0 trains them, too (weighted instruction tuning)."}

@@ -181,13 +181,8 @@ class TokenSelectionMixin(_Base):
             What `tokensel.record_losses` does.
         Raises:
             TypeError: a streamed training set.
-            ValueError: several processes, and what `tokensel.record_losses` refuses.
+            ValueError: what `tokensel.record_losses` refuses.
         """
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"record_history runs in one process, not in {self.accelerator.num_processes}: record first, then "
-                "start the ranks with history='recorded'"
-            )
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with self.accelerator.autocast():
             return record_losses(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from oracles import next_token_nll
@@ -35,8 +36,8 @@ def test_alone_is_the_loss_behind_bos_only(tmp_path, model_dir, data):
 
 
 def test_alone_drops_every_turn_of_the_prompt():
-    row = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, -100, 8, 9]}
-    assert recording.without_prompt(row, 2) == {"input_ids": [2, 6, 8, 9], "labels": [-100, 6, 8, 9]}
+    document = numpy.array([[1, -100], [5, -100], [6, 6], [7, -100], [8, 8], [9, 9]], numpy.int32)
+    assert recording.without_prompt(document, 2).tolist() == [[2, -100], [6, 6], [8, 8], [9, 9]]
 
 
 def test_t_shirt_end_to_end(tmp_path, model_dir, data):

@@ -18,6 +18,7 @@ from tokensel.cli import main
 from tokensel.data import encode_rows, load_rows
 from tokensel.documents import document_keys
 from tokensel.store import HistoryMissError, HistoryStore
+from tokensel.store.encoded import write_documents
 from tokensel.store.shards import Shards
 
 pytestmark = pytest.mark.usefixtures("small_row_groups")
@@ -76,7 +77,7 @@ def scored_rows(monkeypatch):
 
     def counting(*args, **kwargs):
         losses = original(*args, **kwargs)
-        return lambda rows: lengths.extend(len(row["input_ids"]) for row in rows) or losses(rows)
+        return lambda documents: lengths.extend(map(len, documents)) or losses(documents)
 
     monkeypatch.setattr(recording, "response_losses", counting)
     return lengths
@@ -185,6 +186,6 @@ def test_documents_stand_in_the_order_of_the_data(tmp_path, model_dir, data):
     rows, _ = encode_rows(load_rows(data), AutoTokenizer.from_pretrained(model_dir), LIMIT)
     expected = [int(document_keys(torch.tensor([ids]))[0, 0]) for ids in rows["input_ids"]][:30]
     assert pq.read_table(tmp_path / "h.parquet")["key"].to_pylist() == expected
-    identity = recording.identify(rows)
-    assert identity.keys[:30].tolist() == expected and identity.documents().tolist() == list(range(30))
-    assert identity.digest != recording.identify(rows.select(range(34))).digest
+    documents = write_documents(tmp_path / "documents", rows)
+    assert documents.keys[:30].tolist() == expected and documents.numbers().tolist() == list(range(30))
+    assert documents.digest != write_documents(tmp_path / "others", rows.select(range(34))).digest

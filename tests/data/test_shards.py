@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -10,6 +11,13 @@ import tokensel.store.shards as shards_module
 from tokensel.store.shards import Shards
 
 SETTINGS = {"command": "test", "max_length": 9}
+
+
+@contextlib.contextmanager
+def opened(path, settings=SETTINGS):
+    with Shards(path) as shards:
+        shards.begin(settings)
+        yield shards
 
 
 def put(shards, *documents):
@@ -27,13 +35,13 @@ A, B, C, D = (5, [1.0, 2.0]), (-3, [3.0]), (1 << 62, [4.0, 5.0, 6.0]), (7, [8.0]
 
 
 def test_shards_survive_and_are_read_in_any_order(tmp_path):
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A, B)
         assert held(shards) == [A, B]
         put(shards, C)
         shards.state["threshold"] = 7
         shards.save_state()
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         assert shards.keys.tolist() == [A[0], B[0], C[0]] and shards.lengths.tolist() == [2, 1, 3]
         assert shards.state == {"threshold": 7}
         assert held(shards, numpy.array([C[0], A[0], B[0]])) == [C, A, B]
@@ -42,20 +50,20 @@ def test_shards_survive_and_are_read_in_any_order(tmp_path):
 
 
 def test_a_shard_that_was_not_finished_is_no_shard(tmp_path):
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A, B)
     (part,) = (tmp_path / "out.partial").glob("part-*.parquet")
     torn = part.with_name(f".part-00001.parquet.{os.getpid()}.tmp")
     whole = part.read_bytes()
     for size in (0, 1, len(whole) // 2, len(whole)):  # wherever a process was killed while it wrote
         torn.write_bytes(whole[:size])
-        with Shards(tmp_path / "out", SETTINGS) as shards:
+        with opened(tmp_path / "out") as shards:
             assert held(shards) == [A, B] and not torn.exists()
 
 
 def test_wherever_a_shard_is_damaged_the_ones_before_it_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1)  # a shard for each call
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A, B)
         put(shards, C)
         put(shards, D)
@@ -67,7 +75,7 @@ def test_wherever_a_shard_is_damaged_the_ones_before_it_stay(tmp_path, monkeypat
     for bytes_ in damaged:
         second.write_bytes(bytes_)
         third.write_bytes(last)
-        with Shards(tmp_path / "out", SETTINGS) as shards:
+        with opened(tmp_path / "out") as shards:
             assert shards.keys.tolist() == [A[0], B[0]] and held(shards) == [A, B]
             assert "part-00001.parquet is damaged" in (told := capsys.readouterr().out)
             assert "it and the 1 shards behind it are done again" in told
@@ -79,13 +87,13 @@ def test_wherever_a_shard_is_damaged_the_ones_before_it_stay(tmp_path, monkeypat
 
 def test_shards_are_numbered_on_past_the_width_of_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1)
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A)
         put(shards, B)
     first, second = sorted((tmp_path / "out.partial").glob("part-*.parquet"))
     first.rename(first.with_name("part-99999.parquet"))
     second.rename(second.with_name("part-100000.parquet"))
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, C)
         assert held(shards) == [A, B, C]
 
@@ -94,7 +102,7 @@ def test_shards_are_read_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 7)
     random = numpy.random.default_rng(0)
     documents = [(int(key), [float(key)] * (1 + int(key) % 4)) for key in random.permutation(40)]
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         for document in documents:
             put(shards, document)
         assert len(list(shards.directory.glob("part-*.parquet"))) > 5
@@ -106,7 +114,7 @@ def test_shards_are_read_in_any_order(tmp_path, monkeypatch):
 
 def test_a_shard_is_written_when_it_waits_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_SECONDS", 0.0)
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A)
         assert len(list(shards.directory.glob("part-*.parquet"))) == 1
 
@@ -115,31 +123,31 @@ def test_what_version_0_1_left_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "rows").write_bytes(b"tsj1")
     with pytest.raises(ValueError, match="left by tokensel 0.1, .*; finish it with that version, or remove it"):
-        with Shards(tmp_path / "out", SETTINGS):
+        with opened(tmp_path / "out"):
             pytest.fail("the block must not run")
     assert (tmp_path / "out.partial" / "rows").read_bytes() == b"tsj1"
 
 
 def test_shards_of_other_settings_are_refused_with_the_difference(tmp_path):
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         put(shards, A)
     with pytest.raises(ValueError, match="out.partial belongs to .* other settings: max_length was 9 and is 8. Give"):
-        with Shards(tmp_path / "out", SETTINGS | {"max_length": 8}):
+        with opened(tmp_path / "out", SETTINGS | {"max_length": 8}):
             pytest.fail("the block must not run")
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         assert held(shards) == [A]
 
 
 def test_two_processes_do_not_share_shards(tmp_path):
-    with Shards(tmp_path / "out", SETTINGS):
+    with opened(tmp_path / "out"):
         with pytest.raises(BlockingIOError, match="another process is writing"):
-            with Shards(tmp_path / "out", SETTINGS):
+            with opened(tmp_path / "out"):
                 pytest.fail("the block must not run")
 
 
 def test_a_run_that_failed_before_its_first_record_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
-        with Shards(tmp_path / "out", SETTINGS):
+        with opened(tmp_path / "out"):
             raise RuntimeError
     assert os.listdir(tmp_path) == []
 
@@ -151,7 +159,7 @@ def test_a_full_disk_keeps_the_shards_and_says_so(tmp_path, monkeypatch, room):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="kept in .*out.partial. Free some space and run the same command again") as error:
-        with Shards(tmp_path / "out", SETTINGS) as shards:
+        with opened(tmp_path / "out") as shards:
             put(shards, A, B)
             assert held(shards) == [A, B]  # written
             monkeypatch.setattr(shards_module.pq, "write_table", full)
@@ -159,7 +167,7 @@ def test_a_full_disk_keeps_the_shards_and_says_so(tmp_path, monkeypatch, room):
             put(shards, C, A, B)
     monkeypatch.undo()
     assert error.value.errno == errno.ENOSPC
-    with Shards(tmp_path / "out", SETTINGS) as shards:
+    with opened(tmp_path / "out") as shards:
         assert held(shards) == [A, B]
 
 
@@ -169,7 +177,7 @@ def test_a_full_disk_before_the_first_shard_says_that_nothing_was_kept(tmp_path,
 
     monkeypatch.setattr(shards_module.pq, "write_table", full)
     with pytest.raises(OSError, match="nothing of this run was kept. Free some space") as error:
-        with Shards(tmp_path / "out", SETTINGS) as shards:
+        with opened(tmp_path / "out") as shards:
             put(shards, A)
             held(shards)
     assert error.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []

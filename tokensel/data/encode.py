@@ -87,6 +87,7 @@ def encode_rows(
     rejected_weight: float = 0.0,
     role_names: Mapping[str, str] | None = None,
     both_answers: bool = False,
+    weights: bool = True,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, EncodingCounts]:
     """Rows of text -> token ids and labels.
 
@@ -117,6 +118,7 @@ def encode_rows(
         rejected_weight: of the rejected answers of pairs, which become rows of their own; 0 leaves them out.
         role_names: a role in the messages -> the chat template's name for it.
         both_answers: rows are preference pairs, whose two answers get the tokens and labels of TRL's DPOTrainer.
+        weights: read those that the rows give; False leaves them out.
     Returns:
         (Dataset with `input_ids` and `labels`, lists of int64 of one length a row, and, where anything gives weights,
         `token_weights`, float32 of that length; `EncodingCounts`). What comes later in a stream is not known: it has
@@ -143,11 +145,12 @@ def encode_rows(
     encoder.chat = {"turns": turns, "chat_template": chat_template}
     has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
     encoder.reading = Reading(has_template, role_names or {}, 1.0 if both_answers else rejected_weight)
-    encoder.weighted = (prompt_weight, response_weight, rejected_weight) != (0, 1, 0)
+    encoder.reads_weights = weights
+    encoder.weighted = weights and (prompt_weight, response_weight, rejected_weight) != (0, 1, 0)
     if isinstance(rows, datasets.IterableDataset):
         return _encoded_stream(rows, encoder, keep_columns), encoder.counts
     rows = _checked(rows, keep_columns)
-    encoder.weighted = encoder.weighted or _has_weights(rows)
+    encoder.weighted = encoder.weighted or (weights and _has_weights(rows))
     encoded = _encoded(rows, encoder, keep_columns)
     if not len(encoded):
         raise ValueError(
@@ -208,7 +211,7 @@ def _encoded_stream(
 ) -> datasets.IterableDataset:
     columns = rows.column_names
     rows = rows if columns is None else rows.select_columns(_read(columns, keep_columns))
-    encoder.weighted = encoder.weighted or _weighs(next(iter(rows), {}))
+    encoder.weighted = encoder.weighted or (encoder.reads_weights and _weighs(next(iter(rows), {})))
     if untyped := columns is None:  # each row may have columns of its own
         rows, columns = rows.map(_one_column).select_columns(["row"]), ["row"]
     features = _features({}, encoder.weighted)
@@ -269,6 +272,7 @@ class _Encoder:
     prompt_weight: float
     response_weight: float
     both_answers: bool
+    reads_weights: bool = True
     weighted: bool = True
     chat: dict[str, Any] = field(default_factory=dict)  # arguments of `encode_chat`
     reading: Reading = Reading(False, {}, 0.0)
@@ -302,7 +306,8 @@ class _Encoder:
         for part, encoded in zip(parts, self._encode(parts, row, index), strict=True):
             self.counts.answers_as_rows += max(len(encoded) - 1, 0)
             for document in encoded:
-                if not self.weighted and (row.get("weight") is not None or {*document.weights} - {None}):
+                weighs = row.get("weight") is not None or {*document.weights} - {None}
+                if weighs and self.reads_weights and not self.weighted:
                     raise RowError(
                         index,
                         "it gives a weight, but the first row of the stream gives none, and so the stream has none; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ from tokensel.ops.checks import check_same_device, check_shape, check_tensor
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"tokensel"
+MANIFEST = "manifest.json"  # of a directory of parts
 
 # What a store holds, and the command that makes such a one.
 CONTENTS = {
@@ -52,6 +54,15 @@ def read_documents(table: pa.Table) -> tuple[numpy.ndarray, ...]:
     """(keys, lengths, values) of `documents_table`; without its last column the first two."""
     keys, lengths, *lists = (table[name].combine_chunks() for name in table.column_names)
     return keys.to_numpy(), lengths.to_numpy(), *(column.flatten().to_numpy() for column in lists)
+
+
+def footer_of(path: str | os.PathLike[str]) -> str:
+    """sha256 (hex) of a Parquet file's footer: its settings, and place, size and extremes of each part."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - size, os.SEEK_END)
+        return hashlib.sha256(file.read(size)).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

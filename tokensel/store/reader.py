@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy
 import pyarrow as pa
@@ -21,15 +21,20 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tokensel.documents import BatchLayout, HostDocuments
+from tokensel.documents import BatchLayout, HostDocuments, keys_at
 from tokensel.store.format import (
     CONTENTS,
     FORMAT_VERSION,
+    MANIFEST,
     METADATA_KEY,
     checked_layout,
+    footer_of,
     read_documents,
     tokenizer_fingerprint,
 )
+
+HELD_TOKENS = 1 << 26  # 256 MiB
+HEADER = ("format_version", "tokenizer", "model", "max_length", "dataset", "documents", "tokens")
 
 _REPAIR = (
     "Run `tokensel score` with the same tokenizer, chat template, turns, max_length, dataset, prompt and response "
@@ -51,44 +56,109 @@ class StoreReader:
 
     def __init__(self, path: str | os.PathLike, *, content: str = "nll", tokenizer=None):
         self.path, self.content = Path(path), content
-        if not self.path.is_file():
-            made = CONTENTS[content].rpartition(": ")[2]
-            raise FileNotFoundError(errno.ENOENT, f"no history store; make it with {made}", str(path))
-        self._file = open(self.path, "rb")
+        self._stack = ExitStack()
         try:
-            with self._naming_damage():
-                self._parquet = pq.ParquetFile(self._file, page_checksum_verification=True)
-            header = (self._parquet.metadata.metadata or {}).get(METADATA_KEY)
-            if header is None:
-                raise ValueError(f"{path} is Parquet but not a history store; make one with `tokensel score`")
-            self.metadata = {"content": "nll"} | json.loads(header)  # the first stores did not say
+            if self.path.is_dir():
+                self.metadata, files = self._read_manifest()
+            elif self.path.is_file():
+                self.metadata, files = {}, [self.path]
+            else:
+                raise self._missing()
+            self._parts = [self._open(file) for file in files]
+            self.metadata = self.metadata or self._header(*self._parts[0])
             self._check_metadata(tokenizer)
         except BaseException:
-            self._file.close()
+            self._stack.close()
             raise
 
     def __enter__(self) -> StoreReader:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._file.close()
+        self._stack.close()
+
+    def _missing(self) -> FileNotFoundError:
+        made = CONTENTS[self.content].rpartition(": ")[2]
+        if Path(f"{self.path}.partial").is_dir():
+            problem = (
+                "the store is being written, or was left unfinished; wait, or go on with the command that makes it:"
+            )
+        else:
+            problem = "no history store; make it with"
+        return FileNotFoundError(errno.ENOENT, f"{problem} {made}", str(self.path))
+
+    def _read_manifest(self) -> tuple[dict[str, Any], list[Path]]:
+        """(metadata, the files of the parts) of a directory. Files are looked for in it alone."""
+        if not (self.path / MANIFEST).is_file():
+            raise ValueError(
+                f"{self.path} has no {MANIFEST}, and so is no history store; make one with `tokensel score`"
+            )
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            sizes = [(int(part["documents"]), int(part["tokens"])) for part in manifest["parts"]]
+            parts = [(str(part["file"]), str(part["footer"])) for part in manifest["parts"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path / MANIFEST} is no manifest of a history store ({error!r})") from error
+        for name, footer in parts:
+            if Path(name).name != name or not name.endswith(".parquet"):
+                raise ValueError(f"{self.path / MANIFEST} names {name!r}, which is no file of this directory")
+            if not (self.path / name).is_file():
+                raise ValueError(f"{self.path} lacks {name}, which its manifest names; copy the directory whole")
+            with self._naming_damage(self.path / name):
+                found = footer_of(self.path / name)
+            if found != footer:
+                raise ValueError(f"{self.path / name} is of another store than the manifest; copy the directory whole")
+        if others := {p.name for p in self.path.glob("*.parquet")} - {name for name, _ in parts}:
+            raise ValueError(f"{self.path} has {min(others)}, which its manifest does not name; move it away")
+        metadata = {name: value for name, value in manifest.items() if name != "parts"}
+        totals = [sum(column) for column in zip(*sizes, strict=True)]
+        if totals != [metadata.get("documents"), metadata.get("tokens")]:
+            raise ValueError(f"{self.path / MANIFEST} does not add up: its parts hold {totals} documents and tokens")
+        return metadata, [self.path / name for name, _ in parts]
+
+    def _open(self, path: Path) -> tuple[Path, Any]:
+        file = self._stack.enter_context(open(path, "rb"))
+        with self._naming_damage(path):
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        self._header(path, parquet)
+        schema = parquet.schema_arrow
+        lists = len(schema) == 3 and pa.types.is_list(schema.types[2]) and schema.types[2].value_type == pa.float32()
+        if not lists or schema.names[:2] != ["key", "length"] or schema.types[:2] != [pa.int64(), pa.int32()]:
+            raise ValueError(
+                f"{path} has the columns {', '.join(map(str, schema))}, and so is no history store; make one with "
+                "`tokensel score`"
+            )
+        return path, parquet
+
+    def _header(self, path: Path, parquet: Any) -> dict[str, Any]:
+        text = (parquet.metadata.metadata or {}).get(METADATA_KEY)
+        if text is None:
+            raise ValueError(f"{path} is Parquet but not a history store; make one with `tokensel score`")
+        try:
+            return {"content": "nll"} | json.loads(text)  # the first stores did not say
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} has a header that cannot be read ({error}); make it anew") from error
 
     @contextmanager
-    def _naming_damage(self) -> Iterator[None]:
+    def _naming_damage(self, path: Path) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(
-                f"{self.path} is not a readable Parquet file ({error}); make it anew with `tokensel score`"
+                f"{path} is not a readable Parquet file ({error}); make it anew with `tokensel score`"
             ) from error
 
     def _check_metadata(self, tokenizer) -> None:
         made, path = self.metadata, self.path
+        if missing := [name for name in HEADER if name not in made]:
+            raise ValueError(f"the header of {path} lacks {missing[0]}; make the store anew with `tokensel score`")
         if made["format_version"] != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has history format {made['format_version']}, this version of tokensel reads "
                 f"{FORMAT_VERSION}; make it anew with `tokensel score`"
             )
+        if made["content"] not in CONTENTS:
+            raise ValueError(f"{path} holds {made['content']!r}, which this version of tokensel does not know")
         if made["content"] != self.content:
             raise ValueError(f"{path} holds {CONTENTS[made['content']]}; here belong {CONTENTS[self.content]}")
         if tokenizer is not None and made["tokenizer"] is not None:
@@ -101,11 +171,21 @@ class StoreReader:
                 )
 
     def digest(self) -> str:
-        """sha256 (hex) of the file's footer, which holds the settings, and place, size and extremes of each part."""
-        self._file.seek(-8, os.SEEK_END)
-        size = int.from_bytes(self._file.read(4), "little")
-        self._file.seek(-8 - size, os.SEEK_END)
-        return hashlib.sha256(self._file.read(size)).hexdigest()
+        """sha256 (hex) of the files' footers, which hold the settings, and place, size and extremes of each part."""
+        footers = [footer_of(path) for path, _ in self._parts]
+        return footers[0] if len(footers) == 1 else hashlib.sha256("".join(footers).encode()).hexdigest()
+
+    def places(self) -> list[tuple[Path, int]]:
+        """(file, number in it) of each row group."""
+        return [(path, i) for path, parquet in self._parts for i in range(parquet.num_row_groups)]
+
+    def index(self) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
+        """(keys, lengths) of each row group, without its values."""
+        for path, parquet in self._parts:
+            for i in range(parquet.num_row_groups):
+                with self._naming_damage(path):
+                    keys, lengths = read_documents(parquet.read_row_group(i, columns=["key", "length"]))
+                yield keys, lengths
 
     def row_groups(self, skip: int = 0) -> Iterator[tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]]:
         """(keys (n,) int64, lengths (n,) int32, values (Σ lengths,) float32) of each row group.
@@ -113,20 +193,26 @@ class StoreReader:
         Args:
             skip: documents to leave out; whole row groups of them are not read.
         """
-        for i in range(self._parquet.num_row_groups):
-            rows = self._parquet.metadata.row_group(i).num_rows
-            if skip >= rows:
-                skip -= rows
-                continue
-            with self._naming_damage():
-                table = self._parquet.read_row_group(i)
-            keys, lengths, values = read_documents(table)
-            yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
-            skip = 0
+        for path, parquet in self._parts:
+            for i in range(parquet.num_row_groups):
+                rows = parquet.metadata.row_group(i).num_rows
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                with self._naming_damage(path):
+                    table = parquet.read_row_group(i)
+                keys, lengths, values = read_documents(table)
+                if lengths.sum() != len(values) or (lengths < 0).any():
+                    raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
+                yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
+                skip = 0
 
 
 class HistoryStore:
-    """A history store in memory: per-token NLL looked up by document. Made by `HistoryStore.open`.
+    """A history store: per-token NLL looked up by document. Made by `HistoryStore.open`.
+
+    Memory holds a key, a length and a place of each document, and of the values HELD_TOKENS at most. A larger store
+    stays on its disk, and of it is read what lookups need, a row group at a time.
 
     Attributes:
         metadata: dict with format_version, content, tokenizer (fingerprint or None), model, max_length, dataset, chat
@@ -136,46 +222,84 @@ class HistoryStore:
             made with another. None = not known.
     """
 
-    def __init__(self, path: Path, metadata: dict, keys: Tensor, lengths: Tensor, nll: Tensor):
+    def __init__(self, path: Path, metadata: dict, groups: list[tuple[Path, int]], index: list[tuple]):
         self.path, self.metadata = path, metadata
         self.chat_template: str | dict | None = None
         self.repair = _REPAIR
-        starts = lengths.cumsum(0) - lengths
-        self._keys, order = keys.sort()  # (n,) int64
-        self._lengths, self._starts = lengths[order], starts[order]  # (n,) int64
-        self._nll = nll  # (or weights) (tokens,) float32, NaN where the token was not a response
+        keys, lengths, starts, group = [], [], [], []
+        for number, (group_keys, group_lengths) in enumerate(index):
+            keys.append(torch.from_numpy(group_keys.copy()))
+            lengths.append(torch.from_numpy(group_lengths.astype(numpy.int64)))
+            starts.append(lengths[-1].cumsum(0) - lengths[-1])
+            group.append(torch.full_like(lengths[-1], number, dtype=torch.int32))
+        self._keys, order = torch.cat(keys).sort()  # (n,) int64
+        self._lengths, self._starts, self._group = (torch.cat(part)[order] for part in (lengths, starts, group))
+        self._groups = groups  # (file, number in it)
+        self._held: dict[int, Tensor] = {}  # values (tokens,) float32, NaN where no response; the last used comes last
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, tokenizer=None, content: str = "nll") -> HistoryStore:
-        """Reads a store written by `HistoryWriter`.
+        """Opens a store written by `HistoryWriter`. One of HELD_TOKENS at most is read whole, and so known to be whole.
 
         Args:
-            path: the Parquet file.
+            path: the Parquet file, or the directory of such.
             tokenizer: the tokenizer of the training run; compared with the one the store was made with, if
                 that one was recorded. Its chat template is compared where a document is missing.
             content: what it must hold, one of CONTENTS.
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: not a history store, damaged, of a newer format, holding something else, or made with
-                another tokenizer.
+            FileNotFoundError: there is no such store, or it is not finished.
+            ValueError: not a history store, damaged, of a newer format, holding something else, made with another
+                tokenizer, or a directory that lacks a part or has a foreign one.
         """
         with StoreReader(path, content=content, tokenizer=tokenizer) as reader:
-            groups = list(reader.row_groups())
-        keys, lengths, values = (numpy.concatenate(part) for part in zip(*groups, strict=True))
-        metadata = reader.metadata
-        if len(keys) != metadata["documents"] or len(values) != metadata["tokens"] or lengths.sum() != len(values):
-            raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
-        tensors = (torch.from_numpy(part) for part in (keys, lengths.astype(numpy.int64), values))
-        store = cls(Path(path), metadata, *tensors)
+            index, metadata = list(reader.index()), reader.metadata
+            documents = sum(len(keys) for keys, _ in index)
+            tokens = sum(int(lengths.sum(dtype=numpy.int64)) for _, lengths in index)
+            if not documents or documents != metadata["documents"] or tokens != metadata["tokens"]:
+                raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
+            store = cls(Path(path), metadata, reader.places(), index)
+            if tokens <= HELD_TOKENS:
+                groups = (values for _, _, values in reader.row_groups())
+                store._held = {number: torch.from_numpy(values.copy()) for number, values in enumerate(groups)}
         store.chat_template = getattr(tokenizer, "chat_template", None)
         return store
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of documents and losses: equal for equal stores, wherever their files are."""
-        digest = hashlib.sha256()
-        for part in (self._keys, self._lengths, self._starts, self._nll):
-            digest.update(part.numpy().data)
-        return digest.hexdigest()
+        """A hash (hex) of documents and losses: equal for equal stores, wherever their files are and whatever their
+        order. Reads them."""
+        total = 0
+        with StoreReader(self.path, content=self.metadata["content"]) as reader:
+            for keys, lengths, values in reader.row_groups():
+                sizes = torch.from_numpy(lengths.astype(numpy.int64))
+                document = torch.repeat_interleave(torch.arange(len(keys)), sizes)
+                position = torch.arange(len(values)) - (sizes.cumsum(0) - sizes)[document]
+                tokens = keys_at(torch.from_numpy(keys.copy())[document], position)
+                total += int(keys_at(tokens, torch.from_numpy(values.view(numpy.int32).astype(numpy.int64))).sum())
+        return f"{total % (1 << 64):016x}"
+
+    def _values(self, place: Tensor, position: Tensor) -> Tensor:
+        """Values of tokens (t,), of their document's place among the keys and their position in it."""
+        group, at = self._group[place], self._starts[place] + position
+        values = torch.empty(len(at), dtype=torch.float32)
+        for number in group.unique().tolist():
+            mine = group == number
+            values[mine] = self._read(number)[at[mine]]
+        return values
+
+    def _read(self, number: int) -> Tensor:
+        """The values of a row group, which are held until others have taken their room."""
+        if (values := self._held.pop(number, None)) is None:
+            path, in_file = self._groups[number]
+            try:
+                with pq.ParquetFile(path, page_checksum_verification=True) as parquet:  # every worker opens its own
+                    *_, read = read_documents(parquet.read_row_group(in_file))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{path} cannot be read any more ({error})") from error
+            values = torch.from_numpy(read.copy())
+            while self._held and sum(map(len, self._held.values())) + len(values) > HELD_TOKENS:
+                del self._held[next(iter(self._held))]
+        self._held[number] = values
+        return values
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -214,7 +338,7 @@ class HistoryStore:
             if (needed & problem).any():
                 self._raise_miss(layout, int((needed & problem).nonzero()[0]), place)
         document = documents.document[documents.response]
-        values = self._nll[self._starts[place[document]] + documents.position[documents.response]]
+        values = self._values(place[document], documents.position[documents.response])
         if values.isnan().any():
             self._raise_other_response(documents, int(values.isnan().nonzero()[0]))
         result = torch.zeros(documents.valid.shape, dtype=torch.float32)

@@ -7,16 +7,21 @@
 A shard takes its name when it is whole and on the disk, so there are no torn ones. A killed process loses what waits
 for its shard: at most SHARD_TOKENS tokens, and little more than SHARD_SECONDS of work. What a bad disk has damaged is
 done again, with all that comes behind it.
+
+The ranks of a job write into one directory, which all of them must see; of the numbers of shards each has every
+ranks-th, so that any number of ranks goes on where another has stopped. Rank 0 alone reads, cleans up and publishes.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokensel.files import FULL_DISK, naming_a_full_disk, replacing
+from tokensel.parallel import gather_over_ranks, on_first_rank, rank_of_ranks, wait_for_ranks
 from tokensel.store.format import documents_table, read_documents, store_schema
 from tokensel.store.writer import HistoryWriter
 
@@ -46,28 +52,29 @@ def _documents_of(
 
 
 class Shards:
-    """Documents and their values beside an output file, in shards; a context manager.
+    """Documents and their values beside an output, in shards; a context manager. All ranks of a job enter it together.
 
     Args:
-        output: the file that the run will make; the shards are in the directory `output` + ".partial".
-        settings: JSON values that identify the results. Shards of other settings are refused.
+        output: what the run will make; the shards are in the directory `output` + ".partial", which is this job's alone
+            inside the block.
 
     Attributes:
         directory: where they are.
-        keys: (n,) int64, the documents that were there at the start, in the order of recording.
+        keys: (n,) int64, the documents that `begin` found, in the order of recording.
         lengths: (n,) int32, their tokens.
         state: dict that survives as well, after `save_state`.
 
     Raises:
-        ValueError: the shards belong to a run with other settings; names the differences.
-        BlockingIOError: another process is writing them.
+        BlockingIOError: another job is writing them.
+        FileNotFoundError: a rank does not see what rank 0 writes.
     """
 
-    def __init__(self, output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    def __init__(self, output: str | os.PathLike[str]) -> None:
         self.directory = Path(f"{output}.partial")
-        self.settings = settings
         self.state: dict[str, Any] = {}
         self.keys, self.lengths = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.int32)
+        self._rank, self._ranks = rank_of_ranks()
+        self._next = self._rank  # number of the next shard
         self._shards: list[Path] = []
         self._waiting: list[tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = []
         self._since = 0.0  # when the first of them came
@@ -82,22 +89,67 @@ class Shards:
 
     def __enter__(self) -> Shards:
         with self._naming_a_full_disk():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.directory / "lock", "wb")
+            job = on_first_rank(self._lock_directory)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                message = "another process is writing this output; wait for it or choose another name"
-                raise BlockingIOError(error.errno, message, str(self.directory)) from error
-            try:
-                self._open()
+                self._join(job)
             except BaseException:
-                self._lock.close()
+                self._unlock()
                 raise
         return self
 
-    def _open(self) -> None:
+    def _lock_directory(self) -> str:
+        """Makes sure that no other job is at work here, down to the last of its ranks -> a name for this job."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.directory / "lock", "ab+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._unlock()
+            message = "another process is writing this output; wait for it or choose another name"
+            raise BlockingIOError(error.errno, message, str(self.directory)) from error
+        self._lock.truncate(0)
+        self._lock.write(job := uuid.uuid4().hex.encode())
+        self._lock.flush()
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return job.decode()
+
+    def _join(self, job: str) -> None:
+        """Locks the directory for this rank, too, if all of them see it."""
+        if self._lock is None and (self.directory / "lock").is_file():
+            self._lock = open(self.directory / "lock", "ab+")
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        seen = False
+        if self._lock is not None:
+            self._lock.seek(0)
+            seen = self._lock.read() == job.encode()
+        if blind := [rank for rank, theirs in enumerate(gather_over_ranks([seen])) if not theirs]:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"rank {blind[0]} does not see what rank 0 writes; put the output on a disk that all ranks share",
+                str(self.directory),
+            )
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Reads what an earlier run has left, and says so.
+
+        Args:
+            settings: JSON values that identify the results.
+        Raises:
+            ValueError: the shards belong to a run with other settings; names the differences.
+        """
+        with self._naming_a_full_disk():
+            self.keys, self.lengths, self.state, first = on_first_rank(lambda: self._read_all(settings))
+        self._next = first + self._rank
+        if len(self.keys) and self._rank == 0:
+            print(f"going on with {self.directory}: {len(self.keys):,} documents are done", flush=True)
+
+    def _read_all(self, settings: dict[str, Any]) -> tuple[numpy.ndarray, numpy.ndarray, dict[str, Any], int]:
+        """(keys, lengths, state, number of the next shard)"""
         if (self.directory / "rows").is_file():
             raise ValueError(
                 f"{self.directory} was left by tokensel 0.1, which kept unfinished results in another form; finish it "
@@ -105,14 +157,12 @@ class Shards:
             )
         for torn in self.directory.glob(".*.tmp"):
             torn.unlink()
-        settings = self.directory / "settings.json"
-        if not settings.is_file():
-            self._write_json("settings.json", self.settings)
-            return
-        self._refuse_other_settings(json.loads(settings.read_text(encoding="utf-8")))
-        state = self.directory / "state.json"
-        self.state = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
-        shards = sorted(self.directory.glob("part-*.parquet"), key=_number)
+        if not (self.directory / "settings.json").is_file():
+            self._write_json("settings.json", settings)
+            return self.keys, self.lengths, {}, 0
+        self._refuse_other_settings(self._read_json("settings.json"), settings)
+        state = self._read_json("state.json") if (self.directory / "state.json").is_file() else {}
+        shards = self._all_shards()
         keys, lengths = [self.keys], [self.lengths]
         for i, shard in enumerate(shards):
             try:
@@ -125,7 +175,11 @@ class Shards:
             self._shards.append(shard)
             keys.append(shard_keys)
             lengths.append(shard_lengths)
-        self.keys, self.lengths = numpy.concatenate(keys), numpy.concatenate(lengths)
+        first = _number(self._shards[-1]) + 1 if self._shards else 0
+        return numpy.concatenate(keys), numpy.concatenate(lengths), state, first
+
+    def _all_shards(self) -> list[Path]:
+        return sorted(self.directory.glob("part-*.parquet"), key=_number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -136,16 +190,19 @@ class Shards:
             if self.directory.is_dir():
                 self.flush()
         finally:
-            if self._lock is not None:
-                self._lock.close()
-            if error is not None and not self._shards and not self.state:
-                self.remove()  # there is nothing to go on from
+            self._unlock()
+            if error is not None and self._rank == 0 and self.directory.is_dir() and not self._to_go_on_from():
+                self.remove()
 
-    def _refuse_other_settings(self, theirs: dict[str, Any]) -> None:
+    def _to_go_on_from(self) -> bool:
+        """Whether there is anything of this run, or of an earlier one."""
+        return bool(self.state or self._all_shards() or (self.directory / "rows").is_file())
+
+    def _refuse_other_settings(self, theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         differences = [
-            f"{name} was {theirs.get(name)!r} and is {self.settings.get(name)!r}"
-            for name in dict.fromkeys([*theirs, *self.settings])
-            if theirs.get(name) != self.settings.get(name)
+            f"{name} was {theirs.get(name)!r} and is {settings.get(name)!r}"
+            for name in dict.fromkeys([*theirs, *settings])
+            if theirs.get(name) != settings.get(name)
         ]
         if differences:
             raise ValueError(
@@ -159,6 +216,16 @@ class Shards:
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         with replacing(self.directory / name) as temporary:
             temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove the directory to begin anew") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} holds no object; remove the directory to begin anew")
+        return value
 
     def save_state(self) -> None:
         """Writes `state`, which the next run finds."""
@@ -179,13 +246,19 @@ class Shards:
         if not self._waiting:
             return
         keys, lengths, values = (numpy.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        number = _number(self._shards[-1]) + 1 if self._shards else 0
-        shard = self.directory / f"part-{number:05d}.parquet"
+        shard = self.directory / f"part-{self._next:05d}.parquet"
         with self._naming_a_full_disk(), replacing(shard) as temporary:
             table = documents_table(keys, lengths, values, store_schema("nll"))
             pq.write_table(table, temporary, compression="none", use_dictionary=False, write_page_checksum=True)
         self._shards.append(shard)
+        self._next += self._ranks
         self._waiting = []
+
+    def gather(self) -> None:
+        """Waits until all ranks have written their shards; those of all are then read on rank 0."""
+        self.flush()
+        wait_for_ranks()
+        self._shards = self._all_shards()
 
     def _read(self, shard: Path) -> tuple[numpy.ndarray, ...]:
         """(keys, lengths, values) of a shard."""
@@ -224,11 +297,6 @@ class Shards:
             lengths[by_key[numpy.searchsorted(order, keys, sorter=by_key)]] = shard_lengths
         return lengths
 
-    def tell(self) -> None:
-        """Says what is done already, where something is."""
-        if len(self.keys):
-            print(f"going on with {self.directory}: {len(self.keys):,} documents are done", flush=True)
-
     def remove(self) -> None:
         """Deletes the shards, once the output is in place."""
         shutil.rmtree(self.directory)
@@ -236,11 +304,16 @@ class Shards:
 
 
 def publish(shards: Shards, writer: HistoryWriter, order: numpy.ndarray | None = None) -> tuple[int, float]:
-    """Turns shards into the store that `writer` makes and removes them -> (values, their sum).
+    """Turns the shards of all ranks into the store that `writer` makes and removes them -> (values, their sum).
 
     Args:
         order: keys in the order of the store; None = as recorded.
     """
+    shards.gather()
+    return on_first_rank(lambda: _publish(shards, writer, order))
+
+
+def _publish(shards: Shards, writer: HistoryWriter, order: numpy.ndarray | None) -> tuple[int, float]:
     count, total = 0, 0.0
     with writer:
         for key, values in shards.documents(order):

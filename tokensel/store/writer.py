@@ -1,4 +1,7 @@
-"""Writing a store: the losses (or weights) of documents, a row group at a time, into a file that is whole or absent."""
+"""Writing a store: the losses (or weights) of documents, a row group at a time, whole in the end or absent.
+
+A store is one Parquet file, or a directory of such, its parts, with a manifest that names them.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,72 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tokensel.files import FULL_DISK, naming_a_full_disk, replacing
+from tokensel.files import FULL_DISK, making_folder, naming_a_full_disk, replacing
 from tokensel.ops.checks import check_shape, check_tensor
 from tokensel.store.format import (
     FORMAT_VERSION,
+    MANIFEST,
     METADATA_KEY,
     checked_layout,
     documents_table,
+    footer_of,
     store_schema,
     tokenizer_fingerprint,
 )
 
 ROW_GROUP_TOKENS = 1 << 20  # 4 MiB of NLL held in memory between two writes
+PART_TOKENS = 1 << 26  # of a part of a directory: 256 MiB
+
+
+class _Part:
+    """A Parquet file that is being written."""
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        self.path, self.documents, self.tokens = path, 0, 0
+        self._file = open(path, "wb")
+        try:
+            # Random floats do not compress, and a checksum turns bit rot into an error at reading.
+            self._parquet: Any = pq.ParquetWriter(
+                self._file, schema, compression="none", use_dictionary=False, write_page_checksum=True
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, table: Any, tokens: int) -> None:
+        self._parquet.write_table(table)
+        self._file.flush()  # so that a full disk is met here and not hours later
+        self.documents += len(table)
+        self.tokens += tokens
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        own = metadata | {"documents": self.documents, "tokens": self.tokens}
+        self._parquet.add_key_value_metadata({METADATA_KEY: json.dumps(own)})
+        self._parquet.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file, whole or not."""
+        parquet = self.__dict__.get("_parquet")
+        if parquet is not None:
+            parquet.is_open = False  # or its finaliser writes a footer into the closed file
+        try:
+            self._file.close()  # flushes, so it can meet the full disk once more
+        except OSError as again:
+            if again.errno not in FULL_DISK:
+                raise
 
 
 class HistoryWriter:
     """Writes a history store; a context manager. The store appears at `path` only when the block ends well.
 
-    Rows go to a temporary file beside `path`, one row group at a time. After any exception in the block that
-    file is gone and `path` is what it was before: absent, or the complete store of an earlier run.
+    Rows go to a temporary file or directory beside `path`, one row group at a time. After any exception in the block
+    that is gone and `path` is what it was before: absent, or the complete store of an earlier run.
 
     Args:
-        path: the Parquet file to make; missing directories are made.
+        path: what to make: a Parquet file, if the name ends in .parquet, or else a directory of such, of PART_TOKENS
+            tokens each, with a manifest; missing directories are made.
         tokenizer: recorded as a fingerprint, which `HistoryStore.open` compares.
         model, max_length, dataset: what the NLL was computed with; recorded, and named in errors.
         content: what is written, one of CONTENTS; a reader that expects something else refuses the store.
@@ -47,7 +94,7 @@ class HistoryWriter:
         metadata: dict; what else it gets before the block ends is recorded, too.
 
     Raises:
-        IsADirectoryError: `path` is a directory.
+        IsADirectoryError: `path` is a directory that exists.
         OSError: the disk is full (same errno, the message says that nothing was kept).
         ValueError: the block ended without a document.
     """
@@ -78,8 +125,10 @@ class HistoryWriter:
             "documents": 0,
             "tokens": 0,
         }
-        self._file: Any = None
-        self._parquet: Any = None
+        self._folder: Path | None = None  # of the parts, where they are several
+        self._part: _Part | None = None
+        self._parts: list[dict[str, Any]] = []  # of the manifest
+        self._stack: ExitStack | None = None
         self._seen: set[int] = set()
         self._keys: list[int] = []
         self._values: list[numpy.ndarray] = []
@@ -87,17 +136,15 @@ class HistoryWriter:
 
     def __enter__(self) -> HistoryWriter:
         if self.path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "the history store is a file; name one", str(self.path))
+            raise IsADirectoryError(errno.EISDIR, "a directory is there already; choose another name", str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = ExitStack()
-        temporary = self._stack.enter_context(replacing(self.path))
         try:
             with self._naming_a_full_disk():
-                self._file = open(temporary, "wb")
-                # Random floats do not compress, and a checksum turns bit rot into an error at reading.
-                self._parquet = pq.ParquetWriter(
-                    self._file, self._schema, compression="none", use_dictionary=False, write_page_checksum=True
-                )
+                if self.path.suffix == ".parquet":
+                    self._part = _Part(self._stack.enter_context(replacing(self.path)), self._schema)
+                else:
+                    self._folder = self._stack.enter_context(making_folder(self.path))
         except BaseException as error:
             self._close(error)
             raise
@@ -123,7 +170,7 @@ class HistoryWriter:
         Raises:
             ValueError: shapes differ, or the NLL of a response token is not finite.
         """
-        if self._parquet is None:
+        if self._stack is None:
             raise RuntimeError("HistoryWriter writes only inside a `with` block: with HistoryWriter(path) as writer")
         documents = checked_layout(input_ids, labels, segment_ids, key_mask).host_documents
         check_shape("nll", check_tensor("nll", nll, floating=True), tuple(input_ids.shape), "that of input_ids")
@@ -160,42 +207,55 @@ class HistoryWriter:
         self._close(error)
 
     def _finish(self) -> None:
-        from tokensel import __version__
-
         if self._keys:
             self._write_row_group()
         if not self.metadata["documents"]:
             raise ValueError(f"no document was added, so no history store was written at {self.path}")
-        self.metadata["tokensel_version"] = __version__
         with self._naming_a_full_disk():
-            self._parquet.add_key_value_metadata({METADATA_KEY: json.dumps(self.metadata)})
-            self._parquet.close()
-            self._file.close()
+            self._finish_part()
+            if self._folder is not None:
+                manifest = self._signed() | {"parts": self._parts}
+                with replacing(self._folder / MANIFEST) as temporary:
+                    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     def _write_row_group(self) -> None:
         lengths = numpy.array([len(values) for values in self._values], dtype=numpy.int32)
         table = documents_table(numpy.array(self._keys), lengths, numpy.concatenate(self._values), self._schema)
         with self._naming_a_full_disk():
-            self._parquet.write_table(table)
-            self._file.flush()  # so that a full disk is met here and not hours later
+            if self._part is None:
+                assert self._folder is not None
+                self._part = _Part(self._folder / f"part-{len(self._parts):05d}.parquet", self._schema)
+            self._part.write(table, self._waiting_tokens)
         self.metadata["documents"] += len(self._keys)
         self.metadata["tokens"] += self._waiting_tokens
         self._keys, self._values, self._waiting_tokens = [], [], 0
+        if self._folder is not None and self._part.tokens >= PART_TOKENS:
+            with self._naming_a_full_disk():
+                self._finish_part()
+
+    def _signed(self) -> dict[str, Any]:
+        from tokensel import __version__
+
+        return self.metadata | {"tokensel_version": __version__}
+
+    def _finish_part(self) -> None:
+        if (part := self._part) is not None:
+            part.finish(self._signed())
+            part.close()
+            size = {"documents": part.documents, "tokens": part.tokens}
+            self._parts.append({"file": part.path.name, **size, "footer": footer_of(part.path)})
+            self._part = None
 
     def _close(self, error: BaseException | None) -> None:
-        """Closes the temporary file, which takes its place; after an error it is gone."""
-        if self._parquet is not None:
-            self._parquet.is_open = False  # or its finaliser writes a footer into the closed file
+        """Closes what is temporary, which takes its place; after an error it is gone."""
+        assert self._stack is not None
         try:
-            if self._file is not None:
-                self._file.close()  # flushes, so it can meet the full disk once more
-        except OSError as again:
-            if again.errno not in FULL_DISK:
-                raise
+            if self._part is not None:
+                self._part.close()
         finally:
-            self._parquet = self._file = None
+            stack, self._part, self._stack = self._stack, None, None
             with self._naming_a_full_disk():
-                self._stack.__exit__(None if error is None else type(error), error, None)
+                stack.__exit__(None if error is None else type(error), error, None)
 
     def _naming_a_full_disk(self) -> AbstractContextManager:
         return naming_a_full_disk(self.path, "the history store", self._if_disk_is_full)
