@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from tokensel.documents import BatchLayout
@@ -51,8 +52,16 @@ def documents_table(keys: numpy.ndarray, lengths: numpy.ndarray, values: numpy.n
 
 
 def read_documents(table: pa.Table) -> tuple[numpy.ndarray, ...]:
-    """(keys, lengths, values) of `documents_table`; without its last column the first two."""
+    """(keys, lengths, values) of `documents_table`; without its last column the first two.
+
+    Raises:
+        ArrowInvalid: lists that do not have the lengths.
+    """
     keys, lengths, *lists = (table[name].combine_chunks() for name in table.column_names)
+    if lists and not numpy.array_equal(
+        pc.list_value_length(lists[0]).to_numpy(zero_copy_only=False), lengths.to_numpy()
+    ):
+        raise pa.ArrowInvalid("lists that do not have the lengths of their documents")
     return keys.to_numpy(), lengths.to_numpy(), *(column.flatten().to_numpy() for column in lists)
 
 
