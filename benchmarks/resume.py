@@ -48,7 +48,7 @@ def alone(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process does.
     """
-    with open(path.with_name(f"{path.name}.lock"), "wb") as lock:
+    with open(path.with_name(f"{path.name}.lock"), "ab") as lock:  # "wb" would empty what a link of that name leads to
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -70,7 +70,7 @@ def resume(path: Path, settings: dict, has_form: Callable[[dict], bool] = lambda
         return dict(settings)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; --fresh replaces it") from error
     if not isinstance(results, dict) or not has_form(results):
         raise ValueError(f"{path} is not of this study; --fresh replaces it")

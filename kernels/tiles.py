@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,7 @@ TRITON = (3, 4)  # the first with descriptors made on the host
 # Three products of 10 + 11 bits each: as exact as a chain of float32 multiply-adds, on matrix units
 TF32 = ("sm_80", "sm_90", "sm_100")
 CHIPS_WITH = {"tma": ("sm_90", "sm_100"), "specialize": ("sm_100",)}  # fields that not every family may set
+MOST = {"warps": 32, "stages": 16}  # of a file's tile; of other fields 1,024, the side of Triton's largest tile
 SHIPPED = Path(__file__).with_name("tiles.json")
 
 
@@ -96,7 +98,7 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
 
     def need(condition: bool, where: str, expected: str, value: object) -> None:
         if not condition:
-            raise ValueError(f"tiles of {path}: {where} must be {expected}; got {value!r}")
+            raise ValueError(f"tiles of {path}: {where} must be {expected}; got {reprlib.repr(value)}")
 
     def named(entry: object, where: str, names: tuple[str, ...]) -> dict:
         need(isinstance(entry, dict) and set(entry) <= set(names), where, f"of {', '.join(names)}", entry)
@@ -104,7 +106,7 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"tiles of {path} cannot be read: {error}") from error
     table: Table = {family: {k: dict(sizes) for k, sizes in kinds.items()} for family, kinds in (below or {}).items()}
     for family, kinds in named(content, "a family", FAMILIES).items():
@@ -121,6 +123,8 @@ def read_tiles(path: str | Path, below: Table | None = None) -> Table:
                         continue
                     whole = isinstance(value, int) and not isinstance(value, bool)
                     need(whole and value > 0, at, "a positive whole number", value)
+                    most = MOST.get(name, 1024)
+                    need(value <= most, at, f"at most {most}", value)
                     need(name == "stages" or value.bit_count() == 1, at, "a power of two", value)
                     need(name in ("warps", "stages") or value >= 16, at, "at least 16", value)
                 table.setdefault(family, {}).setdefault(kind, {})[SIZES[size]] = KINDS[kind](**entry)

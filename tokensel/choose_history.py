@@ -1,14 +1,20 @@
-"""Which history a run has, by its settings or by "auto", and what each costs."""
+"""Which history a run has, by its settings or by "auto", and what each costs; the reference, by its name."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokensel.arguments import HISTORIES, parse_recorded
-from tokensel.history import AdapterEMA, AdapterOff, LastSeen, LiveHistory, ModelCopy, OtherModel, load_reference
+from tokensel.files import check_directory, naming_model
+from tokensel.history import AdapterEMA, AdapterOff, LastSeen, LiveHistory, ModelCopy, OtherModel
 from tokensel.parallel import is_first_rank
+from tokensel.store import tokenizer_fingerprint
 
 
 def auto_history(model: nn.Module) -> LiveHistory:
@@ -89,3 +95,41 @@ def live_history(settings, model: nn.Module, tokenizer, needs: Iterable[str], sh
         signal = "reference_nll" if "reference_nll" in needs else "history_nll"
         return OtherModel(reference, signal, device or settings.device, offload)
     return None
+
+
+def load_reference(
+    name_or_path: str, tokenizer, *, device: torch.device | str | None = None, eight_bit: bool = False
+) -> nn.Module:
+    """Loads a model for `OtherModel` whose tokenizer is the training run's.
+
+    Args:
+        name_or_path: directory or hub name of a causal language model with its tokenizer.
+        tokenizer: the training run's. Vocabulary and special tokens must be equal; the head may have fewer rows than
+            they have entries (Gemma 3), as long as each token that is used has one.
+        eight_bit: linear layers but the head in 8 bits, by torchao.
+    Raises:
+        ValueError: no such model, a damaged one or one with code of its own, another tokenizer, torchao not installed.
+    """
+    if tokenizer is None:
+        raise ValueError("history='reference' compares tokenizers: give the trainer processing_class=tokenizer")
+    options: dict[str, Any] = {"trust_remote_code": False}  # left out, transformers would ask
+    if eight_bit:
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError("history_8bit needs torchao: pip install torchao, or leave it out")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    try:
+        check_directory("history_model_name_or_path", name_or_path)
+        with naming_model(f"history_model_name_or_path {str(name_or_path)!r}"):
+            other = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto", **options)
+    except OSError as error:
+        raise ValueError(f"history_model_name_or_path {str(name_or_path)!r} cannot be loaded: {error}") from error
+    if tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"history_model_name_or_path {str(name_or_path)!r} has another tokenizer than this run ({len(other)} and "
+            f"{len(tokenizer)} tokens), so its losses would be of other tokens; choose a model of the same tokenizer"
+        )
+    return model if device is None or eight_bit else model.to(device)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def report(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     page = given.output or given.runs[0] / "selection.html"
     write_selection_page(page, [load_run(run) for run in given.runs], title="Which tokens were kept, and why")
-    print(f"{page}: {len(given.runs)} runs")
+    print(f"{_printable(str(page))}: {len(given.runs)} runs")
 
 
 def kernels(argv: list[str]) -> None:
@@ -199,6 +199,11 @@ def tune(argv: list[str]) -> None:
     print(f"{given.output}: use it with TOKENSEL_TILES={given.output}")
 
 
+def _printable(text: str) -> str:
+    """What no terminal may be given escaped: controls and lone bytes, as anybody's file names may have them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     function.__name__: function for function in (score, select, train, methods, report, kernels, tune)
 }
@@ -223,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):
             raise
-        print(f"tokensel: error: {error}\n(set TOKENSEL_TRACEBACK=1 to see where)", file=sys.stderr)
+        print(f"tokensel: error: {_printable(str(error))}\n(set TOKENSEL_TRACEBACK=1 to see where)", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 A_DAY = 86400  # seconds
 
@@ -36,12 +38,38 @@ def check_directory(setting: str, name_or_path: str | os.PathLike[str] | None) -
 
 
 @contextlib.contextmanager
+def naming_model(name: object) -> Iterator[None]:
+    """Names the model over whose files a library stumbles: they may be anybody's, and what is raised is theirs too.
+
+    Raises:
+        ValueError: whatever was raised, but for errors of the system, of imports and of memory, which say enough.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} brings code of its own, which is never run here; read it, load the model in a script with "
+                "trust_remote_code=True, and give it to a trainer"
+            ) from error
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which takes its place when the block ends well.
 
-    After any exception in the block the temporary file is gone, and `path` is what it was before.
+    After any exception in the block the temporary file is gone, and `path` is what it was before. A link is replaced
+    and not followed: where it leads is for whoever made it to say.
+
+    Raises:
+        OSError: `path` is a device or a pipe, which cannot be replaced.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "a device or a pipe cannot be replaced; name a file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokensel.adapters import adapter_layers, quick_look, refuse_rewritten_base
 from tokensel.documents import BatchLayout
-from tokensel.files import check_directory
 from tokensel.model import PatchedModel, apply_to, eval_mode, refuse_patched, remove, unwrap
 from tokensel.ops.checks import check_number, check_token_range
-from tokensel.store import tokenizer_fingerprint
 
 
 class LiveHistory:
@@ -181,43 +177,6 @@ class OtherModel(LiveHistory):
         return self.patched.token_nll(batch | there, labels.to(self.device), impl=impl).to(labels.device)
 
 
-def load_reference(
-    name_or_path: str, tokenizer, *, device: torch.device | str | None = None, eight_bit: bool = False
-) -> nn.Module:
-    """Loads a model for `OtherModel` whose tokenizer is the training run's.
-
-    Args:
-        name_or_path: directory or hub name of a causal language model with its tokenizer.
-        tokenizer: the training run's. Vocabulary and special tokens must be equal; the head may have fewer rows than
-            they have entries (Gemma 3), as long as each token that is used has one.
-        eight_bit: linear layers but the head in 8 bits, by torchao.
-    Raises:
-        ValueError: no such model, another tokenizer, torchao not installed.
-    """
-    if tokenizer is None:
-        raise ValueError("history='reference' compares tokenizers: give the trainer processing_class=tokenizer")
-    options = {}
-    if eight_bit:
-        if importlib.util.find_spec("torchao") is None:
-            raise ValueError("history_8bit needs torchao: pip install torchao, or leave it out")
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    try:
-        check_directory("history_model_name_or_path", name_or_path)
-        other = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto", **options)
-    except OSError as error:
-        raise ValueError(f"history_model_name_or_path {str(name_or_path)!r} cannot be loaded: {error}") from error
-    if tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
-            f"history_model_name_or_path {str(name_or_path)!r} has another tokenizer than this run ({len(other)} and "
-            f"{len(tokenizer)} tokens), so its losses would be of other tokens; choose a model of the same tokenizer"
-        )
-    return model if device is None or eight_bit else model.to(device)  # type: ignore[arg-type]
-
-
 class ModelCopy(OtherModel):
     """An earlier state of the model itself: frozen as it was, or an exponential moving average over the run.
 
@@ -305,11 +264,15 @@ class ModelCopy(OtherModel):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         other = sorted(state.keys() ^ self.values.keys())
-        other += [n for n, value in self.values.items() if n in state and state[n].shape != value.shape]
+        other += [
+            n
+            for n, value in self.values.items()
+            if n in state and (state[n].shape != value.shape or not state[n].is_floating_point())
+        ]
         if other:
             raise ValueError(
                 f"the saved history is of another model: {other[0]} and {len(other) - 1} more weights are missing, new "
-                "or of another shape; resume with the model and the adapters that the run began with"
+                "or of another shape or type; resume with the model and the adapters that the run began with"
             )
         for name, value in self.values.items():
             value.copy_(state[name])
@@ -362,9 +325,15 @@ class LastSeen(LiveHistory):
     def token_nll(self, layout: BatchLayout, batch: dict[str, Any], impl: str = "auto") -> Tensor:
         """What was seen of each token, [B, S] float; NaN where nothing was. Waits for the device, for the token ids."""
         documents = layout.host_documents
-        lengths = documents.lengths.tolist()
-        unseen = torch.tensor(torch.nan)
-        parts = [self._seen.get(key, unseen.expand(n)) for key, n in zip(documents.keys.tolist(), lengths, strict=True)]
+        unseen, parts = torch.tensor(torch.nan), []
+        for key, length in zip(documents.keys.tolist(), documents.lengths.tolist(), strict=True):
+            part = self._seen.get(key, unseen.expand(length))
+            if len(part) != length:  # taken, it would shift the losses of all documents behind it
+                raise ValueError(
+                    f"history 'last_seen' has {len(part)} losses of a document of {length} tokens: its saved state is "
+                    "damaged; resume from another checkpoint"
+                )
+            parts.append(part)
         values = torch.cat([unseen.expand(0), *parts])
         nll = torch.full(documents.valid.shape, torch.nan, dtype=values.dtype).masked_scatter_(documents.valid, values)
         return nll.to(layout.labels.device, non_blocking=True)
@@ -394,6 +363,19 @@ class LastSeen(LiveHistory):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        parts = state["nll"].split(state["length"].tolist())
-        self._seen = dict(zip(state["key"].tolist(), parts, strict=True))
+        try:
+            key, length, nll = (state[name] for name in ("key", "length", "nll"))
+        except KeyError as error:
+            raise ValueError(f"the saved history lacks {error}; resume from another checkpoint") from error
+        whole = key.dtype == length.dtype == torch.int64 and nll.is_floating_point()
+        whole = whole and key.dim() == nll.dim() == 1 and key.shape == length.shape
+        # none longer than all first, or a sum could overflow to the right number
+        whole = whole and bool(((length >= 0) & (length <= len(nll))).all()) and int(length.sum()) == len(nll)
+        if not whole:
+            raise ValueError(
+                "the saved history is damaged: key and length must be int64, one of each a document, and nll must "
+                f"have as many losses as these are long; got {[list(t.shape) for t in (key, length, nll)]} of "
+                f"{[t.dtype for t in (key, length, nll)]}; resume from another checkpoint"
+            )
+        self._seen = dict(zip(key.tolist(), nll.split(length.tolist()), strict=True))
         self._visits = []  # of a step that did not end

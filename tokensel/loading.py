@@ -13,14 +13,13 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokensel.arguments import parse_mapping
 from tokensel.data import EncodingCounts, RowError, encode_rows, load_rows, place_of_row
 from tokensel.data.layouts import COLUMNS
 from tokensel.data.rows import Names, are_files, files_of, shared, told
-from tokensel.files import check_directory
+from tokensel.files import check_directory, naming_model
 from tokensel.model import apply_to
 from tokensel.parallel import rank_of_ranks
 from tokensel.settings import DataArguments, RunArguments, ScoreArguments
@@ -32,9 +31,9 @@ def load_tokenizer(settings: DataArguments) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: `model_name_or_path` looks like a directory, and there is none, or no file `chat_template`.
+        ValueError: its files or that file are damaged, or it brings code of its own.
     """
-    check_directory("model_name_or_path", settings.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    tokenizer = _tokenizer("model_name_or_path", settings.model_name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if settings.chat_template not in (None, "trl"):
@@ -43,8 +42,18 @@ def load_tokenizer(settings: DataArguments) -> PreTrainedTokenizerBase:
             raise FileNotFoundError(
                 errno.ENOENT, "chat_template is 'trl' or a Jinja file, which is not there", str(file)
             )
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template {file} is no text: {error}") from error
     return tokenizer
+
+
+def _tokenizer(setting: str, name: str | None) -> PreTrainedTokenizerBase:
+    check_directory(setting, name)
+    with naming_model(name):
+        # said, not left out: transformers would ask, and take the "y" of whatever is piped in
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def chat_template_of(settings: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -76,12 +85,11 @@ def load_model(settings: DataArguments, **options: Any) -> PreTrainedModel:
     """The causal language model; options of `from_pretrained`.
 
     Raises:
-        ValueError: its weights file is damaged.
+        ValueError: its files are damaged, or it brings code of its own.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=settings.dtype, **options)
-    except SafetensorError as error:
-        raise ValueError(f"{settings.model_name_or_path} holds a damaged weights file: {error}") from error
+    name, options = settings.model_name_or_path, {"dtype": settings.dtype, "trust_remote_code": False} | options
+    with naming_model(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
 def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
@@ -176,8 +184,8 @@ def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizer
         ValueError: its tokenizer is another.
     """
     name = settings.contrast_model_name_or_path
-    check_directory("contrast_model_name_or_path", name)
-    if tokenizer_fingerprint(AutoTokenizer.from_pretrained(name)) != tokenizer_fingerprint(tokenizer):
+    theirs = _tokenizer("contrast_model_name_or_path", name)
+    if tokenizer_fingerprint(theirs) != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"contrast_model_name_or_path {name} has another tokenizer than {settings.model_name_or_path}; a contrast "
             "is of two models with the same tokens"

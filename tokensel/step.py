@@ -190,6 +190,11 @@ class Selection:
         own = self.state_dict()
         if missing := sorted(own.keys() - state.keys()):
             raise ValueError(f"state lacks {missing[0]!r}; give what Selection.state_dict() returned")
+        for name in ("steps", "samples"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"state: {name} must be a whole number, at least 0; got {state[name]!r}")
+        if not isinstance(state["tensors"], dict) or not all(isinstance(t, Tensor) for t in state["tensors"].values()):
+            raise ValueError("state: tensors must be a dict of tensors; give what Selection.state_dict() returned")
         for name in ("method", "history"):
             if state[name] != own[name]:
                 raise ValueError(
@@ -205,7 +210,7 @@ class Selection:
         for part, owner in self._owners():
             tensors = {n.removeprefix(f"{part}."): t for n, t in state["tensors"].items() if n.startswith(f"{part}.")}
             owner.load_state_dict(tensors)
-        self.progress.steps, self.progress.samples, self.progress.rows = int(state["steps"]), int(state["samples"]), 0
+        self.progress.steps, self.progress.samples, self.progress.rows = state["steps"], state["samples"], 0
 
     def _owners(self) -> list[tuple[str, Any]]:
         """(name, object) of those whose tensors advance."""

@@ -55,12 +55,13 @@ def load(paths: list[Path]) -> dict[str, Results]:
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            machine, records = content["machine"], content["records"]
+            machine, records, busy = content["machine"], content["records"], float(content["load"])
+            before = results.setdefault(key_of(machine), Results(machine, [], busy, path.parent))
+            here = [record["name"] for record in records]
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); `make bench` writes one") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} holds no results of `pytest benchmarks --results`: {error!r}") from error
-        before = results.setdefault(key_of(machine), Results(machine, [], content["load"], path.parent))
         if differing := [
             f"{key}: {before.machine.get(key)} and {machine.get(key)}"
             for key in sorted(before.machine | machine)
@@ -71,7 +72,7 @@ def load(paths: list[Path]) -> dict[str, Results]:
                 "two are not mixed in one table: report them one at a time"
             )
         names = {record["name"] for record in before.records}
-        if twice := [record["name"] for record in records if record["name"] in names]:
+        if twice := [name for name in here if name in names]:
             raise ValueError(f"{path} holds {twice[0]} again, which a file before it has measured; give each file once")
         before.records += records
     return results

@@ -110,7 +110,7 @@ def test_a_damaged_weights_file_is_named(tmp_path, model_dir, data, capsys):
     weights = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert score(damaged, data, tmp_path / "h.parquet") == 2
-    assert f"{damaged} holds a damaged weights file" in error_of(capsys)
+    assert f"{damaged} cannot be loaded: SafetensorError" in error_of(capsys)
 
 
 NOT_THERE = ["{}/no-model", "./no-model", "../no/model", "~/model", "a/b/c", "no-model/", "{}/rows.jsonl"]

@@ -27,8 +27,8 @@ from training import (
 from transformers import TrainerCallback
 
 from tokensel import AdapterEMA, AdapterOff, LastSeen, ModelCopy, Selection, apply_to, methods
+from tokensel.choose_history import load_reference
 from tokensel.documents import BatchLayout
-from tokensel.history import load_reference
 from tokensel.testing import make_model, make_rows, make_tokenizer
 
 # Equal where they must be

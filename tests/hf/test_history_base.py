@@ -13,7 +13,7 @@ from training import ROWS, TOKENIZER, make_trainer
 
 from tokensel import AdapterOff, ModelCopy, OtherModel, Selection, apply_to, methods
 from tokensel.adapters import _shares_of_base
-from tokensel.history import load_reference
+from tokensel.choose_history import load_reference
 from tokensel.recording import record_losses
 from tokensel.testing import make_model
 

@@ -23,8 +23,8 @@ from training import (
 )
 
 from tokensel import LastSeen, OtherModel, Selection, apply_to, methods
+from tokensel.choose_history import load_reference
 from tokensel.documents import BatchLayout
-from tokensel.history import load_reference
 from tokensel.testing import make_model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -10,15 +12,20 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from tokensel.files import replacing
 from tokensel.report.table import column_names
 
 TOKEN_FIELDS = ("tokens", "response", "kept", "weight", "score", "nll", "history_nll", "rel", "mass", "rank", "noise")
+_LONGEST = 1000  # characters of a text that are shown; a browser would choke on a token of ten million
 
 
 def write_selection_page(
     path: str | Path, runs: list[dict], *, title: str, table: list[dict] | None = None, notes: Sequence[str] = ()
 ) -> None:
     """One self-contained HTML file: which tokens were kept, and why. Works offline, in light and dark.
+
+    Texts may be anybody's: they are shown as text, and what is longer than 1,000 characters is cut. The page runs no
+    script but its own and loads nothing. A link at `path` is replaced, not followed.
 
     Args:
         runs: dicts of "name", "samples" and "curves", and "scope" where it is not "sample": "micro_batch" or "batch".
@@ -33,12 +40,15 @@ def write_selection_page(
     """
     _check_runs(runs)
     # "<" as \u003c, so that no text can end the script element
-    data = json.dumps(_without_nan(runs), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(_for_page(runs), separators=(",", ":")).replace("<", "\\u003c")
     parts = {"title": html.escape(title), "table": _html_table(table) + _html_notes(notes), "data": data}
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    parts["script_digest"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # in one pass, so that no text is taken for a place to fill
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
-    Path(path).write_text(page, encoding="utf-8")
+    with replacing(path) as whole:
+        whole.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")  # half of a pair of surrogates
 
 
 def _check_runs(runs: list[dict]) -> None:
@@ -71,12 +81,14 @@ def _html_notes(notes: Sequence[str]) -> str:
     return "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
 
 
-def _without_nan(value: object) -> object:
-    """JSON has no NaN or infinity; the page shows a dash for null."""
+def _for_page(value: object) -> object:
+    """JSON has no NaN or infinity; the page shows a dash for null. Texts are cut."""
     if isinstance(value, float):
         return round(value, 5) if math.isfinite(value) else None
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return value[:_LONGEST] + "\u2026"
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: _for_page(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
+        return [_for_page(v) for v in value]
     return value

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
+import reprlib
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tokensel.files import replacing
 from tokensel.model import eval_mode
 from tokensel.report import TOKEN_FIELDS
 
@@ -24,6 +27,10 @@ SELECTION_FILE = "selection.jsonl"
 # columns of a row; the last are the documents of one that TRL packed
 _COLUMNS = ("input_ids", "attention_mask", "labels", "token_weights", "noise", "seq_lengths")
 _MEASURED = ("nll", "history_nll", "mass")
+_CURVES = ("rel_mean", "rel_std", "kept_share")  # of the log
+_FLAGS = ("response", "kept", "noise")
+_SCOPES = ("sample", "micro_batch", "batch")
+_LARGEST = 1e100  # whose square can still be computed with
 _BROKEN = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 
 
@@ -163,7 +170,8 @@ class SampleRecorder(TrainerCallback):
             records = _records(self.file, written[: written.rfind(b"\n") + 1])
             kept = [line + b"\n" for line, record in records if record["step"] <= state.global_step]
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_bytes(b"".join(kept))
+            with replacing(self.file) as whole:  # of a run from elsewhere it may be a link to a file of ours
+                whole.write_bytes(b"".join(kept))
         if not state.global_step:
             self.on_epoch_end(args, state, control)
 
@@ -184,9 +192,9 @@ def _records(file: Path, content: bytes) -> Iterator[tuple[bytes, dict]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             record = json.loads(line.decode())
-        except ValueError as error:  # neither JSON nor UTF-8
+        except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8, or too many brackets
             raise _damaged(file, number, f"is damaged or cut short ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or not _is_step(record.get("step")):
             raise _damaged(file, number, 'is no record: a mapping with a "step"')
         yield line, record
 
@@ -216,7 +224,7 @@ def load_run(folder: Path) -> dict:
     _check_records(file, records)
     log = _selection_log(state)
     trained = [r for r in records if r["step"]]
-    curves = {name: [[e["step"], e[name]] for e in log if name in e] for name in ("rel_mean", "rel_std", "kept_share")}
+    curves = {name: [[e["step"], e[name]] for e in log if name in e] for name in _CURVES}
     curves["kept_by_position"] = kept_by_position(records[-1])
     curves["signal_agreement"] = [[r["step"], a] for r in trained if (a := agreement(r)) is not None]
     changes = [[after["epoch"], churn(before, after)] for before, after in itertools.pairwise(trained)]
@@ -231,7 +239,8 @@ def _check_records(file: Path, records: list[dict]) -> None:
         raise ValueError(f"{file} is empty; train again with --record_samples 8")
     for number, record in enumerate(records, 1):
         samples = record.get("samples")
-        if not isinstance(record.get("epoch"), (int, float)) or not isinstance(record.get("scope"), str):
+        epoch: Any = record.get("epoch")
+        if not _is_number(epoch) or not math.isfinite(epoch) or record.get("scope") not in _SCOPES:
             raise _damaged(file, number, 'lacks "epoch" or "scope", as another version of tokensel wrote it')
         if not isinstance(samples, list) or not samples:
             raise _damaged(file, number, "has no samples")
@@ -239,7 +248,7 @@ def _check_records(file: Path, records: list[dict]) -> None:
             if not isinstance(sample, dict) or not isinstance(sample.get("title"), str):
                 raise _damaged(file, number, "has a sample without title")
             for field in TOKEN_FIELDS:
-                if not _is_column(sample.get(field), str if field == "tokens" else (int, float, type(None))):
+                if not _is_column(field, sample.get(field)):
                     raise _damaged(file, number, f"has a sample without {field!r}, or one that is no list of its kind")
             if len({len(sample[field]) for field in TOKEN_FIELDS}) > 1:
                 raise _damaged(file, number, "has a sample whose lists differ in length")
@@ -249,21 +258,38 @@ def _check_records(file: Path, records: list[dict]) -> None:
             raise _damaged(file, number, "has other rows than line 1")
 
 
-def _is_column(values: object, kind: type | tuple) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
+def _is_column(field: str, values: object) -> bool:
+    if not isinstance(values, list):
+        return False
+    if field == "tokens" or field in _FLAGS:
+        return all(isinstance(v, bool if field in _FLAGS else str) for v in values)
+    return all(v is None or _is_number(v) for v in values)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether one can compute with it; NaN and infinities, which a loss may be, among them."""
+    return type(value) in (int, float) and (not abs(value) > _LARGEST or abs(value) == math.inf)
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53  # as far as a browser counts
 
 
 def _selection_log(file: Path) -> list[dict]:
     """The entries of a trainer's state that tell of the selection."""
     try:
         state = json.loads(file.read_bytes().decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "line 1"
         raise ValueError(f"{file}: {where} is damaged or cut short ({error}); train again") from error
     log = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(log, list) or not all(isinstance(e, dict) and isinstance(e.get("step"), int) for e in log):
+    if not isinstance(log, list) or not all(isinstance(e, dict) and _is_step(e.get("step")) for e in log):
         raise ValueError(f"{file} is no trainer's state: it lacks a log_history of steps; train again")
-    return [entry for entry in log if "kept_share" in entry]
+    log = [entry for entry in log if "kept_share" in entry]
+    for name, value in ((name, entry[name]) for entry in log for name in _CURVES if name in entry):
+        if not _is_number(value):
+            raise ValueError(f"{file}: {name} in log_history must be a number; got {reprlib.repr(value)}; train again")
+    return log
 
 
 def kept_by_position(record: dict, parts: int = 10) -> list[list[float]]:
@@ -281,14 +307,17 @@ def kept_by_position(record: dict, parts: int = 10) -> list[list[float]]:
 def agreement(record: dict) -> float | None:
     """Correlation of REL and prompt mass over the watched response tokens; None where one is missing or constant."""
     pairs = [
-        pair
+        (rel, mass)
         for sample in record["samples"]
-        for pair in zip(sample["rel"], sample["mass"], strict=True)
-        if None not in pair
+        for rel, mass in zip(sample["rel"], sample["mass"], strict=True)
+        if None not in (rel, mass) and math.isfinite(rel) and math.isfinite(mass)
     ]
     if len({rel for rel, _ in pairs}) < 2 or len({mass for _, mass in pairs}) < 2:
         return None
-    return statistics.correlation(*zip(*pairs, strict=True))
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:  # so close together that their variance is 0
+        return None
 
 
 def churn(before: dict, after: dict) -> float | None:

@@ -8,6 +8,7 @@ tokens the score is ranked.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -331,7 +332,18 @@ class AdaptiveThreshold:
         return {"alpha": self.alpha, "cvar": self.cvar}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.alpha, self.cvar = state["alpha"], state["cvar"]
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: an alpha outside of [0, 1), or tensors that are no numbers.
+        """
+        alpha, cvar = state["alpha"], state["cvar"]
+        if not all(t.dim() == 0 and t.is_floating_point() for t in (alpha, cvar)) or not 0 <= float(alpha) < 1:
+            raise ValueError(
+                f"rule.alpha must be a number in [0, 1) and rule.cvar a number; got {reprlib.repr(alpha)} and "
+                f"{reprlib.repr(cvar)}; resume from another checkpoint"
+            )
+        self.alpha, self.cvar = alpha.double(), cvar.double()
         self._sums = torch.zeros_like(self._sums)  # of a step that did not end
 
     def _kept(self, n: Tensor) -> Tensor:
