@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benchmarks.quality.tables import SHORT_TABLES
 from benchmarks.resume import RESULTS, digest
-from benchmarks.speed import large_vocabulary, long_rows, tables
+from benchmarks.speed import large_vocabulary, long_rows, smollm2, tables
+from benchmarks.speed.cases import Case
 from benchmarks.speed.plots import PICTURES
 from benchmarks.speed.results import Results, load, machine_line
 
@@ -125,6 +126,15 @@ def rows_of_any_length() -> str:
 
 def step_of_a_large_vocabulary() -> str:
     return large_vocabulary.table(read("large_vocabulary"))
+
+
+def a_real_model() -> str:
+    results = read_if_measured("smollm2")
+    return "not measured" if results is None else smollm2.tables(results)
+
+
+def a_long_row_on_a_gpu() -> str:
+    return tables.arithmetic(Case("step", "training_step", "Llama-3.1-8B", 131072))
 
 
 def architectures() -> str:
@@ -250,6 +260,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         **{name: functools.partial(speed, device) for name, device in (("cpu", "cpu"), ("gpu", "cuda"))},
         "large_vocabulary": step_of_a_large_vocabulary,
+        "smollm2": a_real_model,
+        "long_context": a_long_row_on_a_gpu,
     },
     "docs/quality.md": {
         "real": real,

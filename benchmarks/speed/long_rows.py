@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -23,6 +24,7 @@ from benchmarks.speed.measure import limited_memory, peak_extra_mib
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 CPU = torch.device("cpu")
+R = TypeVar("R")
 
 
 def model_and_row(length: int, attention: str):
@@ -57,20 +59,23 @@ def ours(length: int) -> None:
     yield
 
 
-def published(length: int) -> None:
+def published_loss(model, batch: dict) -> torch.Tensor:
     """Full logits, full attention of every layer as transformers gives it, float32 cross-entropy, masked mean."""
-    model, batch = model_and_row(length, "eager")
-    history = batch.pop("history_nll")
-    yield
     out = model(input_ids=batch["input_ids"], output_attentions=True, use_cache=False)
     logits, labels = out.logits[0, :-1].float(), batch["labels"][0, 1:]
     nll = torch.nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
     response = labels != -100
-    rel = (history[0, 1:] - nll.detach())[response]
+    rel = (batch["history_nll"][0, 1:] - nll.detach())[response]
     mass = out.attentions[-1][0].mean(0)[1:, : int((labels == -100).sum()) + 1].sum(-1).detach()[response]
     score = (rel - rel.min()) / (rel.max() - rel.min()) / 2 + mass / 2
     keep = score.topk(int(0.6 * len(score))).indices
-    nll[response][keep].mean().backward()
+    return nll[response][keep].mean()
+
+
+def published(length: int) -> None:
+    model, batch = model_and_row(length, "eager")
+    yield
+    published_loss(model, batch).backward()
     yield
 
 
@@ -81,9 +86,14 @@ def peak_of(way: str, length: int) -> float | None:
     """Peak of one step above model and row, MiB; None where the memory of the machine ran out."""
     steps = WAYS[way](length)
     next(steps)
+    return unless_out_of_memory(lambda: peak_extra_mib(lambda: next(steps), CPU)[0])
+
+
+def unless_out_of_memory(run: Callable[[], R]) -> R | None:
+    """What `run()` returns; None where the memory of the machine ran out."""
     try:
         with limited_memory(CPU):
-            return peak_extra_mib(lambda: next(steps), CPU)[0]
+            return run()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
             return None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from benchmarks.speed.inputs import INPUTS, Inputs
 from benchmarks.speed.losses import Absent
 from benchmarks.speed.peers import ways_of
 
+R = TypeVar("R")
 ENOUGH = 3.0  # seconds of rounds
 # Seconds of a first run, and how often a way that takes longer is run again at most; a quicker one as the others are.
 MOST = {30.0: 0, 10.0: 2}
@@ -66,7 +68,7 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak_extra_mib(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
+def peak_extra_mib(run: Callable[[], R], device: torch.device) -> tuple[float, R]:
     """(most memory while `run()` runs, above what there was before, MiB; what it returned). On a CPU resident memory,
     Linux only; on a GPU allocated memory. `tokensel.metrics.peak_memory_mib` is another: a process's from its start."""
     if device.type == "cuda":

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.speed import plots
+from benchmarks.speed.cases import Case
 from benchmarks.speed.results import OURS, Results, load, machine_line, of_floor, ratio
 from benchmarks.speed.targets import TARGETS
 from tokensel.report import format_table
+from tokensel_kernels.roofline import as_row
 
 NONE = "not measured"
 
@@ -101,6 +104,30 @@ def markdown(rows: list[dict]) -> str:
     head = list(rows[0])
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *[[str(row[column]) for column in head] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def arithmetic(case: Case) -> str:
+    """Of one row's training step: operations, bytes and the least time of each call, and what the published way holds.
+
+    Nothing of it is measured.
+    """
+    m, S = case.shape, case.tokens
+    calls = [dataclasses.replace(call, kernel=call.kernel.split(",")[0]) for call in case.costs]
+    least = sum(call.milliseconds() for call in calls)
+    rows = [
+        {name: value for name, value in as_row(call).items() if name != "shape"}
+        | {"share of the time": f"{call.milliseconds() / least:.1%}".replace("%", " %")}
+        for call in calls
+    ]
+    logits, attention = S * m.vocabulary, m.heads * S**2  # entries
+    held = {
+        f"logits {S:,} × {m.vocabulary:,}, bfloat16": 2 * logits,
+        "the same in float32, for the loss": 4 * logits,
+        f"attention {m.heads} × {S:,} × {S:,} of one layer, bfloat16": 2 * attention,
+        f"of all {m.layers} layers, as `output_attentions` gives it": 2 * attention * m.layers,
+    }
+    sizes = [{"the published way holds": what, "GiB": f"{size / 2**30:,.1f}"} for what, size in held.items()]
+    return "\n\n".join([markdown(rows), markdown(sizes)])
 
 
 def step_rows(results: Results) -> list[dict]:
