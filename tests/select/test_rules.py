@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from tokensel import TokenSignals
-from tokensel.select.rules import Above, kept_count, responses_per_sample, top_share
+from tokensel.select.rules import (
+    Above,
+    AdaptiveThreshold,
+    TopShare,
+    kept_count,
+    responses_per_sample,
+    spread_quota,
+    top_share,
+)
 
 RHOS = [round(0.05 * i, 2) for i in range(1, 21)]
 
@@ -48,6 +56,23 @@ def test_top_share_equals_sorting_each_sample(seed):
     assert keep.tolist() == brute_force(score.tolist(), response.tolist(), sample.tolist(), rho)
 
 
+@pytest.mark.parametrize("n, rho_min", [(1, 0.5), (2, 0.1), (3, 0.2)])
+def test_a_budget_of_few_tokens_whose_scores_are_equal_is_spent(n, rho_min):
+    response, sample = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
+    rule = TopShare(0.6, rho_min=rho_min, rho_max=1.0)
+    kept = rule(torch.ones(n), TokenSignals(response, sample))
+    assert kept.sum() == rule.count(response, sample) == math.ceil(0.6 * n)
+
+
+def test_what_a_sample_has_no_token_for_goes_to_one_before():
+    # shares of half a token, three and half a one end at 0.5, 3.5 and 4: to even numbers that is 0, 4 and 4
+    sample, score = torch.tensor([0, 1, 1, 1, 4]), torch.tensor([0.0, 0, 5, 9, 0])
+    response = torch.ones(5, dtype=torch.bool)
+    assert spread_quota(score, response, sample, 0.8, 0.5, 1.0).tolist() == [1, 3, 0, 0, 0]
+    rule = TopShare(0.8, rho_min=0.5, rho_max=1.0)
+    assert rule(score, TokenSignals(response, sample)).sum() == rule.count(response, sample) == 4
+
+
 def test_shape_is_kept_and_rows_do_not_mix():
     score = torch.tensor([[1.0, 2, 3, 4], [9, 8, 7, 6]])
     response = torch.tensor([[False, True, True, True], [True, True, True, True]])
@@ -65,6 +90,11 @@ def test_nothing_competes():
     none = torch.zeros(4, dtype=torch.bool)
     assert not top_share(torch.rand(4), none, torch.zeros(4).long(), 0.6).any()
     assert top_share(torch.rand(0), none[:0], torch.zeros(0).long(), 0.6).shape == (0,)
+    for rule in (TopShare(0.6, rho_min=0.1, rho_max=1.0), AdaptiveThreshold(0.1, 0.5, 0.01, 0.5)):
+        signals = TokenSignals(none, torch.zeros(4).long())
+        assert not rule(torch.rand(4), signals).any() and rule.count(none, signals.sample) == 0
+        empty = TokenSignals(none[:0], torch.zeros(0).long())
+        assert rule(torch.rand(0), empty).shape == (0,) and rule.count(empty.response, empty.sample) == 0
 
 
 def test_nan_off_the_response_does_not_matter():

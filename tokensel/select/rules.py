@@ -95,6 +95,8 @@ def spread_quota(score: Tensor, response: Tensor, sample: Tensor, rho: float, rh
     """
     flat, competes, group = score.flatten().double(), response.flatten(), sample.flatten()
     n = responses_per_sample(response, sample).double()
+    if not len(n):
+        return n.long()
     zero = torch.zeros_like(n)
     mean = zero.index_add(0, group, torch.where(competes, flat, 0)) / n.clamp(min=1)
     square = torch.where(competes, (flat - mean[group]) ** 2, 0)
@@ -107,8 +109,11 @@ def spread_quota(score: Tensor, response: Tensor, sample: Tensor, rho: float, rh
         low, high = torch.where(short, c, low), torch.where(short, high, c)
     wanted = ((high * spread).clamp(rho_min, rho_max) * n).cumsum(0)
     # differences of rounded sums: no sample is off by a token, and the whole budget is spent
-    ends = (wanted * (budget / wanted[-1].clamp(min=1))).round().long()
-    return torch.minimum(torch.diff(ends, prepend=ends[:1] * 0), n.long())
+    ends = (wanted * (budget / torch.where(wanted[-1] > 0, wanted[-1], 1))).round().long()
+    # a half is rounded to the even number, which may be a token more than a sample has: it goes to those before
+    tokens = n.long().cumsum(0)
+    left = (tokens - ends).clamp(min=0).flip(0).cummin(0).values.flip(0)
+    return torch.diff(tokens - left, prepend=tokens[:1] * 0)
 
 
 @dataclass(frozen=True)
@@ -308,8 +313,7 @@ class AdaptiveThreshold:
 
     def __call__(self, score: Tensor, signals: TokenSignals) -> Tensor:
         self._to(score.device)
-        quota = torch.zeros(score.numel(), dtype=torch.int64, device=score.device)
-        quota[0] = self._kept(signals.response.sum())
+        quota = self._kept(signals.response.sum()).expand(score.numel())  # of the one group that there is
         keep = top_quota(score, signals.response, torch.zeros_like(signals.sample), quota)
         if torch.is_grad_enabled():  # else it is an evaluation
             self._sums += torch.stack([torch.where(keep, score, 0).sum(dtype=torch.float64), keep.sum().double()])
