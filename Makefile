@@ -14,8 +14,12 @@ trl-1.9 := trl==1.9.0
 newest :=
 MATRIX_TESTS := $(wildcard $(addprefix tests/hf/test_,model*.py step.py trainer*.py trl*.py frameworks.py))
 
+# Of `make fuzz`: the seed is printed with the command, and gives the same examples again.
+SEED := $(shell date +%s)
+EXAMPLES := 10000
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-all test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
+.PHONY: help quickstart demo test test-all fuzz test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +35,9 @@ test: .venv/.installed  ## run the tests (CPU, ten minutes on two cores)
 
 test-all: test  ## and those that are slow and rarely break
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+fuzz: .venv/.installed  ## compare every public function with float64 on 10,000 random examples each (an hour on two cores)
+	FUZZ_SEED=$(SEED) FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/fuzz -v -n auto --hypothesis-profile=fuzz
 
 test-chips: .venv/.installed  ## compile every kernel for four chips: after a change of kernels or tiles (3 min)
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m chips
@@ -83,7 +90,7 @@ write-docs: .venv/.installed  ## rewrite the parts of README and docs that are m
 	$(BIN)/python -m tools.write_docs
 
 clean:  ## remove the environment, caches and everything the targets wrote
-	rm -rf .venv .matrix build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage quickstart demo
+	rm -rf .venv .matrix build dist docs/_build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage quickstart demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own first: the pin alone then decides which build of it (CPU or CUDA) the rest is resolved against.
