@@ -37,14 +37,14 @@ def ways(directory, model, data, rank):
 
 def broken(at):
     """The rank dies, or fails, in the middle of its batches."""
-    losses_of, calls = recording._losses_of, iter(range(at))
+    losses_of, calls = recording.losses_of, iter(range(at))
 
     def until(*args):
         if next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return losses_of(*args)
 
-    recording._losses_of = until
+    recording.losses_of = until
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tokensel.data import SelectionCollator
 from tokensel.data.rows import told
 from tokensel.loading import chat_template_of, encode_dataset, held_out, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
-from tokensel.recording import check_fit
+from tokensel.model_facts import check_fit, facts_of
 from tokensel.settings import RunArguments
 from tokensel.trainer import SelectiveTrainer
 
@@ -48,8 +48,9 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
     stream = settings.dataset_streaming
     encoded = [encode_dataset(settings, name, split, tokenizer, stream, **weights) for name, split in read]
     model = load_model(settings)
+    facts = facts_of(model)
     for (name, _), (_, counts) in zip(read, encoded, strict=True):
-        check_fit(told(name), counts.longest, counts.largest_id, model, tokenizer)
+        check_fit(told(name), counts.longest, counts.largest_id, facts, tokenizer)
     if settings.use_peft:
         from peft import LoraConfig, get_peft_model
 

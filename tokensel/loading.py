@@ -177,6 +177,11 @@ def naming_what_fits() -> Iterator[None]:
         ) from error
 
 
+def first_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a response whose prompt is left out: BOS, or EOS where there is none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def load_contrast_model(settings: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model of wrong answers.
 

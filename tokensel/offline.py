@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tokensel.arguments import SelectionArguments, parse_recorded
 from tokensel.data.rows import told
 from tokensel.loading import (
     EncodedRows,
     chat_of,
+    first_token_of,
     load_contrast_model,
     load_scoring_model,
     load_tokenizer,
@@ -18,7 +20,7 @@ from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
 from tokensel.parallel import is_first_rank, joined_ranks, on_first_rank, rank_of_ranks
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
-from tokensel.recording import record_losses, refuse_existing
+from tokensel.recording import record, record_losses, refuse_existing
 from tokensel.settings import ScoreArguments, SelectArguments
 from tokensel.store import HistoryWriter
 from tokensel.store.shards import Shards, publish
@@ -37,42 +39,63 @@ def score(settings: ScoreArguments) -> dict[str, float]:
         on_first_rank(lambda: refuse_existing(settings.output))
         tokenizer = load_tokenizer(settings)
         rows = EncodedRows(settings, tokenizer)
+        common: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "tokens_per_batch": settings.tokens_per_batch,
+            "batch_size": settings.batch_size,
+            "dataset": told(settings.dataset_name),
+            "max_length": settings.max_length,
+            "chat": lambda: chat_of(settings, rows.counts, tokenizer),
+        }
         with naming_what_fits():
-            model, device = load_scoring_model(settings)
-            negative = None
-            if settings.contrast_model_name_or_path:
-                negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
-            first_token = None
-            if settings.without_prompt:
-                first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            summary = record_losses(
-                model,
-                rows,
-                settings.output,
-                tokenizer=tokenizer,
-                tokens_per_batch=settings.tokens_per_batch,
-                batch_size=settings.batch_size,
-                impl=settings.impl,
-                first_token=first_token,
-                negative=negative,
-                model_name=settings.model_name_or_path,
-                dataset=told(settings.dataset_name),
-                max_length=settings.max_length,
-                chat=lambda: chat_of(settings, rows.counts, tokenizer),
-            )
-        summary["peak_memory_mib"] = peak_memory_mib(device)
+            how = _record_on_ray if settings.ray_actors else _record_here
+            summary = how(settings, rows, tokenizer, common)
         if is_first_rank():
-            _tell(settings.output, summary)
+            _tell(settings, summary)
     return summary
 
 
-def _tell(output: str, summary: dict[str, float]) -> None:
+def _record_here(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, common: dict[str, Any]) -> dict:
+    model, device = load_scoring_model(settings)
+    negative = None
+    if settings.contrast_model_name_or_path:
+        negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+    first_token = first_token_of(tokenizer) if settings.without_prompt else None
+    summary = record_losses(
+        model,
+        rows,
+        settings.output,
+        impl=settings.impl,
+        first_token=first_token,
+        negative=negative,
+        model_name=settings.model_name_or_path,
+        **common,
+    )
+    return summary | {"peak_memory_mib": peak_memory_mib(device)}
+
+
+def _record_on_ray(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, common: dict[str, Any]) -> dict:
+    from tokensel import on_ray
+
+    on_ray.start(settings)
+    summary = record(
+        on_ray.facts(settings),
+        rows,
+        settings.output,
+        on_ray.scoring(settings),
+        without_prompt=settings.without_prompt,
+        **common,
+    )
+    return summary | {"peak_memory_mib": peak_memory_mib("cpu")}
+
+
+def _tell(settings: ScoreArguments, summary: dict[str, float]) -> None:
     repeated, ranks = summary["rows"] - summary["documents"], rank_of_ranks()[1]
     same = f" ({repeated} of them repeated)" if repeated else ""
-    of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
+    of_all = f" of {ranks} ranks" if ranks > 1 else f" of {settings.ray_actors} actors" if settings.ray_actors else ""
     print(
-        f"{output}: {summary['rows']} rows{same}, {summary['response_tokens']} response tokens, "
-        f"mean NLL {summary['mean_nll']:.4f} nats, {summary['tokens_per_second']:.0f} tokens/s{of_ranks}, "
+        f"{settings.output}: {summary['rows']} rows{same}, {summary['response_tokens']} response tokens, "
+        f"mean NLL {summary['mean_nll']:.4f} nats, {summary['tokens_per_second']:.0f} tokens/s{of_all}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB"
     )
 

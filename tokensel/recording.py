@@ -8,7 +8,6 @@ resumed or not, writes the same bytes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 
 from tokensel.documents import IGNORE_INDEX, to_labels, to_rows
 from tokensel.model import PatchedModel, apply_to, eval_mode, remove, unwrap
+from tokensel.model_facts import ModelFacts, check_fit, facts_of
 from tokensel.ops.checks import check_positive
 from tokensel.ops.stats import token_stats_contrast
 from tokensel.ops.vocab_parallel import is_dtensor
@@ -32,18 +32,6 @@ from tokensel.store.encoded import EncodedDocuments, write_documents
 from tokensel.store.shards import Shards, publish
 
 TOKENS_PER_BATCH = 8192
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over name, shape, dtype and the first 64 entries of each parameter: notices a retrained model."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.is_meta:  # it lies on a disk
-            continue
-        values = parameter.full_tensor() if is_dtensor(parameter) else parameter
-        digest.update(values.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def without_prompt(document: numpy.ndarray, first_token: int) -> numpy.ndarray:
@@ -147,6 +135,12 @@ def batches_of(lengths: numpy.ndarray, tokens: int, most: int | None = None) -> 
     return batches
 
 
+def not_done(shards: Shards, documents: EncodedDocuments, batches: list[numpy.ndarray]) -> list[numpy.ndarray]:
+    """The batches without the documents that the shards have had from the start."""
+    done = numpy.isin(documents.keys, shards.keys)
+    return [left for batch in batches if len(left := batch[~done[batch]])]
+
+
 def score_documents(
     shards: Shards,
     documents: EncodedDocuments,
@@ -164,15 +158,13 @@ def score_documents(
         ValueError: a loss that is not finite; names row and token.
     """
     rank, ranks = rank_of_ranks()
-    done = set(shards.keys.tolist())
-    left = [numpy.array([n for n in batch if int(documents.keys[n]) not in done], numpy.int64) for batch in batches]
-    left = [batch for batch in left if len(batch)]
+    left = not_done(shards, documents, batches)
     mine = left[rank::ranks]
     sizes = [int(documents.lengths[batch].sum()) for batch in mine]
     title = "score" if ranks == 1 else f"score (rank 0 of {ranks})"
     with tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=title, disable=rank > 0) as bar:
         for batch, size in zip(mine, sizes, strict=True):
-            values = _losses_of(documents, batch, losses)
+            values = losses_of(documents, batch, losses)
             shards.append(documents.keys[batch], documents.lengths[batch].astype(numpy.int32), values)
             bar.update(size)
     shards.flush()
@@ -181,7 +173,7 @@ def score_documents(
     return sum(sizes)
 
 
-def _losses_of(
+def losses_of(
     documents: EncodedDocuments, batch: numpy.ndarray, losses: Callable[[list[numpy.ndarray]], list[numpy.ndarray]]
 ) -> numpy.ndarray:
     """The losses of all tokens of a batch, one document after the other, NaN where a token is no response."""
@@ -215,30 +207,6 @@ def _scoring(model: nn.Module) -> Iterator[PatchedModel]:
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     if Path(path).exists():
         raise ValueError(f"output {path} exists; move it away or choose another name")
-
-
-def check_fit(name: str, longest: int, largest_id: int, model: nn.Module, tokenizer: Any = None) -> None:
-    """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
-
-    Raises:
-        ValueError: rows longer than the model has positions, or a token without an embedding.
-    """
-    inner: Any = unwrap(model)
-    positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"{name} has rows of up to {longest} tokens, but {inner.name_or_path} has {positions} positions; cut them "
-            f"with --max_length {positions}, or, if its positions reach further (YaRN and the like), raise "
-            "max_position_embeddings in its config.json"
-        )
-    embeddings = int(inner.get_input_embeddings().num_embeddings)
-    needed = max(largest_id, getattr(tokenizer, "pad_token_id", None) or 0)
-    if needed >= embeddings:
-        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(needed)!r})"
-        raise ValueError(
-            f"token {needed}{token} has no embedding: {inner.name_or_path or 'the model'} has {embeddings}. The "
-            "tokenizer belongs to another model, or tokens were added without model.resize_token_embeddings"
-        )
 
 
 def _each(rows: Any) -> Iterator[Any]:
@@ -292,60 +260,96 @@ def record_losses(
             position for, a loss that is not finite, an unfinished run of other settings, ranks with different settings,
             a model that `apply_to` refuses, or, with `first_token`, rows of equal token ids and different labels.
     """
+    if first_token is not None and negative is not None:
+        raise ValueError("first_token and negative make stores of different kinds; give one")
+    models = {"": model} if negative is None else {"": model, "contrast_": negative}
+
+    def score(shards: Shards, documents: EncodedDocuments, batches: list[numpy.ndarray]) -> int:
+        with contextlib.ExitStack() as stack:
+            patched, *other = (stack.enter_context(_scoring(each)) for each in models.values())
+            losses = response_losses(patched, impl, first_token, *other)
+            in_step = any(is_dtensor(parameter) for parameter in model.parameters())
+            return score_documents(shards, documents, losses, batches, in_step)
+
+    return record(
+        {kind: facts_of(each, model_name if not kind else None) for kind, each in models.items()},
+        rows,
+        path,
+        score,
+        tokenizer=tokenizer,
+        tokens_per_batch=tokens_per_batch,
+        batch_size=batch_size,
+        without_prompt=first_token is not None,
+        dataset=dataset,
+        max_length=max_length,
+        chat=chat,
+    )
+
+
+def record(
+    models: dict[str, ModelFacts],
+    rows: Any,
+    path: str | os.PathLike[str],
+    score: Callable[[Shards, EncodedDocuments, list[numpy.ndarray]], int],
+    *,
+    tokenizer: Any,
+    tokens_per_batch: int,
+    batch_size: int | None,
+    without_prompt: bool,
+    dataset: str,
+    max_length: int | None,
+    chat: Callable[[], dict[str, Any] | None],
+) -> dict[str, float]:
+    """`record_losses`, whoever scores.
+
+    Args:
+        models: the one that scores is "", that of wrong answers "contrast_".
+        score: puts the losses of all batches into the shards, but for documents that they have -> tokens that it
+            scored.
+    """
     if not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
         raise TypeError(f"rows must be an iterable of mappings; got {type(rows).__name__}")
     check_positive("tokens_per_batch", tokens_per_batch)
     check_positive("batch_size", batch_size)
-    if first_token is not None and negative is not None:
-        raise ValueError("first_token and negative make stores of different kinds; give one")
-    name = model_name or str(unwrap(model).name_or_path) or type(unwrap(model)).__name__
-    belongs_to = {
-        "command": "score",
-        "model_name_or_path": name,
-        "weights": weights_fingerprint(model),
-        "dtype": str(unwrap(model).dtype),
+    belongs_to: dict[str, Any] = {"command": "score"}
+    for kind, model in models.items():
+        belongs_to |= {f"{kind}model_name_or_path": model.name, f"{kind}weights": model.weights}
+    belongs_to |= {
+        "dtype": models[""].dtype,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "max_length": max_length,
-        "without_prompt": first_token is not None,
+        "without_prompt": without_prompt,
     }
-    if negative is not None:
-        belongs_to["contrast_model_name_or_path"] = str(unwrap(negative).name_or_path)
-        belongs_to["contrast_weights"] = weights_fingerprint(negative)
-    batching = {"tokens_per_batch": tokens_per_batch, "batch_size": batch_size}
-    check_ranks_agree({"output": str(path), **belongs_to, **batching, "impl": impl})
-    content = "alone_nll" if first_token is not None else "nll" if negative is None else "contrast_nll"
-    with contextlib.ExitStack() as stack:
-        on_first_rank(lambda: refuse_existing(path))
-        shards = stack.enter_context(Shards(path))
+    check_ranks_agree(
+        {"output": str(path), "tokens_per_batch": tokens_per_batch, "batch_size": batch_size} | belongs_to
+    )
+    content = "alone_nll" if without_prompt else "nll" if len(models) == 1 else "contrast_nll"
+    on_first_rank(lambda: refuse_existing(path))
+    with Shards(path) as shards:
         file = shards.directory / "documents"
-        documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, first_token is not None))
-        for scored in (model, *([] if negative is None else [negative])):
-            check_fit(dataset or "rows", int(documents.lengths.max()), documents.largest_id, scored, tokenizer)
+        documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, without_prompt))
+        for model in models.values():
+            check_fit(dataset or "rows", int(documents.lengths.max()), documents.largest_id, model, tokenizer)
         shards.begin(belongs_to | {"dataset": documents.digest})
-        patched = stack.enter_context(_scoring(model))
-        other = None if negative is None else stack.enter_context(_scoring(negative))
-        losses = response_losses(patched, impl, first_token, other)
         started, numbers = time.perf_counter(), documents.numbers()
         batches = [numbers[batch] for batch in batches_of(documents.lengths[numbers], tokens_per_batch, batch_size)]
-        in_step = any(is_dtensor(parameter) for parameter in model.parameters())
-        tokens = score_documents(shards, documents, losses, batches, in_step)
+        tokens = sum(gather_over_ranks([score(shards, documents, batches)]))
+        seconds = time.perf_counter() - started
         writer = HistoryWriter(
             path,
             tokenizer=tokenizer,
-            model=name,
+            model=models[""].name,
             max_length=max_length,
             dataset=dataset,
             content=content,
             chat=chat(),
             if_disk_is_full=shards.advice,
         )
-        everybody = sum(gather_over_ranks([tokens]))
-        seconds = time.perf_counter() - started
         count, total = publish(shards, writer, documents.keys[numbers])
     return {
         "rows": documents.rows,
         "documents": len(numbers),
         "response_tokens": count,
         "mean_nll": total / max(count, 1),
-        "tokens_per_second": everybody / seconds,
+        "tokens_per_second": tokens / seconds,
     }

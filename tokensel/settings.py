@@ -91,6 +91,9 @@ class ScoreArguments(DataArguments):
     fully_shard: bool = field(
         default=False, metadata={"help": "Spread the model over the ranks of torchrun (FSDP2): one that fits no GPU."}
     )
+    ray_actors: int | None = field(
+        default=None, metadata={"help": "Score on this many actors of Ray Data, which hold the model (tokensel[ray])."}
+    )
     load_in_8bit: bool = field(default=False, metadata={"help": "Weights in 8 bits, by bitsandbytes."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Weights in 4 bits, by bitsandbytes."})
     impl: str = field(

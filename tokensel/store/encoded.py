@@ -110,7 +110,7 @@ def write_documents(
     if not keys:
         raise ValueError("there is no row, and so nothing to record")
     encoded = EncodedDocuments(
-        Path(path),
+        Path(path).resolve(),
         numpy.concatenate(keys),
         numpy.concatenate(lengths),
         numpy.array(row_of),
