@@ -273,6 +273,13 @@ def test_weighted_takes_the_datas_weights_as_they_are():
     assert torch.equal(method(GIVEN), RESPONSE.float()) and int(method.count(RESPONSE, SAMPLE)) == 8
 
 
+@pytest.mark.parametrize("name", ["dft", "critical_tokens", "rel"])
+def test_weights_are_float32_also_where_the_data_gives_some(name):
+    assert NLL.dtype == torch.float64  # as the losses of a float64 model are
+    w = torch.ones(10, dtype=torch.float64)
+    assert methods.get(name)(given(weight=w)).dtype == methods.get(name)(GIVEN).dtype == torch.float32
+
+
 def test_weights_of_the_data_are_factors_of_a_selection_and_zero_does_not_compete():
     w = torch.tensor([0, 1, -2, 0, 1, 1, 0, 1, 3, 1.0])
     competing = RESPONSE & (w != 0)

@@ -66,7 +66,7 @@ class SelectionMethod:
         if signals.weight is None:
             return self.rule(score, signals).float()
         competing = signals.response & (signals.weight != 0)
-        weights = self.rule(score, replace(signals, response=competing))
+        weights = self.rule(score, replace(signals, response=competing)).float()
         return weights * signals.weight.float()
 
     def __call__(self, signals: TokenSignals) -> Tensor:
