@@ -38,6 +38,7 @@ class Layout:
     order: list[int]
     how: str  # "left", "right": padded there; "packed": one behind the other
     extra: int  # columns of padding more than are needed
+    between: int  # and behind each document of a packed batch
     rows: int  # of a packed batch
     junk: int  # what stands on padding
 
@@ -48,17 +49,18 @@ class Layout:
             rows = [order[i : i + size] for i in range(0, len(order), size)]
         else:
             rows = [[i] for i in order]
-        lengths = [sum(len(corpus[i].ids) for i in row) for row in rows]
+        between = self.between if self.how == "packed" else 0
+        lengths = [sum(len(corpus[i].ids) + between for i in row) for row in rows]
         width = max(lengths) + self.extra
         ids = torch.full((len(rows), width), self.junk)
         labels, segments = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
         mask, places = torch.zeros_like(ids, dtype=torch.bool), {}
         for r, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             column = width - length if self.how == "left" else 0
-            mask[r, column : column + length] = True
             for number, i in enumerate(row):
-                place = slice(column, column := column + len(corpus[i].ids))
-                answers = torch.tensor(corpus[i].answer)
+                place = slice(column, column + len(corpus[i].ids))
+                column, answers = place.stop + between, torch.tensor(corpus[i].answer)
+                mask[r, place] = True
                 ids[r, place] = torch.tensor(corpus[i].ids)
                 labels[r, place] = torch.where(answers, ids[r, place], IGNORED)
                 segments[r, place.start :] = number
@@ -99,6 +101,7 @@ layouts = st.builds(
     order=st.permutations(range(5)),
     how=st.sampled_from(["right", "left", "packed"]),
     extra=st.integers(0, 2),
+    between=st.sampled_from([0, 0, 1, 3]),
     rows=st.integers(1, 2),
     junk=st.sampled_from([0, 7]),
 )

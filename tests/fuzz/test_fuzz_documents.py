@@ -70,12 +70,14 @@ def test_batch_layout(corpus, layout):
     assert host.position.tolist() == [n for i in order for n in range(len(corpus[i].ids))]
 
 
-@given(corpus=corpora, layout=layouts)
-def test_from_batch_reads_what_collators_give(corpus, layout):
+@given(corpus=corpora, layout=layouts, with_positions=st.booleans())
+def test_from_batch_reads_what_collators_give(corpus, layout, with_positions):
     batch = layout.of(corpus)
     given = {"input_ids": batch.ids, "labels": batch.labels}
     if batch.segment_ids is None:
-        made = BatchLayout.from_batch(given | {"attention_mask": batch.valid.long()})
+        positions = (batch.valid.long().cumsum(-1) - 1).masked_fill(~batch.valid, 1)  # as transformers makes them
+        given |= {"attention_mask": batch.valid.long()} | ({"position_ids": positions} if with_positions else {})
+        made = BatchLayout.from_batch(given)
         expected = BatchLayout.of_segments(batch.ids, batch.labels, None, batch.valid)
     else:  # packed rows have positions and no mask
         place = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)

@@ -14,12 +14,14 @@ from tokensel import logprobs_at, selected_cross_entropy, token_logprobs, token_
 FINITE = st.sampled_from([None, "plain", "large", "small"])
 
 
-def trained(head):
-    """The tensors, of which hidden, weight and bias ask for gradients; these by name."""
+frozen_inputs = st.sampled_from(["", "", "hidden", "weight", "bias", "weight and bias"])
+
+
+def trained(head, frozen):
+    """The tensors, of which hidden, weight and bias ask for gradients if they are not frozen; these by name."""
     made = head.tensors()
-    inputs = {name: value for name, value in made._asdict().items() if name in ("hidden", "weight", "bias")}
-    inputs = {name: value.requires_grad_() for name, value in inputs.items() if value is not None}
-    return made, inputs
+    inputs = {name: getattr(made, name) for name in ("hidden", "weight", "bias") if name not in frozen}
+    return made, {name: value.requires_grad_() for name, value in inputs.items() if value is not None}
 
 
 def truth_of(head, made, valid, *, temperature=True):
@@ -34,10 +36,10 @@ def weights_of_rows(head, shape, salt=2):
     return (torch.randn(shape, generator=random) * (torch.rand(shape, generator=random) < 0.7)).to(head.result_dtype)
 
 
-def check_gradients(loss, inputs, truth, exact_loss, mass, rounding):
+def check_gradients(loss, made, inputs, truth, exact_loss, mass, rounding):
     """Of `loss` in the inputs, against those of the float64 scalar; mass and rounding as in `gradient_errors`."""
     ours = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
-    like = inputs if "bias" in inputs else inputs | {"bias": inputs["weight"]}
+    like = {"hidden": made.hidden, "weight": made.weight, "bias": made.weight}
     d, exact = truth.gradients(exact_loss)
     errors = truth.gradient_errors(d, mass.detach(), rounding.detach(), like)
     for name, gradient in ours.items():
@@ -45,9 +47,16 @@ def check_gradients(loss, inputs, truth, exact_loss, mass, rounding):
         assert_within(f"gradient in {name}", gradient.reshape(exact[name].shape), exact[name], errors[name])
 
 
-@given(head=heads(), impl=impls, entropy=st.booleans(), shift=st.booleans(), given_stats=st.booleans())
-def test_token_logprobs(head, impl, entropy, shift, given_stats):
-    made, inputs = trained(head)
+@given(
+    head=heads(),
+    frozen=frozen_inputs,
+    impl=impls,
+    entropy=st.booleans(),
+    shift=st.booleans(),
+    given_stats=st.booleans(),
+)
+def test_token_logprobs(head, frozen, impl, entropy, shift, given_stats):
+    made, inputs = trained(head, frozen)
     labels, options = made.labels, head.options | {"bias": made.bias, "ignore_index": head.ignore_index}
     shift = shift and labels.dim() > 0 and not head.poison  # rows are poisoned where labels are not shifted
     y = pad(labels, (0, 1), value=head.ignore_index)[..., 1:] if shift else labels
@@ -80,7 +89,7 @@ def test_token_logprobs(head, impl, entropy, shift, given_stats):
             spread = truth.log_p_or_0.abs() + known["entropy"][0][:, None]
             mass = mass + size[1][:, None] * truth.p * (1 + spread)
         loss, total = ((upstream * torch.where(exact.isfinite(), x, 0)).sum() for x in (ours, exact))
-        check_gradients(loss, inputs, truth, total, mass, 2 * truth.rounding)
+        check_gradients(loss, made, inputs, truth, total, mass, 2 * truth.rounding)
 
 
 def keep_of(head, kind, shape):
@@ -93,6 +102,7 @@ def keep_of(head, kind, shape):
 
 @given(
     head=heads(bias=FINITE, temperature=1.0),
+    frozen=frozen_inputs,
     impl=impls,
     keep=st.sampled_from(["bool", "real", "bfloat16"]),
     denominator=st.sampled_from([None, 7, 0.5, 0]),
@@ -101,8 +111,8 @@ def keep_of(head, kind, shape):
     reduction=st.sampled_from(["sum", "none"]),
     given_stats=st.booleans(),
 )
-def test_selected_cross_entropy(head, impl, keep, denominator, smoothing, z_loss, reduction, given_stats):
-    made, inputs = trained(head)
+def test_selected_cross_entropy(head, frozen, impl, keep, denominator, smoothing, z_loss, reduction, given_stats):
+    made, inputs = trained(head, frozen)
     options = {"bias": made.bias, "ignore_index": head.ignore_index, "softcap": head.softcap}
     options["logit_scale"] = head.logit_scale
     keep, valid = keep_of(head, keep, made.labels.shape), made.valid
@@ -133,13 +143,13 @@ def test_selected_cross_entropy(head, impl, keep, denominator, smoothing, z_loss
         mass = (1 + 2 * z_loss * lse.abs())[:, None] * truth.p + one_hot(at, head.V) + smoothing / head.V
         loss, of_all = (upstream * ours.reshape(exact.shape)).sum(), (upstream * exact).sum()
         rounding = 2 * truth.rounding + truth.eps * (8 + len(rows))
-        check_gradients(loss, inputs, truth, of_all, mass * scale[:, None], rounding)
+        check_gradients(loss, made, inputs, truth, of_all, mass * scale[:, None], rounding)
 
 
-@given(head=heads(), impl=impls, named=st.integers(1, 6), int32=st.booleans())
-def test_logprobs_at(head, impl, named, int32):
+@given(head=heads(), frozen=frozen_inputs, impl=impls, named=st.integers(1, 6), int32=st.booleans())
+def test_logprobs_at(head, frozen, impl, named, int32):
     """Ids in any order, some of them twice; those of rows that do not count are not read."""
-    made, inputs = trained(head)
+    made, inputs = trained(head, frozen)
     random, mask = head.generator(4), made.valid
     ids = torch.randint(0, head.V, (*mask.shape, named), generator=random)
     given_ids = ids.masked_fill(~mask[..., None], 10**6)
@@ -165,4 +175,4 @@ def test_logprobs_at(head, impl, named, int32):
         mass = size.sum(-1, keepdim=True) * truth.p
         mass = mass.scatter_add(-1, at, size)
         loss, total = ((upstream * torch.where(exact.isfinite(), x, 0)).sum() for x in (ours, exact))
-        check_gradients(loss, inputs, truth, total, mass, 2 * truth.rounding)
+        check_gradients(loss, made, inputs, truth, total, mass, 2 * truth.rounding)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
+from threading import Barrier
 
 import torch
 from drawn_batches import corpora, layouts
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from tokensel import TokenSignals, methods
 from tokensel.documents import BatchLayout, token_keys
+from tokensel.select.across import choose_across
 from tokensel.select.rules import TopSamples, TopShare, kept_count, spread_quota, top_quota
 from tokensel.select.signals import RECORDED
 
@@ -165,6 +169,71 @@ def test_every_method(corpus, layout, name, ties, dtype, step, seed, data):
         assert int(method.count(response, signals.sample)) == int(weights.sum())
     if name == "soft_weights" and response.any():
         torch.testing.assert_close(of_response.sum(), response.sum().float())
+
+
+@given(
+    corpus=corpora,
+    layout=layouts,
+    name=st.sampled_from(methods.names()),
+    step=st.integers(0, 9),
+    seed=st.integers(0, 2**20),
+)
+def test_weights_of_the_data_are_factors(corpus, layout, name, step, seed):
+    """A token to which the data gives 0 does not compete, and does not count."""
+    method, batch = methods.get(name), layout.of(corpus)
+    signals = signals_in(batch, signals_of(corpus, torch.float64, False, seed), step)
+    random = torch.Generator().manual_seed(seed)
+    given = torch.randint(-2, 3, batch.ids.shape, generator=random).float() / 2
+    weights = method(replace(signals, weight=given))
+    competing = replace(signals, response=signals.response & (given != 0), weight=given)
+    scored = method.score(replace(signals, weight=given))  # of all tokens, those that do not compete among them
+    torch.testing.assert_close(weights, method.rule(scored, competing).float() * given)
+    assert (weights[~competing.response] == 0).all()
+    if isinstance(method.rule, TopShare):
+        of_prompt = torch.where(signals.response, 0, given).abs().sum()
+        assert float(method.count(signals.response, signals.sample, given) - of_prompt) == int((weights != 0).sum())
+
+
+class Output(dict):
+    """As a model's output is read, by name or attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+@given(share=shares, ranks=st.integers(1, 3), batches=st.integers(1, 2), ties=st.booleans(), seed=st.integers(0, 2**20))
+def test_ranks_choose_as_one_batch_would(share, ranks, batches, ties, seed):
+    """Micro-batches of any size, against one sort of all tokens: first micro-batches of all ranks, then second ones."""
+    random, slots, meeting = torch.Generator().manual_seed(seed), [None] * ranks, Barrier(ranks)
+
+    def output():
+        shape = tuple(torch.randint(1, 5, (2,), generator=random).tolist())
+        score = torch.randn(shape, generator=random)
+        response = torch.rand(shape, generator=random) < 0.7
+        sample = torch.arange(shape[0])[:, None].expand(shape) * shape[1]
+        return Output(score=score.round() if ties else score, response=response, sample=sample)
+
+    def weights_of(rank):
+        def gather(tensor):
+            slots[rank] = tensor
+            meeting.wait(60)
+            joined = torch.cat(slots)
+            meeting.wait(60)
+            return joined
+
+        own = outputs[rank]
+        return choose_across(methods.get("rho1", rho=share), own, [torch.ones_like(o.score) for o in own], gather, rank)
+
+    outputs = [[output() for _ in range(batches)] for _ in range(ranks)]
+    with ThreadPoolExecutor(ranks) as threads:
+        chosen = list(threads.map(weights_of, range(ranks)))
+    in_order = [(b, r) for b in range(batches) for r in range(ranks)]
+    score, response = (
+        torch.cat([outputs[r][b][n].flatten() for b, r in in_order]).tolist() for n in ("score", "response")
+    )
+    expected = best(score, response, [0] * len(score), lambda n: ceiling(share, n))
+    assert all(chosen[r][b].shape == outputs[r][b].score.shape for b, r in in_order)
+    kept = torch.cat([chosen[r][b].flatten() for b, r in in_order])
+    assert set(kept.nonzero()[:, 0].tolist()) == expected
 
 
 @given(
