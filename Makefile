@@ -19,7 +19,7 @@ SEED := $(shell date +%s)
 EXAMPLES := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-all fuzz test-chips test-portable coverage test-matrix lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
+.PHONY: help quickstart demo test test-all fuzz test-chips test-portable coverage test-matrix faults lint format docs dist bench bench-gpu bench-smoke estimates write-docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ test-matrix: $(MATRIX:%=test-matrix-%)  ## run the tests of model and trainers w
 
 test-matrix-%: .matrix/%/.installed
 	.matrix/$*/bin/python -m pytest $(MATRIX_TESTS)
+
+faults: .venv/.installed  ## kill each command twenty times, at any access to a file, and go on with it (5 min)
+	$(BIN)/python -m pytest tests/data/test_faults.py -s -m "" --kills 20 --seed $$(date +%s)
 
 lint: .venv/.dev  ## check style, formatting and types
 	$(BIN)/ruff check .

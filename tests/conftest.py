@@ -20,6 +20,11 @@ if not torch.cuda.is_available():
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="of each command in tests/data/test_faults.py")
+    parser.addoption("--seed", type=int, default=0, help="of the moments at which they come")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

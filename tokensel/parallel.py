@@ -40,6 +40,20 @@ def rank_of_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+@contextlib.contextmanager
+def _naming_lost_ranks() -> Iterator[None]:
+    """Raises:
+    ConnectionError: another rank has ended, or has not answered for `WAIT`.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of the backend: each has its own
+        raise ConnectionError(
+            f"another rank of the job has ended, or has not answered for {WAIT}; what it says itself is the cause "
+            f"({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
 def on_first_rank(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, where alone it runs. To be called by all ranks.
 
@@ -56,7 +70,8 @@ def on_first_rank(function: Callable[[], T]) -> T:
             answer = [function(), None]
         except Exception as error:  # raised below, once the others know
             failure, answer = error, [None, f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(answer, src=0)
+    with _naming_lost_ranks():
+        dist.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
     if answer[1] is not None:
@@ -67,7 +82,8 @@ def on_first_rank(function: Callable[[], T]) -> T:
 def wait_for_ranks() -> None:
     """Returns when all ranks have come here."""
     if rank_of_ranks()[1] > 1:
-        dist.barrier()
+        with _naming_lost_ranks():
+            dist.barrier()
 
 
 def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks with the same settings") -> None:
@@ -79,7 +95,8 @@ def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks w
     if not (dist.is_available() and dist.is_initialized()):
         return
     everybody: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, settings)
+    with _naming_lost_ranks():
+        dist.all_gather_object(everybody, settings)
     for rank, theirs in enumerate(everybody):
         for name in sorted(theirs.keys() | everybody[0].keys()):
             first, other = everybody[0].get(name), theirs.get(name)
@@ -99,7 +116,8 @@ def gather_over_ranks(objects: list) -> list:
     if not (dist.is_available() and dist.is_initialized()):
         return objects
     everybody: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, objects)
+    with _naming_lost_ranks():
+        dist.all_gather_object(everybody, objects)
     return [each for theirs in everybody for each in theirs]
 
 
