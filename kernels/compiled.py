@@ -38,7 +38,7 @@ ARCHITECTURES = {
 PROCESSORS = {"sm_80": 108, "sm_90": clocks.PROCESSORS, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
 ROWS = 8192  # tokens of a step, and of a sequence
-UNUSUAL = ("unaligned", "ragged vocabulary", "ragged vocabulary, entropy")  # compiled, but not estimated
+UNUSUAL = ("unaligned", "ragged vocabulary")  # begin the options of what is compiled, but not estimated
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _INSTRUCTIONS = {
@@ -101,15 +101,15 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
     for models, several in ((2, alone if half else ends), (1, ends if half else [])):
         for name, entropy in combinations if every else several:
             head = {"bias": heads[name][0], "softcap": heads[name][1], "logit_scale": 1.0, "ignore_index": -100}
-            options = ", ".join(filter(None, [("one model", "two models")[models - 1], name, "entropy" * entropy]))
-            pair = [(x, w)] * models
-            yield _Call(options, functools.partial(hidden_stats, pair, labels, entropy=entropy, **head))
-            if name in ("", "bias, softcap"):
-                pair = [w.new_empty(N, V)] * models
-                for wanted, count in (("entropy", 5), ("every statistic", 8)) if entropy else (("", 3),):
+            of_hidden = functools.partial(hidden_stats, [(x, w)] * models, labels, entropy=entropy, **head)
+            logits = [w.new_empty(N, V)] * models
+            for wanted, count in (("entropy", 5), ("every statistic", 8)) if entropy else (("", 3),):
+                options = ", ".join(filter(None, [("one model", "two models")[models - 1], name, wanted]))
+                yield _Call(options, functools.partial(of_hidden, more=count == 8))
+                if name in ("", "bias, softcap"):
                     sums = tensor(count, models, N, like=torch.float32)
-                    rows = functools.partial(write_logits_sums, pair, labels, sums, label_logit=sums[0], **head)
-                    yield _Call(options.replace("entropy", wanted), rows)
+                    rows = functools.partial(write_logits_sums, logits, labels, sums, label_logit=sums[0], **head)
+                    yield _Call(options, rows)
     rows = (labels, coefficient, lse)
     for name, entropy in [(name, False) for name in heads] + [("", True), ("bias, softcap", True)]:
         if not (half or every or name in ("", "bias, softcap")):
@@ -153,10 +153,9 @@ def _calls(shape: Shape, dtype: torch.dtype, every: bool) -> Iterator[_Call]:
         x, w = tensor(N, D), tensor(V + 1, D)
         head = {"softcap": None, "logit_scale": 1.0}
         pair = [(x, w)] * 2
-        for entropy in (False, True):
-            name = "ragged vocabulary" + ", entropy" * entropy
-            ragged = functools.partial(hidden_stats, pair, labels, bias=None, ignore_index=-100, **head)
-            yield _Call(name, functools.partial(ragged, entropy=entropy))
+        ragged = functools.partial(hidden_stats, pair, labels, bias=None, ignore_index=-100, **head)
+        for number, name in enumerate(("", ", entropy", ", every statistic")):
+            yield _Call("ragged vocabulary" + name, functools.partial(ragged, entropy=number > 0, more=number > 1))
         part = (x, w, labels, coefficient, lse)
         ragged = functools.partial(selected_gradients, *part, bias=None, want=(True, True, False), **head)
         yield _Call("ragged vocabulary", ragged)
@@ -281,7 +280,7 @@ def _compile_calls(arch: str, shape: str, sizes: Shape, every: bool) -> Iterator
                 code = _CODE[id(compiled)][1]
                 alike = [other for other in launches if other.kernel is launch.kernel]
                 first = launch is alike[0]
-                estimated = first and arch == "sm_90" and element == "bf16" and call.options not in UNUSUAL
+                estimated = first and arch == "sm_90" and element == "bf16" and not call.options.startswith(UNUSUAL)
                 estimate = _estimate(alike, code, sizes) if estimated else None
                 yield _row(launch, call, code, arch, element, shape, estimate, again=not first)
 

@@ -111,10 +111,11 @@ def exponents(softcap: float | None, logit_scale: float, kind: str) -> tuple[flo
 
 
 @triton.jit
-def online_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
+def online_softmax(u, top, total, first, second, square, MOMENTS: tl.constexpr, SQUARE: tl.constexpr):
     """Takes a tile of logits in units of log2 into the running sums of each row, relative to the running maximum `top`:
 
-        total = Σ 2^(u - top),  first = Σ 2^(u - top) (u - top),  second = Σ 2^(u - top) (u - top)²
+        total = Σ 2^(u - top),  first = Σ 2^(u - top) (u - top),  second = Σ 2^(u - top) (u - top)²,
+        square = Σ 2^(2 (u - top))
 
     Columns that do not exist are -inf in u. (ROWS, COLUMNS) -> (ROWS,) each.
     """
@@ -132,5 +133,7 @@ def online_softmax(u, top, total, first, second, MOMENTS: tl.constexpr):
         weighted = e * u
         first += tl.sum(weighted, 1)
         second += tl.sum(weighted * u, 1)
+    if SQUARE:
+        square = rescale * rescale * square + tl.sum(e * e, 1)
     total = rescale * total + tl.sum(e, 1)
-    return new_top, total, first, second
+    return new_top, total, first, second, square

@@ -1,8 +1,8 @@
 """Known-good tiles per chip family: `tiles.json`, no tuning at import or on a first call.
 
 The file is family -> kind of product -> size of an element -> tile. Kinds: "stats", online softmax behind the product;
-"full_stats", the same with bias, softcap, entropy and variance, which need more registers; "gradient", logits to their
-gradient; "matmul", a product alone; "attention", the mass on prompt keys.
+"full_stats", the same with a softcap or more sums, which need more registers; "gradient", logits to their gradient;
+"matmul", a product alone; "attention", the mass on prompt keys.
 
 What a family must be able to run is checked by `tokensel kernels`, ahead of time: no spills, shared memory within the
 chip's limit. `tokensel tune` writes such a file for the GPU at hand; TOKENSEL_TILES=FILE puts it before the table.

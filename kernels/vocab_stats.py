@@ -21,6 +21,7 @@ from torch import Tensor
 from tokensel_kernels.gather_rows import kept_rows
 from tokensel_kernels.primitives import (
     LN_2,
+    LOG2_E,
     NOTHING,
     exponents,
     grouped_tile,
@@ -98,14 +99,17 @@ def _gather_slab_kernel(
 
 @triton.jit
 def _sweep_vocabulary(
-    x, w, bias_ptr, index_ptr, sums_ptr,  # pointers
-    row, start, stop, slab, V, D,  # shapes
+    x, w, bias_ptr, index_ptr, order_ptr, label_logit_ptr, sums_ptr,  # pointers
+    row, start, stop, slab, kept, V, D,  # shapes
     x_stride, w_stride, field_stride,  # strides
-    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, MORE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
-    """Sums of ROWS gathered rows over the columns [start, stop) of one model's vocabulary."""
+    """Sums of ROWS gathered rows over the columns [start, stop) of one model's vocabulary.
+
+    The slab's first `kept` rows were gathered, from where `order_ptr` says.
+    """
     rows = row + tl.arange(0, ROWS)
     label = tl.load(index_ptr + rows, mask=rows < slab, other=-1)
     top = tl.full([ROWS], -float("inf"), tl.float32)
@@ -113,6 +117,13 @@ def _sweep_vocabulary(
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
     target = tl.zeros([ROWS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    logits = tl.zeros([ROWS], tl.float32)
+    above = tl.zeros([ROWS], tl.float32)
+    label_logit = tl.zeros([ROWS], tl.float32)
+    if MORE:
+        source = tl.load(order_ptr + rows, mask=rows < kept, other=0)
+        label_logit = tl.load(label_logit_ptr + source, mask=rows < kept, other=0.0) * LOG2_E
     # flattened: the next tile's loads run under this one's epilogue. A branch on the product would serialise it
     for column in tl.range(start, stop, COLUMNS, flatten=TMA, warp_specialize=SPECIALIZE):
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -122,17 +133,22 @@ def _sweep_vocabulary(
             product = multiply(a, b.T, product, PRECISION)
         u = log2_logits(product, bias_ptr, column, V, scale, cap, HAS_BIAS, SOFTCAP, COLUMNS)
         if MOMENTS:  # from the tile itself, so that the label's logit can be told to be the largest
-            hit = (column + tl.arange(0, COLUMNS))[None, :] == label[:, None]
+            c = (column + tl.arange(0, COLUMNS))[None, :]
+            hit = c == label[:, None]
             target += tl.sum(tl.where(hit, u, 0.0), 1)
         if SPECIALIZE:  # its warps hand nothing on from tile to tile, so that each has sums of its own
             top = tl.full([ROWS], -float("inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
-            top, total, _, _ = online_softmax(u, top, total, total, total, False)
+            top, total, _, _, _ = online_softmax(u, top, total, total, total, total, False, False)
             at = sums_ptr + tl.cast(column // COLUMNS, tl.int64) * slab + rows
             tl.store(at, top, mask=rows < slab)
             tl.store(at + field_stride, total, mask=rows < slab)
         else:
-            top, total, first, second = online_softmax(u, top, total, first, second, MOMENTS)
+            top, total, first, second, square = online_softmax(u, top, total, first, second, square, MOMENTS, MORE)
+        if MORE:  # after the softmax, whose registers are free again
+            z = u + cap if SOFTCAP == "small" else u  # before the sum, which would cancel
+            logits += tl.sum(tl.where(c < V, z, 0.0), 1)
+            above += tl.sum((z > label_logit[:, None]).to(tl.float32), 1)
     if not SPECIALIZE:
         tl.store(sums_ptr + rows, top, mask=rows < slab)
         tl.store(sums_ptr + field_stride + rows, total, mask=rows < slab)
@@ -141,42 +157,54 @@ def _sweep_vocabulary(
         tl.store(sums_ptr + 2 * field_stride + rows, tl.where(inside, target, -float("inf")), mask=rows < slab)
         tl.store(sums_ptr + 3 * field_stride + rows, first, mask=rows < slab)
         tl.store(sums_ptr + 4 * field_stride + rows, second, mask=rows < slab)
+    if MORE:
+        own = target + cap if SOFTCAP == "small" else target
+        above -= (inside & (own > label_logit)).to(tl.float32)  # the label was counted where rounding put it higher
+        tl.store(sums_ptr + 5 * field_stride + rows, square, mask=rows < slab)
+        tl.store(sums_ptr + 6 * field_stride + rows, logits, mask=rows < slab)
+        tl.store(sums_ptr + 7 * field_stride + rows, above, mask=rows < slab)
 
 
 @triton.jit
 def _hidden_stats_kernel(
-    x, w, history_x, history_w, bias_ptr, index_ptr, count_ptr, sums_ptr,  # pointers
+    x, w, history_x, history_w, bias_ptr, index_ptr, count_ptr, order_ptr, label_logit_ptr, sums_ptr,  # pointers
     first_row, slab, V, D, history_D, share, splits,  # shapes
-    x_stride, w_stride, history_x_stride, history_w_stride, field_stride,  # strides
+    x_stride, w_stride, history_x_stride, history_w_stride, label_logit_stride, field_stride,  # strides
     scale, cap, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,  # constants
+    MORE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,  # constants
 ):  # fmt: skip
     MODELS: tl.constexpr = 2 if PAIR else 1
     # the two models' tiles of the same rows are neighbours, so that a shared head's tile is used twice
     tile, split = grouped_tile(tl.program_id(0), tl.cdiv(slab, ROWS) * MODELS, splits, GROUP)
     row = tile // MODELS * ROWS
-    if first_row + row >= tl.load(count_ptr):
+    count = tl.load(count_ptr)
+    if first_row + row >= count:
         return
+    kept = count - first_row
     start = split * share
     stop = min(start + share, V)
     model = tile % MODELS
     shares = tl.cdiv(V, COLUMNS) if SPECIALIZE else splits
     out = sums_ptr + (model * shares + (0 if SPECIALIZE else split)).to(tl.int64) * slab
+    if MORE:
+        order_ptr += first_row
     if model == 0:
         _sweep_vocabulary(
-            x, w, bias_ptr, index_ptr, out,
-            row, start, stop, slab, V, D,
+            x, w, bias_ptr, index_ptr, order_ptr, label_logit_ptr, out,
+            row, start, stop, slab, kept, V, D,
             x_stride, w_stride, field_stride,
-            scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+            scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, MORE, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
         )  # fmt: skip
     if PAIR:
         if model == 1:
+            if MORE:
+                label_logit_ptr += label_logit_stride
             _sweep_vocabulary(
-                history_x, history_w, bias_ptr, index_ptr, out,
-                row, start, stop, slab, V, history_D,
+                history_x, history_w, bias_ptr, index_ptr, order_ptr, label_logit_ptr, out,
+                row, start, stop, slab, kept, V, history_D,
                 history_x_stride, history_w_stride, field_stride,
-                scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
+                scale, cap, HAS_BIAS, SOFTCAP, MOMENTS, MORE, ROWS, COLUMNS, DEPTH, TMA, SPECIALIZE, PRECISION,
             )  # fmt: skip
 
 
@@ -185,7 +213,7 @@ def _merge_shares_kernel(
     sums_ptr, order_ptr, count_ptr, stats_ptr,  # pointers
     first_row, slab, shares,  # shapes
     sums_stride, field_stride, model_stride,  # strides
-    constant, MOMENTS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,  # constants
+    constant, MOMENTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,  # constants
 ):  # fmt: skip
     """Statistics of ROWS rows of one model, in nats, from sums over shares of the vocabulary, SHARES at a time."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -197,6 +225,9 @@ def _merge_shares_kernel(
     total = tl.zeros([ROWS], tl.float32)
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    logits = tl.zeros([ROWS], tl.float32)
+    above = tl.zeros([ROWS], tl.float32)
     for first_share in range(0, shares, SHARES):
         share = first_share + tl.arange(0, SHARES)
         at = sums_ptr + share.to(tl.int64)[:, None] * slab + place[None, :]  # (SHARES, ROWS)
@@ -217,6 +248,11 @@ def _merge_shares_kernel(
             share_second += 2.0 * share_shift * share_first + share_shift * share_shift * share_total
             second = old * (second + 2.0 * shift * first + shift * shift * total) + tl.sum(new * share_second, 0)
             first = old * (first + shift * total) + tl.sum(new * (share_first + share_shift * share_total), 0)
+        if MORE:
+            share_square = tl.load(at + 5 * sums_stride, mask=inside, other=0.0)
+            square = old * old * square + tl.sum(new * new * share_square, 0)
+            logits += tl.sum(tl.load(at + 6 * sums_stride, mask=inside, other=0.0), 0)
+            above += tl.sum(tl.load(at + 7 * sums_stride, mask=inside, other=0.0), 0)
         total = old * total + tl.sum(new * share_total, 0)
         top = new_top
     row = tl.load(order_ptr + first_row + place, mask=mask, other=0).to(tl.int64)
@@ -231,6 +267,10 @@ def _merge_shares_kernel(
     else:  # the label's logit is another sum of the same products, and no likelihood is above 1
         label_logit = tl.load(out + field_stride, mask=mask, other=0.0)
         tl.store(out + field_stride, tl.minimum(label_logit, lse), mask=mask)
+    if MORE:
+        tl.store(out + 5 * field_stride, (2.0 * tl.log2(total) - tl.log2(square)) * LN_2, mask=mask)
+        tl.store(out + 6 * field_stride, logits * LN_2, mask=mask)
+        tl.store(out + 7 * field_stride, above, mask=mask)
     tl.store(out, lse, mask=mask)
 
 
@@ -258,6 +298,8 @@ def hidden_stats(
     logit_scale: float,
     entropy: bool,
     ignore_index: int,
+    more: bool = False,
+    label_logit: Tensor | None = None,
 ) -> Tensor:
     """Statistics of one or two models on the same labels.
 
@@ -265,25 +307,33 @@ def hidden_stats(
         models: (hidden [N, D], weight [V, D]) of each, float16, bfloat16 or float32; D may differ.
         labels: [N] int64; rows that equal `ignore_index` are not read.
         bias: [V] or None.
+        label_logit: [models, N] float32, the label's logit in the whole vocabulary; needed for the rank alone.
     Returns:
         [fields, models, N] float32, the fields of TokenStats: lse, target logit and, with `entropy`, entropy, variance
-        of log p, largest logit. A label outside the vocabulary has the target logit -inf, an ignored row the lse, too.
+        of log p, largest logit; with `more` these and Rényi-2 entropy, sum of the logits, rank of `label_logit`. A
+        label outside the vocabulary has the target logit -inf, an ignored row the lse, too.
     """
     (x, w), (history_x, history_w) = models[0], models[-1]
     N, V = len(x), len(w)
     D, history_D = x.shape[1], history_x.shape[1]
     device, MODELS = labels.device, len(models)
-    stats = torch.full((5 if entropy else 2, MODELS, N), -torch.inf, dtype=torch.float32, device=device)
+    entropy = entropy or more
+    fields = 8 if more else 5 if entropy else 2
+    stats = torch.full((fields, MODELS, N), -torch.inf, dtype=torch.float32, device=device)
     stats[2:4].zero_()
+    stats[5:].zero_()
     if not N:
         return stats
+    if more and label_logit is None:  # nothing exceeds it
+        label_logit = torch.full((MODELS, N), torch.inf, dtype=torch.float32, device=device)
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     x, w, history_x, history_w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w, history_x, history_w))
     plain = softcap is None and not entropy
     tile = product_tile(x, "stats" if plain else "full_stats", w, history_w)
     kind = softcap_kind(softcap)
-    # tanh takes registers; so do a ragged vocabulary's masks where a thread has a whole row
-    if kind == "large" or (tile.specialize and V % 16):
+    # tanh takes registers; so do a ragged vocabulary's masks where a thread has a whole row, and eight sums beside more
+    ragged, bare = V % 16 != 0, bias is None and softcap is None
+    if kind == "large" or (tile.specialize and ragged) or (more and (ragged or not bare)):
         tile = dataclasses.replace(tile, columns=tile.columns // 2, specialize=False)
     slab = _slab_rows(N, tile)
     row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
@@ -293,7 +343,7 @@ def hidden_stats(
     index = torch.empty(slab, dtype=torch.int32, device=device)
     specialize = tile.specialize and not entropy
     shares = column_tiles if specialize else splits
-    sums = torch.empty(5 if entropy else 2, MODELS, shares, slab, dtype=torch.float32, device=device)
+    sums = torch.empty(fields, MODELS, shares, slab, dtype=torch.float32, device=device)
     out, history_out = gathered[0], gathered[-1]
     sources = [tile_source(t, tile.rows, tile.depth, tile) for t in (out, history_out)]
     heads = [tile_source(t, tile.columns, tile.depth, tile) for t in (w, history_w)]
@@ -310,15 +360,18 @@ def hidden_stats(
                 BLOCK=128 if interpreting() else 1024, num_warps=4,
             )  # fmt: skip
             _hidden_stats_kernel[(row_tiles * splits,)](
-                sources[0], heads[0], sources[1], heads[1], bias, index, count, sums,
+                sources[0], heads[0], sources[1], heads[1], bias, index, count, order if more else None,
+                label_logit, sums,
                 first, slab, V, D, history_D, share, splits,
-                out.stride(0), w.stride(0), history_out.stride(0), history_w.stride(0), sums.stride(0),
-                scale, cap, **head, SOFTCAP=kind, MOMENTS=entropy, SPECIALIZE=specialize, **tile.constants(),
+                *(t.stride(0) for t in (out, w, history_out, history_w)), label_logit.stride(0) if more else None,
+                sums.stride(0),
+                scale, cap, **head, SOFTCAP=kind, MOMENTS=entropy, MORE=more, SPECIALIZE=specialize,
+                **tile.constants(),
             )  # fmt: skip
             _merge_shares_kernel[(triton.cdiv(slab, 32), MODELS)](
                 sums, order, count, stats,
                 first, slab, shares,
                 sums.stride(0), *stats.stride()[:2],
-                cap if kind == "small" else 0.0, MOMENTS=entropy, ROWS=32, SHARES=16, num_warps=4,
+                cap if kind == "small" else 0.0, MOMENTS=entropy, MORE=more, ROWS=32, SHARES=16, num_warps=4,
             )  # fmt: skip
     return stats

@@ -53,7 +53,9 @@ def head_step(dtype, impl, mesh=None):
     leaves = local, weight.requires_grad_(), bias.requires_grad_()
     options = {"bias": bias, "impl": impl, **HEAD_OPTIONS}
     models = (hidden, weight), (before, weight)
-    now, then = tokensel.token_stats_pair(*models, labels, entropy=True, **options)
+    now, then = tokensel.token_stats_pair(
+        *models, labels, entropy=True, renyi2=True, logit_sum=True, rank=True, **options
+    )
     method = tokensel.methods.get("rel", rho=0.6)
     signals = tokensel.TokenSignals(labels != -100, torch.arange(60) // 20, nll=now.nll, history_nll=then.nll)
     keep = method(signals)

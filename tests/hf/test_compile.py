@@ -17,6 +17,7 @@ from tokensel import (
     token_stats,
     token_stats_pair,
 )
+from tokensel.ops.products import HAS_TRITON
 from tokensel.ops.token_stats import EXTRAS, MOMENTS
 
 
@@ -88,8 +89,9 @@ def test_log_probabilities_are_one_graph(entropy):
 def test_operators_keep_their_promises():
     hidden, weight, old, bias, labels, _, q, k = (t.detach() for t in inputs())
     every = [*MOMENTS, *EXTRAS]
-    for wanted, label_logit in (([], None), (every, torch.randn(2, 24))):
-        head = (labels, label_logit, bias, 20.0, 1.0, wanted, -100, "chunked", 256.0)
+    of_every = [("chunked", every), *([("fused", ["renyi2", "rank"])] if HAS_TRITON else [])]
+    for impl, wanted in (("chunked", []), *of_every):
+        head = (labels, torch.randn(2, 24) if wanted else None, bias, 20.0, 1.0, wanted, -100, impl, 256.0)
         torch.library.opcheck(torch.ops.tokensel.models_stats, ([hidden, old], [weight, weight], *head))
     lse, coefficient = torch.randn(24) + 8, torch.rand(24)
     for terms in (None, torch.rand(3, 24)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
+import kernel_inputs
 import pytest
 import torch
 from kernel_inputs import DEVICE
-from oracles import DTYPES, OPTIONS, head_of, make, truth, truth_of_logits
+from oracles import DTYPES, FIELDS, OPTIONS, head_of, make, truth, truth_of_logits
 
 from tokensel import TokenStats, token_stats, token_stats_contrast, token_stats_from_logits, token_stats_pair
 from tokensel.ops.products import HAS_TRITON
@@ -13,6 +16,7 @@ from tokensel.ops.products import HAS_TRITON
 NAMES = ("renyi2", "logit_sum", "rank")
 WANTED = dict.fromkeys(NAMES, True)
 IMPLS = ["chunked", "reference"]
+KERNELS = ["fused"] if HAS_TRITON else []
 
 
 def assert_all(stats, z, labels):
@@ -34,34 +38,43 @@ def assert_all(stats, z, labels):
         assert (getattr(stats, name)[~valid] == 0).all() and getattr(stats, name).dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
+def made(impl, **shape):
+    """Few columns where an interpreter is slow, on the device that has the kernels."""
+    return kernel_inputs.make(**shape) if impl == "fused" else make(**shape)
+
+
+CASES = list(itertools.product((False, True), OPTIONS, DTYPES, IMPLS))
+for which in zip(OPTIONS, itertools.cycle(DTYPES)) if HAS_TRITON else []:
+    CASES.append((True, *which, "fused"))  # which makes the moments of entropy with these
+
+
+@pytest.mark.parametrize("entropy, options, dtype, impl", CASES, ids=str)
 def test_they_equal_their_definitions(entropy, options, dtype, impl):
-    hidden, weight, labels, bias = make(dtype=dtype)
+    hidden, weight, labels, bias = made(impl, dtype=dtype)
     options = options | ({"bias": bias} if "bias" in options else {})
     stats = token_stats(hidden, weight, labels, entropy=entropy, impl=impl, **WANTED, **options)
     assert_all(stats, head_of(hidden, weight, **options), labels)
     same = token_stats(hidden, weight, labels, entropy=entropy, impl=impl, **options)
+    exact = {} if impl == "fused" else {"rtol": 0, "atol": 0}  # whose tile is narrower with more sums
     for name, field in same.fields().items():
-        torch.testing.assert_close(getattr(stats, name), field, rtol=0, atol=0)
+        torch.testing.assert_close(getattr(stats, name), field, **exact)
 
 
+@pytest.mark.parametrize("impl", ["chunked", *KERNELS])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_comes_alone(name):
-    hidden, weight, labels, _ = make()
-    everything = token_stats(hidden, weight, labels, **WANTED)
-    stats = token_stats(hidden, weight, labels, **{name: True})
+def test_each_comes_alone(name, impl):
+    hidden, weight, labels, _ = made(impl)
+    everything = token_stats(hidden, weight, labels, impl=impl, **WANTED)
+    stats = token_stats(hidden, weight, labels, impl=impl, **{name: True})
     assert set(stats.fields()) == {"lse", "target_logit", name}
     assert torch.equal(getattr(stats, name), getattr(everything, name))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, *KERNELS])
 @pytest.mark.parametrize("spread, shift", [(0.0, 0.0), (1000.0, 0.0), (1.0, -1e4), (1.0, 1e4)], ids=str)
 def test_flat_peaked_and_far_off_logits(spread, shift, impl):
-    hidden, weight, labels, bias = make(spread=spread)
-    bias = bias + shift
+    hidden, weight, labels, bias = made(impl)
+    hidden, bias = hidden * spread, bias + shift
     stats = token_stats(hidden, weight, labels, bias=bias, impl=impl, **WANTED)
     assert_all(stats, head_of(hidden, weight, bias), labels)
 
@@ -75,14 +88,15 @@ def test_labels_at_the_edges_of_vocabulary_blocks(V):
         torch.testing.assert_close(getattr(stats, name), exact[name], rtol=1e-9, atol=1e-9)
 
 
-def test_the_rank_of_the_most_likely_token_is_zero():
-    hidden, weight, _, _ = make()
+@pytest.mark.parametrize("impl", ["chunked", *KERNELS])
+def test_the_rank_of_the_most_likely_token_is_zero(impl):
+    hidden, weight, _, _ = made(impl, N=9)
     order = (hidden @ weight.T).argsort(-1, descending=True)
-    for rank in (0, 1, 7, 2299):
-        assert (token_stats(hidden, weight, order[:, rank], rank=True).rank == rank).all()
+    for rank in (0, 1, 7, len(weight) - 1):
+        assert (token_stats(hidden, weight, order[:, rank], rank=True, impl=impl).rank == rank).all()
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, *(["fused"] if HAS_TRITON else [])])
+@pytest.mark.parametrize("impl", [*IMPLS, *KERNELS])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [1, 130, 517])
 def test_of_logits_that_exist(V, dtype, impl):
@@ -136,7 +150,95 @@ def test_shards_of_the_vocabulary_merge():
         torch.testing.assert_close(getattr(merged, name), exact[name], rtol=1e-9, atol=1e-9)
 
 
-def test_what_has_no_kernel_says_so():
-    hidden, weight, labels, _ = make()
-    with pytest.raises(ValueError, match="impl='fused' has no renyi2, rank; use impl='chunked'"):
-        token_stats(hidden, weight, labels, renyi2=True, rank=True, impl="fused")
+# The kernel that makes them from hidden states
+
+
+@pytest.fixture
+def few_columns(monkeypatch, poisoned_scratch):
+    """Sets how many processors share the columns, and with that the shares that are merged; one tile a slab."""
+    pytest.importorskip("triton")
+    import tokensel_kernels.vocab_stats
+    from tokensel_kernels.tiles import ProductTile
+
+    def shared_by(processors):
+        tile = ProductTile(16, 64, 32, 4, 1, precision="widened", processors=processors)
+        monkeypatch.setattr(tokensel_kernels.vocab_stats, "GROUP", 1)
+        if DEVICE == "cpu":
+            monkeypatch.setattr(tokensel_kernels.vocab_stats, "product_tile", lambda *a: tile)
+
+    return shared_by
+
+
+@pytest.mark.parametrize(
+    "processors, softcap, temperature",
+    [(1, None, 1.0), (100, None, 2.0), (100, 5.0, 0.5), (1, 32.0, 1.0), (7, 1e4, 1.0)],
+)
+def test_of_two_models_in_one_launch(processors, softcap, temperature, few_columns):
+    """More shares or fewer, and a last slab that is not full; the second model's largest logits come last."""
+    few_columns(processors)
+    hidden, weight, labels, bias = kernel_inputs.make(N=41, V=110, D=24, dtype=torch.bfloat16)
+    other, other_weight = kernel_inputs.make(N=41, V=110, D=12, dtype=torch.bfloat16)[:2]
+    other_weight[105:] *= 5
+    head = {"bias": bias * 4, "softcap": softcap, "logit_scale": 0.7}
+    models = (hidden, weight), (other, other_weight)
+    pair = token_stats_pair(*models, labels, temperature=temperature, impl="fused", **head, **WANTED)
+    for stats, (x, w) in zip(pair, models, strict=True):
+        assert_all(stats, head_of(x, w, **head) / temperature, labels)
+
+
+@pytest.mark.parametrize("processors", [1, 100], ids=["one share", "many shares"])
+def test_forbidden_tokens_and_an_infinite_hidden_state(processors, few_columns):
+    few_columns(processors)
+    hidden, weight, labels, bias = kernel_inputs.make(V=150)
+    bias[32:96] = -torch.inf  # two whole tiles
+    labels = torch.where((labels >= 32) & (labels < 96), 7, labels)
+    stats = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused", **WANTED)
+    exact = token_stats(hidden.double(), weight.double(), labels, bias=bias.double(), impl="chunked", **WANTED)
+    torch.testing.assert_close(stats.renyi2.double(), exact.renyi2, rtol=1e-6, atol=1e-6)
+    assert torch.equal(stats.rank.double(), exact.rank) and (stats.logit_sum[labels != -100] == -torch.inf).all()
+    # past the vocabulary it would multiply zeros
+    hidden[3, 5], weight[:, 5] = torch.inf, 1.0
+    stats = token_stats(hidden, weight, labels, softcap=5.0, impl="fused", **WANTED)
+    assert stats.logit_sum[3] == 150 * 5.0 and stats.rank[3] == 0
+
+
+def test_a_label_that_is_elsewhere_and_parts_of_a_vocabulary(few_columns):
+    """Each part compares with the label's logit in the whole; a label that no part has is below all."""
+    few_columns(2)
+    from tokensel_kernels.vocab_stats import hidden_stats
+
+    hidden, weight, labels, bias = kernel_inputs.make(V=200)
+    labels[1], labels[33] = 200, 2**40
+    z = head_of(hidden, weight, bias)
+    inside = (labels >= 0) & (labels < 200)
+    label_logit = torch.where(inside, z.gather(1, torch.where(inside, labels, 0)[:, None])[:, 0], -torch.inf)
+    parts = []
+    for start, stop in ((0, 70), (70, 71), (71, 200)):
+        fields = hidden_stats(
+            [(hidden, weight[start:stop])],
+            torch.where(labels == -100, -100, torch.where(labels < start, -1, labels - start)),
+            bias=bias[start:stop],
+            softcap=None,
+            logit_scale=1.0,
+            entropy=False,
+            ignore_index=-100,
+            more=True,
+            label_logit=label_logit.float()[None],
+        )
+        parts.append(TokenStats(*fields[:, 0]))
+    merged = TokenStats.merge(parts)
+    exact = truth_of_logits(z, labels.clamp(0, 199))
+    valid = labels != -100
+    for name in ("lse", "entropy", "renyi2", "logit_sum"):
+        torch.testing.assert_close(getattr(merged, name)[valid].double(), exact[name][valid], rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.rank, torch.where(inside, exact["rank"], torch.where(valid, 200, 0)).float())
+    assert (merged.target_logit[valid & ~inside] == -torch.inf).all()
+
+
+def test_reruns_are_bitwise_equal_and_rows_without_a_label_are_never_read(few_columns):
+    few_columns(3)
+    hidden, weight, labels, bias = kernel_inputs.make(dtype=torch.bfloat16)
+    first = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused", **WANTED)
+    hidden[labels == -100] = torch.nan
+    second = token_stats(hidden, weight, labels, bias=bias, entropy=True, impl="fused", **WANTED)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in (*FIELDS, *NAMES))

@@ -143,7 +143,6 @@ def test_a_head_of_another_type_is_multiplied_in_the_wider_one(types):
         ({"z_loss": -1e-4}, r"z_loss must be in \[0, inf\); got -0.0001"),
         ({"z_loss": float("nan")}, r"z_loss must be in"),
         ({"reduction": "mean"}, r"reduction must be 'sum' or 'none'; got 'mean'"),
-        ({"label_smoothing": 0.1, "impl": "fused"}, r"impl='fused' has no logit_sum; use impl='chunked'"),
     ],
 )
 def test_bad_input(wrong, message):

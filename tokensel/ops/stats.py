@@ -25,7 +25,7 @@ from tokensel.ops.checks import (
 from tokensel.ops.chunked import Head, Models
 from tokensel.ops.operators import custom_operator
 from tokensel.ops.products import on_gpu
-from tokensel.ops.token_stats import EXTRAS, TokenStats, stats_of_sums, sums_of, wanted_fields
+from tokensel.ops.token_stats import EXTRAS, MOMENTS, TokenStats, stats_of_sums, sums_of, wanted_fields
 from tokensel.ops.vocab_parallel import VocabShard, local_head
 
 
@@ -77,8 +77,8 @@ def token_stats(
         bias: [V].
         temperature: divides these logits; the statistics are of the divided ones.
         entropy: also `entropy`, `logp_var` and `top1`.
-        renyi2, logit_sum, rank: also the field of that name; impl "auto" is then "chunked" on every device. The label's
-            logit is a product of its own for `rank`, so that logits equal to it may or may not count.
+        renyi2, logit_sum, rank: also the field of that name. The label's logit is a product of its own for `rank`, so
+            that logits equal to it may or may not count.
         impl: "auto", "chunked", "fused" or "reference" (see `tokensel.ops.checks.resolve_impl`).
         workspace_mib: most MiB that a block of logits may take (chunked).
     Returns:
@@ -191,10 +191,6 @@ def _models_stats(
         weight.append(w)  # (V, D)
     check_label_range(labels, models[0][1].shape[0], ignore_index)
     wanted = wanted_fields(entropy, renyi2, logit_sum, rank)
-    if asked := [name for name in EXTRAS if name in wanted]:
-        if impl == "fused":
-            raise ValueError(f"impl='fused' has no {', '.join(asked)}; use impl='chunked'")
-        impl = "chunked" if impl == "auto" else impl
     pairs = list(zip(hidden, weight, strict=True))
     x, w = next((pair for pair in pairs if pair[0].dtype != pair[1].dtype), pairs[0])
     impl = resolve_impl(impl, x, shard, "statistics", w)
@@ -280,12 +276,10 @@ def _compute_stats(
     if impl == "fused":
         from tokensel_kernels.vocab_stats import hidden_stats
 
-        entropy = "entropy" in wanted
-        return list(
-            hidden_stats(models, labels, entropy=entropy, ignore_index=ignore_index, **head._asdict())
-            .transpose(0, 1)
-            .flatten(0, 1)
-        )
+        asked = {"entropy": "entropy" in wanted, "more": not set(wanted).isdisjoint(EXTRAS), "label_logit": label_logit}
+        fields = hidden_stats(models, labels, ignore_index=ignore_index, **asked, **head._asdict())
+        names = ("lse", "target_logit", *MOMENTS, *EXTRAS)
+        return [of_model[names.index(name)] for of_model in fields.unbind(1) for name in (*names[:2], *wanted)]
     options = (wanted, ignore_index, workspace_mib)
     if impl == "chunked" and on_gpu(hidden[0]):
         stats = chunked.hidden_stats_on_gpu(models, labels, head, *options, label_logit=label_logit)
