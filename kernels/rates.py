@@ -40,7 +40,7 @@ def read_rates(path: str | Path, below: Rates | None = None) -> Rates:
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rates of {path} cannot be read: {error}") from error
     rates = dict(below or {})
     for chip, works in entries(content, "the file").items():

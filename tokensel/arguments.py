@@ -168,8 +168,8 @@ def parse_mapping(name: str, text: str | dict | None, example: str) -> dict:
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} {text!r} is not JSON: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{name} {text[:200]!r} is not JSON: {error}") from error
     parsed = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")

@@ -22,10 +22,11 @@ def last_complete_checkpoint(output_dir: str) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    complete = [p for p in Path(output_dir).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    numbered = (p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal())
+    complete = [p for p in numbered if (p / "trainer_state.json").is_file()]
     if not complete:
         raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from")
-    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2])))
+    return str(max(complete, key=lambda p: int(p.name.removeprefix("checkpoint-"))))
 
 
 def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict[str, float]:

@@ -5,6 +5,8 @@ import errno
 import os
 
 import numpy
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import tokensel.store.shards as shards_module
@@ -136,6 +138,42 @@ def test_shards_of_other_settings_are_refused_with_the_difference(tmp_path):
             pytest.fail("the block must not run")
     with opened(tmp_path / "out") as shards:
         assert held(shards) == [A]
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    os.mkdir(tmp_path / "out.partial")
+    (tmp_path / "out.partial" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        with opened(tmp_path / "out"):
+            pytest.fail("the block must not run")
+    os.mkdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".x.tmp").write_text("mine")
+    (tmp_path / "other.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="other.partial is a link; remove it"):
+        with opened(tmp_path / "other"):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "victim").read_text() == (tmp_path / "elsewhere" / ".x.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_settings_that_are_damaged_are_named(tmp_path, text):
+    with opened(tmp_path / "out") as shards:
+        put(shards, A)
+    (tmp_path / "out.partial" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json (is damaged|holds no object).*remove the directory"):
+        with opened(tmp_path / "out"):
+            pytest.fail("the block must not run")
+
+
+def test_what_is_no_shard_is_not_read_as_one(tmp_path, capsys):
+    with opened(tmp_path / "out") as shards:
+        put(shards, A)
+    (tmp_path / "out.partial" / "part-x.parquet").write_bytes(b"not mine")
+    pq.write_table(pa.table({"key": [1]}), tmp_path / "out.partial" / "part-00007.parquet")
+    with opened(tmp_path / "out") as shards:
+        assert held(shards) == [A]
+    assert "part-00007.parquet is damaged (the columns key)" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_share_shards(tmp_path):

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 
+import numpy
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -168,6 +170,52 @@ def test_what_is_damaged_later_is_named(folder, monkeypatch):
     ids, labels, _, mask = batch()
     with pytest.raises(ValueError, match="part-00000.parquet cannot be read any more"):
         store.lookup(ids, labels, key_mask=mask)
+
+
+def rewritten(path, change=lambda table: table, header=None, **options):
+    """A store whose table or header somebody has changed."""
+    made = pq.ParquetFile(path).metadata.metadata[b"tokensel"]
+    header = made if header is None else header(json.loads(made))
+    pq.write_table(change(pq.read_table(path)).replace_schema_metadata({b"tokensel": header}), path, **options)
+
+
+def infinite(table):
+    values = table["nll"].combine_chunks()
+    flat = values.flatten().to_numpy().copy()
+    flat[3] = torch.inf
+    lists = pa.ListArray.from_arrays(values.offsets, flat, type=values.type)
+    return table.set_column(2, table.schema.field(2), lists)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"header": lambda h: "[" * 100_000}, "has a header that cannot be read"),
+        ({"header": lambda h: json.dumps(h | {"content": ["nll"]})}, "which this version of tokensel does not know"),
+        ({"header": lambda h: json.dumps(h | {"chat": "x"})}, "has a chat without template and turns"),
+        ({"header": lambda h: json.dumps({"format_version": 1})}, "the header of .* lacks tokenizer"),
+        ({"change": infinite}, "a value that is infinite"),
+        ({"change": lambda table: table.select(["key", "length"])}, "has the columns .* and so is no history store"),
+    ],
+)
+def test_a_changed_file_is_named_with_what_is_wrong(tmp_path, change, message):
+    path = written(tmp_path / "h.parquet")
+    rewritten(path, **change)
+    with pytest.raises(ValueError, match=message) as error:
+        HistoryStore.open(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_expands_is_refused_before_it_does(tmp_path):
+    path = written(tmp_path / "h.parquet")
+    values = pa.array([numpy.ones(1 << 20, numpy.float32)], pq.read_table(path).schema.field(2).type)
+
+    def many(table):
+        return pa.table([table["key"][:1], pa.array([1 << 20], pa.int32()), values], schema=table.schema)
+
+    rewritten(path, many, compression="zstd")
+    with pytest.raises(ValueError, match="would need .* bytes of memory, which no store of its size does"):
+        HistoryStore.open(path)
 
 
 def test_lists_that_lengths_do_not_fit_are_refused(tmp_path):

@@ -55,14 +55,19 @@ def read_documents(table: pa.Table) -> tuple[numpy.ndarray, ...]:
     """(keys, lengths, values) of `documents_table`; without its last column the first two.
 
     Raises:
-        ArrowInvalid: lists that do not have the lengths.
+        ArrowInvalid: other columns, lists that do not have the lengths, or a value that is infinite.
     """
+    if table.column_names[:2] != ["key", "length"] or table.num_columns > 3:
+        raise pa.ArrowInvalid(f"the columns {', '.join(table.column_names)}")
     keys, lengths, *lists = (table[name].combine_chunks() for name in table.column_names)
     if lists and not numpy.array_equal(
         pc.list_value_length(lists[0]).to_numpy(zero_copy_only=False), lengths.to_numpy()
     ):
         raise pa.ArrowInvalid("lists that do not have the lengths of their documents")
-    return keys.to_numpy(), lengths.to_numpy(), *(column.flatten().to_numpy() for column in lists)
+    values = [column.flatten().to_numpy() for column in lists]
+    if any(numpy.isinf(part).any() for part in values):
+        raise pa.ArrowInvalid("a value that is infinite")
+    return keys.to_numpy(), lengths.to_numpy(), *values
 
 
 def footer_of(path: str | os.PathLike[str]) -> str:

@@ -34,6 +34,7 @@ from tokensel.store.format import (
 )
 
 HELD_TOKENS = 1 << 26  # 256 MiB
+LARGEST_RATIO = 100  # of what is in memory to what is in a file; a store is not compressed
 HEADER = ("format_version", "tokenizer", "model", "max_length", "dataset", "documents", "tokens")
 
 _REPAIR = (
@@ -95,7 +96,7 @@ class StoreReader:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             sizes = [(int(part["documents"]), int(part["tokens"])) for part in manifest["parts"]]
             parts = [(str(part["file"]), str(part["footer"])) for part in manifest["parts"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{self.path / MANIFEST} is no manifest of a history store ({error!r})") from error
         for name, footer in parts:
             if Path(name).name != name or not name.endswith(".parquet"):
@@ -119,6 +120,10 @@ class StoreReader:
         with self._naming_damage(path):
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
         self._header(path, parquet)
+        groups = (parquet.metadata.row_group(i) for i in range(parquet.num_row_groups))
+        expanded = 4 * sum(group.column(group.num_columns - 1).num_values for group in groups)
+        if expanded > LARGEST_RATIO * path.stat().st_size:
+            raise ValueError(f"{path} would need {expanded:,} bytes of memory, which no store of its size does")
         schema = parquet.schema_arrow
         lists = len(schema) == 3 and pa.types.is_list(schema.types[2]) and schema.types[2].value_type == pa.float32()
         if not lists or schema.names[:2] != ["key", "length"] or schema.types[:2] != [pa.int64(), pa.int32()]:
@@ -134,7 +139,7 @@ class StoreReader:
             raise ValueError(f"{path} is Parquet but not a history store; make one with `tokensel score`")
         try:
             return {"content": "nll"} | json.loads(text)  # the first stores did not say
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} has a header that cannot be read ({error}); make it anew") from error
 
     @contextmanager
@@ -155,8 +160,11 @@ class StoreReader:
                 f"{path} has history format {made['format_version']}, this version of tokensel reads "
                 f"{FORMAT_VERSION}; make it anew with `tokensel score`"
             )
-        if made["content"] not in CONTENTS:
+        if not isinstance(made["content"], str) or made["content"] not in CONTENTS:
             raise ValueError(f"{path} holds {made['content']!r}, which this version of tokensel does not know")
+        chat = made.get("chat")
+        if chat is not None and not (isinstance(chat, dict) and {"template", "turns"} <= chat.keys()):
+            raise ValueError(f"the header of {path} has a chat without template and turns; make the store anew")
         if made["content"] != self.content:
             raise ValueError(f"{path} holds {CONTENTS[made['content']]}; here belong {CONTENTS[self.content]}")
         if tokenizer is not None and made["tokenizer"] is not None:
@@ -198,8 +206,7 @@ class StoreReader:
                     skip -= rows
                     continue
                 with self._naming_damage(path):
-                    table = parquet.read_row_group(i)
-                keys, lengths, values = read_documents(table)
+                    keys, lengths, values = read_documents(parquet.read_row_group(i))
                 yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
                 skip = 0
 

@@ -42,7 +42,9 @@ SHARD_SECONDS = 10.0
 
 
 def _number(shard: Path) -> int:
-    return int(shard.stem.rpartition("-")[2])
+    """That in a shard's name; -1 where there is none."""
+    digits = shard.stem.removeprefix("part-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _documents_of(
@@ -99,24 +101,27 @@ class Shards:
 
     def _lock_directory(self) -> str:
         """Makes sure that no other job is at work here, down to the last of its ranks -> a name for this job."""
+        if self.directory.is_symlink():
+            raise ValueError(f"{self.directory} is a link; remove it, or choose another output")
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.directory / "lock", "ab+")
+        self._lock = lock = self._open_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._unlock()
             message = "another process is writing this output; wait for it or choose another name"
             raise BlockingIOError(error.errno, message, str(self.directory)) from error
-        self._lock.truncate(0)
-        self._lock.write(job := uuid.uuid4().hex.encode())
-        self._lock.flush()
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        job = uuid.uuid4().hex.encode()
+        lock.truncate(0)
+        lock.write(job)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_SH)
         return job.decode()
 
     def _join(self, job: str) -> None:
         """Locks the directory for this rank, too, if all of them see it."""
         if self._lock is None and (self.directory / "lock").is_file():
-            self._lock = open(self.directory / "lock", "ab+")
+            self._lock = self._open_lock()
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         seen = False
         if self._lock is not None:
@@ -128,6 +133,10 @@ class Shards:
                 f"rank {blind[0]} does not see what rank 0 writes; put the output on a disk that all ranks share",
                 str(self.directory),
             )
+
+    def _open_lock(self) -> BinaryIO:
+        follow_no_link = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        return open(follow_no_link, "rb+")
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -179,7 +188,7 @@ class Shards:
         return numpy.concatenate(keys), numpy.concatenate(lengths), state, first
 
     def _all_shards(self) -> list[Path]:
-        return sorted(self.directory.glob("part-*.parquet"), key=_number)
+        return sorted((p for p in self.directory.glob("part-*.parquet") if _number(p) >= 0), key=_number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -221,7 +230,7 @@ class Shards:
         path = self.directory / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove the directory to begin anew") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path} holds no object; remove the directory to begin anew")
