@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.quality.tables import SHORT_TABLES
 from benchmarks.resume import RESULTS, digest
-from benchmarks.speed import large_vocabulary, long_rows, smollm2, tables
+from benchmarks.speed import large_vocabulary, long_rows, selection, smollm2, tables
 from benchmarks.speed.cases import Case
 from benchmarks.speed.plots import PICTURES
 from benchmarks.speed.results import Results, load, machine_line
@@ -131,6 +131,11 @@ def step_of_a_large_vocabulary() -> str:
 def a_real_model() -> str:
     results = read_if_measured("smollm2")
     return "not measured" if results is None else smollm2.tables(results)
+
+
+def selection_by_tokens() -> str:
+    results = read_if_measured("selection")
+    return "not measured" if results is None else selection.table(results)
 
 
 def a_long_row_on_a_gpu() -> str:
@@ -271,6 +276,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "long_rows": rows_of_any_length,
     },
     "docs/models.md": {"architectures": architectures},
+    "docs/scale.md": {"selection": selection_by_tokens},
     "docs/methods.md": {"methods": methods},
     "docs/data.md": {"files": files, "layouts": layouts, "chat_templates": chat_templates},
 }
