@@ -93,6 +93,11 @@ def plain_head(model: PreTrainedModel) -> nn.Linear:
             f"the head of {type(model).__name__} must be a plain torch.nn.Linear; got {kind}. An adapter on "
             "the head (LoRA on lm_head, or lm_head in modules_to_save) is not supported: take it out of its targets"
         )
+    if head.weight.is_meta and hasattr(head, "_hf_hook"):
+        raise ValueError(
+            "lm_head.weight is offloaded by its device_map; keep the head on a device, by a device_map of your own, or "
+            "with fewer bits (load_in_8bit) have room for it"
+        )
     if head.weight.device.type == "meta" or head.weight.numel() == 0 or not head.weight.is_floating_point():
         raise ValueError(
             f"lm_head.weight is {head.weight.dtype} on {head.weight.device} with {head.weight.numel()} elements; call "
