@@ -332,8 +332,9 @@ def hidden_stats(
     tile = product_tile(x, "stats" if plain else "full_stats", w, history_w)
     kind = softcap_kind(softcap)
     # tanh takes registers; so do a ragged vocabulary's masks where a thread has a whole row, and eight sums beside more
-    ragged, bare = V % 16 != 0, bias is None and softcap is None
-    if kind == "large" or (tile.specialize and ragged) or (more and (ragged or not bare)):
+    ragged = V % 16 != 0
+    crowded = ragged or bias is not None or softcap is not None or x.dtype == torch.float32
+    if kind == "large" or (tile.specialize and ragged) or (more and crowded):
         tile = dataclasses.replace(tile, columns=tile.columns // 2, specialize=False)
     slab = _slab_rows(N, tile)
     row_tiles, column_tiles = slab // tile.rows * MODELS, triton.cdiv(V, tile.columns)
