@@ -333,6 +333,8 @@ def trainers(directory):
         held_out_loss(directory, True, True, documents=2, ddp_backend="gloo")
     except ValueError as error:
         found["packed rows"] = str(error)
+    made = make_trainer(directory, method="full", ddp_backend="gloo").record_history(directory / "recorded.parquet")
+    found["recorded"] = made["response_tokens"]
     torch.save(found, directory / f"trainers-{dist.get_rank()}.pt")
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tokensel
 from tokensel.ops.context_parallel import MassParts, prompt_mass_parts
+from tokensel.store import HistoryStore
 
 # Both sides are float64 and add up the same terms in another order (each rank's sum, then the ranks'), so weights of
 # order 1 may be some units in the last place apart: 2e-16 seen. The updates move them by more than 1e-2.
@@ -150,6 +151,13 @@ def test_rows_that_fill_the_last_batch_up_are_not_evaluated_twice(found, launche
     for rank in found:
         assert rank["trainers"]["held out"] == pytest.approx([alone] * 5, rel=1e-12)
         assert "among 4 documents of 2 packed rows; set per_device_eval_batch_size=1" in rank["trainers"]["packed rows"]
+
+
+def test_two_ranks_of_a_trainer_record_the_store_of_one_process(found, launched, tmp_path):
+    made = ranks.make_trainer(tmp_path, method="full").record_history(tmp_path / "recorded.parquet")
+    assert [rank["trainers"]["recorded"] for rank in found] == [made["response_tokens"]] * 2
+    one, two = (HistoryStore.open(folder / "recorded.parquet") for folder in (tmp_path, launched[0]))
+    assert one.fingerprint() == two.fingerprint() and len(one) > 20
 
 
 def test_a_checkpoint_of_two_ranks_resumes_on_one(found, launched):
