@@ -14,19 +14,23 @@ from tokensel.arguments import HISTORIES, parse_recorded
 from tokensel.files import check_directory, naming_model
 from tokensel.history import AdapterEMA, AdapterOff, LastSeen, LiveHistory, ModelCopy, OtherModel
 from tokensel.parallel import is_first_rank
+from tokensel.select.method import SelectionMethod
 from tokensel.store import tokenizer_fingerprint
 
 
-def auto_history(model: nn.Module) -> LiveHistory:
+def auto_history(model: nn.Module, method: SelectionMethod | None = None) -> LiveHistory | None:
     """The history that "auto" means in a loop of your own: `AdapterOff` where the model has adapters, else frozen.
 
     Prints which it is and what it costs. A frozen history is the model as it is now: call this before training.
 
     Args:
         model: the model that is trained, before anything shards it.
+        method: one that compares with no history gets None, which costs nothing.
     Raises:
         ValueError: what `AdapterOff` or `ModelCopy` refuses.
     """
+    if method is not None and "history_nll" not in method.needs:
+        return None
     name = _without_store(model)
     _tell(name)
     return AdapterOff(model) if name == "adapter_off" else ModelCopy(model)

@@ -225,9 +225,15 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown command {name!r}{hint} There are {', '.join(COMMANDS)} (tokensel --help)")
         COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        resume = "--resume_from_checkpoint last goes on" if name == "train" else "the same command goes on"
+        print(f"\ntokensel: stopped; {resume}, if there is anything to go on from", file=sys.stderr)
+        return 130
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TOKENSEL_TRACEBACK"):
             raise
+        if getattr(error, "is_told", False):  # by another rank
+            return 2
         print(f"tokensel: error: {_printable(str(error))}\n(set TOKENSEL_TRACEBACK=1 to see where)", file=sys.stderr)
         return 2
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -89,11 +90,8 @@ def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun = f".{path.name}."
-    for left in path.parent.iterdir():
-        if left.name.startswith(begun) and left.suffix == ".tmp" and _is_old(left):
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(".tmp", begun, path.parent))
+    remove_left_over(path)
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
     try:
         unfinished = temporary / path.name  # mkdtemp's own folder is closed to other users
         unfinished.mkdir()
@@ -105,6 +103,15 @@ def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_left_over(path: Path) -> None:
+    """Removes what killed processes have left beside a file or folder they were making, a day ago or more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _is_old(left) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        elif _is_old(left):
+            left.unlink(missing_ok=True)
 
 
 def _is_old(path: Path) -> bool:

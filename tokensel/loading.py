@@ -109,7 +109,7 @@ def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
     ranks = rank_of_ranks()[1]
     if settings.fully_shard and ranks == 1:
         raise ValueError(
-            "fully_shard spreads the model over ranks; start them: torchrun --nproc_per_node=N -m tokensel"
+            "fully_shard spreads the model over ranks; start them: torchrun --nproc_per_node=N -m tokensel score ..."
         )
     if settings.device_map and ranks > 1:
         raise ValueError("device_map spreads the model over the devices of one process; with ranks, give fully_shard")

@@ -11,16 +11,24 @@ from torch import nn
 from tokensel.model import unwrap
 from tokensel.ops.vocab_parallel import is_dtensor
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over name, shape, dtype and the first 64 entries of each parameter: notices a retrained model."""
+    """sha256 (hex) over name, shape, dtype, the sum of all bits and some entries of each parameter, and over which
+    adapters are on: notices a model that has been trained."""
     digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if hasattr(module, "_disable_adapters"):  # a layer of PEFT
+            digest.update(f"{name} {module._disable_adapters} {module.active_adapters}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.is_meta:  # it lies on a disk
             continue
         values = parameter.full_tensor() if is_dtensor(parameter) else parameter
-        digest.update(values.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
+        bits = values.detach().contiguous().view(_BITS[values.element_size()])
+        some = bits.flatten()[:: max(bits.numel() // 64, 1)]
+        digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}".encode())
     return digest.hexdigest()
 
 
@@ -28,7 +36,7 @@ class ModelFacts(NamedTuple):
     """What has to be known of a model before it scores."""
 
     name: str
-    dtype: str
+    dtype: str  # also of autocast, where it is on
     weights: str  # `weights_fingerprint`
     positions: int | None
     embeddings: int
@@ -36,9 +44,11 @@ class ModelFacts(NamedTuple):
 
 def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
     inner: Any = unwrap(model)
+    device = inner.device.type
+    cast = f", autocast to {torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
     return ModelFacts(
         name or str(inner.name_or_path) or type(inner).__name__,
-        str(inner.dtype),
+        f"{inner.dtype}{cast}",
         weights_fingerprint(model),
         getattr(inner.config.get_text_config(), "max_position_embeddings", None),
         int(inner.get_input_embeddings().num_embeddings),

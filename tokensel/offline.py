@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from tokensel.arguments import SelectionArguments, parse_recorded
@@ -18,9 +17,9 @@ from tokensel.loading import (
 )
 from tokensel.metrics import peak_memory_mib
 from tokensel.ops.checks import check_positive
-from tokensel.parallel import is_first_rank, joined_ranks, on_first_rank, rank_of_ranks
+from tokensel.parallel import is_first_rank, joined_ranks, launched_ranks, on_first_rank, rank_of_ranks
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
-from tokensel.recording import record, record_losses, refuse_existing
+from tokensel.recording import TOKENS_PER_BATCH, record, record_losses, refuse_existing
 from tokensel.settings import ScoreArguments, SelectArguments
 from tokensel.store import HistoryWriter
 from tokensel.store.shards import Shards, publish
@@ -33,6 +32,9 @@ def score(settings: ScoreArguments) -> dict[str, float]:
     """
     check_positive("batch_size", settings.batch_size)
     check_positive("tokens_per_batch", settings.tokens_per_batch)
+    check_positive("ray_actors", settings.ray_actors)
+    if settings.batch_size is not None and settings.tokens_per_batch != TOKENS_PER_BATCH:
+        raise ValueError("batch_size and tokens_per_batch both say how much goes through the model at once; give one")
     if settings.without_prompt and settings.contrast_model_name_or_path:
         raise ValueError("without_prompt and contrast_model_name_or_path make stores of different kinds; choose one")
     with joined_ranks():
@@ -83,7 +85,7 @@ def _record_on_ray(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, 
         rows,
         settings.output,
         on_ray.scoring(settings),
-        without_prompt=settings.without_prompt,
+        first_token=first_token_of(tokenizer) if settings.without_prompt else None,
         **common,
     )
     return summary | {"peak_memory_mib": peak_memory_mib("cpu")}
@@ -102,34 +104,34 @@ def _tell(settings: ScoreArguments, summary: dict[str, float]) -> None:
 
 def select(settings: SelectArguments) -> dict[str, float]:
     """Ranks all tokens of a dataset by recorded losses, without a model -> documents, tokens, share kept."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         raise ValueError("select reads and writes, and needs no ranks; start it once, without torchrun")
     refuse_existing(settings.output)
     method = SelectionArguments(method=settings.method, method_args=settings.method_args).build_method()
     files = {f"{name}_nll": file for name, file in parse_recorded(settings.recorded).items()}
     check_offline(method, files)
-    with RecordedDataset(files) as data:
-        belongs_to = {
-            "command": "select",
-            "method": settings.method,
-            "method_args": settings.method_args,
-            "recorded": files,
-            "stores": data.digest,
-        }
-        with Shards(settings.output) as shards:
-            shards.begin(belongs_to)
-            select_tokens(method, data, shards)
-            made = data.metadata
-            writer = HistoryWriter(
-                settings.output,
-                max_length=made["max_length"],
-                dataset=made["dataset"],
-                content="weight",
-                if_disk_is_full=shards.advice,
-            )
-            writer.metadata |= {name: belongs_to[name] for name in ("method", "method_args", "recorded")}
-            writer.metadata |= {name: made.get(name) for name in ("tokenizer", "chat")}
-            count, kept = publish(shards, writer)
+    data = RecordedDataset(files)
+    belongs_to = {
+        "command": "select",
+        "method": settings.method,
+        "method_args": settings.method_args,
+        "recorded": files,
+        "stores": data.digest,
+    }
+    with Shards(settings.output) as shards:
+        shards.begin(belongs_to)
+        select_tokens(method, data, shards)
+        made = data.metadata
+        writer = HistoryWriter(
+            settings.output,
+            max_length=made["max_length"],
+            dataset=made["dataset"],
+            content="weight",
+            if_disk_is_full=shards.advice,
+        )
+        writer.metadata |= {name: belongs_to[name] for name in ("method", "method_args", "recorded")}
+        writer.metadata |= {name: made.get(name) for name in ("tokenizer", "chat")}
+        count, kept = publish(shards, writer)
     summary = {
         "documents": made["documents"],
         "response_tokens": count,

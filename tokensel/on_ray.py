@@ -6,6 +6,7 @@ The store is the one that `record_losses` makes in one process. All nodes have t
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from tqdm.auto import tqdm
 from tokensel.loading import first_token_of, load_contrast_model, load_scoring_model, load_tokenizer
 from tokensel.model import apply_to
 from tokensel.model_facts import ModelFacts, facts_of
-from tokensel.ops.checks import check_positive
 from tokensel.parallel import rank_of_ranks
 from tokensel.recording import losses_of, not_done, response_losses
 from tokensel.settings import ScoreArguments
 from tokensel.store.encoded import EncodedDocuments
 from tokensel.store.shards import Shards
+
+TASKS_PER_ACTOR = 64  # of a run, so that one that is started again has little to do again
 
 
 class Scorer:
@@ -78,20 +80,29 @@ def scoring(settings: ScoreArguments) -> Callable[[Shards, EncodedDocuments, lis
         left = not_done(shards, documents, batches)
         if not left:
             return 0
-        total = int(sum(documents.lengths[batch].sum() for batch in left))
-        scored = ray.data.from_items([{"batch": batch} for batch in left], override_num_blocks=len(left)).map_batches(
+        total, actors = (
+            int(sum(documents.lengths[batch].sum() for batch in left)),
+            min(settings.ray_actors or 1, len(left)),
+        )
+        blocks = min(len(left), TASKS_PER_ACTOR * actors)
+        scored = ray.data.from_items([{"batch": batch} for batch in left], override_num_blocks=blocks).map_batches(
             Scorer,
             fn_constructor_args=(_placed(settings), documents),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=settings.ray_actors),
+            compute=ray.data.ActorPoolStrategy(size=actors),
             **_resources(),
         )
-        with tqdm(total=total, unit="token", unit_scale=True, desc=f"score ({settings.ray_actors} actors)") as bar:
-            for row in scored.iter_rows():
-                batch = numpy.asarray(row["batch"])
-                lengths = documents.lengths[batch].astype(numpy.int32)
-                shards.append(documents.keys[batch], lengths, numpy.asarray(row["values"], numpy.float32))
-                bar.update(int(lengths.sum()))
+        with tqdm(total=total, unit="token", unit_scale=True, desc=f"score ({actors} actors)") as bar:
+            try:
+                for row in scored.iter_rows():
+                    batch = numpy.asarray(row["batch"])
+                    lengths = documents.lengths[batch].astype(numpy.int32)
+                    shards.append(documents.keys[batch], lengths, numpy.asarray(row["values"], numpy.float32))
+                    bar.update(int(lengths.sum()))
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                cause = getattr(cause, "__cause__", None) or cause
+                raise ValueError(f"an actor failed: {str(cause).strip().splitlines()[-1]}") from error
         shards.flush()
         return total
 
@@ -109,12 +120,13 @@ def start(settings: ScoreArguments) -> None:
         import ray
     except ImportError as error:
         raise ImportError("ray_actors needs Ray: pip install 'tokensel[ray]'") from error
-    check_positive("ray_actors", settings.ray_actors)
     if rank_of_ranks()[1] > 1:
         raise ValueError("ray_actors is for one process, which Ray's actors work for; start it without torchrun")
     for name in ("fully_shard", "device_map"):
         if getattr(settings, name):
             raise ValueError(f"each of the ray_actors holds the whole model; leave {name} out")
+    print("starting Ray, which takes a while", flush=True)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.init(ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts tokens
 

@@ -17,13 +17,19 @@ from tokensel.ops import context_parallel
 from tokensel.ops.vocab_parallel import is_dtensor
 
 T = TypeVar("T")
-WAIT = timedelta(hours=2)  # of a rank for the others, before the job is given up
+WAIT = timedelta(days=1)  # of a rank for the others, while one of them reads all rows or writes the store
+
+
+class FirstRankFailed(ValueError):
+    """Raised on the other ranks, where rank 0 has raised what it says itself."""
+
+    is_told = True
 
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[None]:
     """Joins the processes that torchrun or `accelerate launch` has started together, if there are several."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or launched_ranks() == 1:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
@@ -31,6 +37,20 @@ def joined_ranks() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def launched_ranks() -> int:
+    """How many processes torchrun or the like has started together, by the environment.
+
+    Raises:
+        ValueError: WORLD_SIZE without what belongs to it.
+    """
+    ranks = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not ranks.isdecimal() or (ranks != "1" and missing):
+        problem = f"but {missing[0]} is not set" if ranks.isdecimal() else "which is no number"
+        raise ValueError(f"WORLD_SIZE is {ranks}, {problem}; start the ranks by torchrun, or unset WORLD_SIZE")
+    return int(ranks)
 
 
 def rank_of_ranks() -> tuple[int, int]:
@@ -41,15 +61,17 @@ def rank_of_ranks() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _naming_lost_ranks() -> Iterator[None]:
-    """Raises:
-    ConnectionError: another rank has ended, or has not answered for `WAIT`.
+def naming_lost_ranks() -> Iterator[None]:
+    """Around what all ranks do together.
+
+    Raises:
+        ConnectionError: another rank has ended, or has not answered in time.
     """
     try:
         yield
     except RuntimeError as error:  # of the backend: each has its own
         raise ConnectionError(
-            f"another rank of the job has ended, or has not answered for {WAIT}; what it says itself is the cause "
+            "another rank of the job has ended, or has not answered in time; what it says itself is the cause "
             f"({str(error).splitlines()[0][:200]})"
         ) from error
 
@@ -58,7 +80,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, where alone it runs. To be called by all ranks.
 
     Raises:
-        What it raises on rank 0; on the others ValueError, with the message of that.
+        What it raises on rank 0; on the others FirstRankFailed, with the message of that.
     """
     rank, ranks = rank_of_ranks()
     if ranks == 1:
@@ -70,19 +92,19 @@ def on_first_rank(function: Callable[[], T]) -> T:
             answer = [function(), None]
         except Exception as error:  # raised below, once the others know
             failure, answer = error, [None, f"{type(error).__name__}: {error}"]
-    with _naming_lost_ranks():
+    with naming_lost_ranks():
         dist.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
     if answer[1] is not None:
-        raise ValueError(f"rank 0 failed: {answer[1]}")
+        raise FirstRankFailed(f"rank 0 failed: {answer[1]}")
     return answer[0]
 
 
 def wait_for_ranks() -> None:
     """Returns when all ranks have come here."""
     if rank_of_ranks()[1] > 1:
-        with _naming_lost_ranks():
+        with naming_lost_ranks():
             dist.barrier()
 
 
@@ -92,10 +114,10 @@ def check_ranks_agree(settings: dict[str, object], fix: str = "start all ranks w
     Raises:
         ValueError: on every rank, where two differ; names the setting, the two ranks and their values.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if rank_of_ranks()[1] == 1:
         return
     everybody: list = [None] * dist.get_world_size()
-    with _naming_lost_ranks():
+    with naming_lost_ranks():
         dist.all_gather_object(everybody, settings)
     for rank, theirs in enumerate(everybody):
         for name in sorted(theirs.keys() | everybody[0].keys()):
@@ -113,17 +135,17 @@ def is_first_rank() -> bool:
 
 def gather_over_ranks(objects: list) -> list:
     """Everybody's lists joined in rank order; the list itself without a process group. To be called by all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if rank_of_ranks()[1] == 1:
         return objects
     everybody: list = [None] * dist.get_world_size()
-    with _naming_lost_ranks():
+    with naming_lost_ranks():
         dist.all_gather_object(everybody, objects)
     return [each for theirs in everybody for each in theirs]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of everybody's `x`; `x` itself without a process group. To be called by all ranks."""
-    if dist.is_available() and dist.is_initialized():
+    if rank_of_ranks()[1] > 1:
         x = x.clone()
         dist.all_reduce(x)
     return x

@@ -5,7 +5,6 @@ It streams: memory holds some documents at a time, and a run that was killed goe
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ class Chunk(NamedTuple):
 
 
 class RecordedDataset:
-    """Stores of the same documents, read side by side in chunks of whole documents; a context manager.
+    """Stores of the same documents, read side by side in chunks of whole documents.
 
     Attributes:
         metadata: of the first store.
@@ -47,24 +46,13 @@ class RecordedDataset:
 
     def __init__(self, files: Mapping[str, str | os.PathLike[str]]) -> None:
         self._files = files
-        with contextlib.ExitStack() as stack:
-            self._readers = {
-                signal: stack.enter_context(StoreReader(path, content=content_of(signal)))
-                for signal, path in files.items()
-            }
-            first, *others = self._readers.values()
-            for other in others:
-                for name in ("tokenizer", "max_length", "documents", "tokens"):
-                    self._compare(other, name, first.metadata[name], other.metadata[name])
-            self._stack = stack.pop_all()
+        self._readers = {signal: StoreReader(path, content=content_of(signal)) for signal, path in files.items()}
+        first, *others = self._readers.values()
+        for other in others:
+            for name in ("tokenizer", "max_length", "documents", "tokens"):
+                self._compare(other, name, first.metadata[name], other.metadata[name])
         self.metadata = first.metadata
         self.digest = {signal: reader.digest() for signal, reader in self._readers.items()}
-
-    def __enter__(self) -> RecordedDataset:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._stack.close()
 
     def _compare(self, other: StoreReader, what: str, expected: object, other_value: object) -> None:
         if expected != other_value:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from tokensel.model_facts import ModelFacts, check_fit, facts_of
 from tokensel.ops.checks import check_positive
 from tokensel.ops.stats import token_stats_contrast
 from tokensel.ops.vocab_parallel import is_dtensor
-from tokensel.parallel import check_ranks_agree, gather_over_ranks, on_first_rank, rank_of_ranks
+from tokensel.parallel import check_ranks_agree, gather_over_ranks, naming_lost_ranks, on_first_rank, rank_of_ranks
 from tokensel.store import HistoryWriter, tokenizer_fingerprint
 from tokensel.store.encoded import EncodedDocuments, write_documents
-from tokensel.store.shards import Shards, publish
+from tokensel.store.shards import Shards, publish, shards_of
 
 TOKENS_PER_BATCH = 8192
 
@@ -127,7 +127,8 @@ def batches_of(lengths: numpy.ndarray, tokens: int, most: int | None = None) -> 
         tokens: of a batch with its padding, at most; one document is a batch however long it is.
         most: documents of a batch at most, instead.
     """
-    order, batches, start = numpy.argsort(-lengths, kind="stable"), [], 0
+    order: numpy.ndarray = numpy.argsort(-lengths, kind="stable")
+    batches, start = [], 0
     while start < len(order):
         size = most or max(tokens // max(int(lengths[order[start]]), 1), 1)
         batches.append(order[start : start + size])
@@ -164,12 +165,14 @@ def score_documents(
     title = "score" if ranks == 1 else f"score (rank 0 of {ranks})"
     with tqdm(total=sum(sizes), unit="token", unit_scale=True, desc=title, disable=rank > 0) as bar:
         for batch, size in zip(mine, sizes, strict=True):
-            values = losses_of(documents, batch, losses)
+            with naming_lost_ranks() if in_step else contextlib.nullcontext():
+                values = losses_of(documents, batch, losses)
             shards.append(documents.keys[batch], documents.lengths[batch].astype(numpy.int32), values)
             bar.update(size)
     shards.flush()
     if in_step and len(mine) < len(left[::ranks]):  # it has a share in the others' last batch
-        losses([documents[int(left[-1][0])]])
+        with naming_lost_ranks():
+            losses([documents[int(left[-1][0])]])
     return sum(sizes)
 
 
@@ -195,7 +198,13 @@ def losses_of(
 def _scoring(model: nn.Module) -> Iterator[PatchedModel]:
     """The model, patched and without dropout inside; afterwards it is what it was."""
     was = getattr(unwrap(model), "_tokensel_patched", None)
-    patched = apply_to(model, layer=None) if was is None else was
+    if was is None:
+        if any(is_dtensor(parameter) for parameter in model.parameters()):
+            raise ValueError("the model is sharded already; call tokensel.apply_to(model, layer=None) before it is")
+        with torch.autocast(unwrap(model).device.type, enabled=False):  # which the comparison of logits would see
+            patched = apply_to(model, layer=None)
+    else:
+        patched = was
     try:
         with eval_mode(model):
             yield patched
@@ -206,13 +215,14 @@ def _scoring(model: nn.Module) -> Iterator[PatchedModel]:
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     if Path(path).exists():
-        raise ValueError(f"output {path} exists; move it away or choose another name")
+        left = shards_of(path)
+        more = f" ({left} is left of its making, and may be removed)" if left.is_dir() else ""
+        raise ValueError(f"output {path} exists{more}; move it away or choose another name")
 
 
 def _each(rows: Any) -> Iterator[Any]:
-    """The rows in order; by number where they have one, as those of a torch Dataset that stops at no index."""
-    by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-    return (rows[i] for i in range(len(rows))) if by_number else iter(rows)
+    """The rows in order; by number where they are no iterable, as those of a torch Dataset, which stops at no index."""
+    return iter(rows) if hasattr(rows, "__iter__") else (rows[i] for i in range(len(rows)))
 
 
 def record_losses(
@@ -279,7 +289,7 @@ def record_losses(
         tokenizer=tokenizer,
         tokens_per_batch=tokens_per_batch,
         batch_size=batch_size,
-        without_prompt=first_token is not None,
+        first_token=first_token,
         dataset=dataset,
         max_length=max_length,
         chat=chat,
@@ -295,7 +305,7 @@ def record(
     tokenizer: Any,
     tokens_per_batch: int,
     batch_size: int | None,
-    without_prompt: bool,
+    first_token: int | None,
     dataset: str,
     max_length: int | None,
     chat: Callable[[], dict[str, Any] | None],
@@ -307,8 +317,8 @@ def record(
         score: puts the losses of all batches into the shards, but for documents that they have -> tokens that it
             scored.
     """
-    if not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
-        raise TypeError(f"rows must be an iterable of mappings; got {type(rows).__name__}")
+    if isinstance(rows, Mapping) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        raise TypeError(f"rows must be an iterable of mappings, one a row; got {type(rows).__name__}")
     check_positive("tokens_per_batch", tokens_per_batch)
     check_positive("batch_size", batch_size)
     belongs_to: dict[str, Any] = {"command": "score"}
@@ -318,21 +328,23 @@ def record(
         "dtype": models[""].dtype,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "max_length": max_length,
-        "without_prompt": without_prompt,
+        "without_prompt": first_token,
     }
     check_ranks_agree(
         {"output": str(path), "tokens_per_batch": tokens_per_batch, "batch_size": batch_size} | belongs_to
     )
-    content = "alone_nll" if without_prompt else "nll" if len(models) == 1 else "contrast_nll"
+    content = "alone_nll" if first_token is not None else "nll" if len(models) == 1 else "contrast_nll"
     on_first_rank(lambda: refuse_existing(path))
     with Shards(path) as shards:
         file = shards.directory / "documents"
-        documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, without_prompt))
+        documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, first_token is not None))
+        largest = max(documents.largest_id, first_token or 0)
         for model in models.values():
-            check_fit(dataset or "rows", int(documents.lengths.max()), documents.largest_id, model, tokenizer)
+            check_fit(dataset or "rows", int(documents.lengths.max()), largest, model, tokenizer)
         shards.begin(belongs_to | {"dataset": documents.digest})
         started, numbers = time.perf_counter(), documents.numbers()
-        batches = [numbers[batch] for batch in batches_of(documents.lengths[numbers], tokens_per_batch, batch_size)]
+        lengths = documents.lengths if first_token is None else documents.responses + 1
+        batches = [numbers[batch] for batch in batches_of(lengths[numbers], tokens_per_batch, batch_size)]
         tokens = sum(gather_over_ranks([score(shards, documents, batches)]))
         seconds = time.perf_counter() - started
         writer = HistoryWriter(

@@ -184,7 +184,7 @@ def parse(types: Sequence[Any], argv: Sequence[str], program: str, about: str, r
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message} (`{program} --help` lists all settings)")
 
-    parser = HfArgumentParser(types, prog=program, description=about)
+    parser = HfArgumentParser(types, prog=program, description=about, allow_abbrev=False)
     parser.error = refuse  # type: ignore[method-assign]  # one line, as any other error, instead of a page of usage
     if argv and not argv[0].startswith("-"):
         _set_defaults(parser, Path(argv[0]), program)

@@ -62,6 +62,7 @@ FLOORS = [
     "ranking on_ray",
     "offline finetune",
     "cli",
+    "__main__",
 ]
 FLOOR = {f"tokensel.{name}": number for number, names in enumerate(FLOORS) for name in names.split()}
 # `tokensel` itself gives the public names, and is imported for its version and its list of methods.

@@ -143,15 +143,15 @@ def test_stores_of_different_documents_are_refused(tmp_path, stores, capsys, cha
 
 def test_documents_are_read_from_any_place_on(stores):
     documents = make_documents()
-    with ranking.RecordedDataset({f"{name}_nll": stores[name] for name in ("base", "reference")}) as dataset:
-        for skip in range(len(documents) + 1):
-            chunks = list(dataset.chunks(skip))
-            assert [chunk.first for chunk in chunks] == [
-                skip + sum(len(c.keys) for c in chunks[:i]) for i in range(len(chunks))
-            ]
-            for name in ("base", "reference"):
-                values = [v for chunk in chunks for v in chunk.values[f"{name}_nll"].tolist() if v == v]
-                assert values == [float(v) for d in documents[skip:] for v in d[2][name][d[1]]]
+    dataset = ranking.RecordedDataset({f"{name}_nll": stores[name] for name in ("base", "reference")})
+    for skip in range(len(documents) + 1):
+        chunks = list(dataset.chunks(skip))
+        assert [chunk.first for chunk in chunks] == [
+            skip + sum(len(c.keys) for c in chunks[:i]) for i in range(len(chunks))
+        ]
+        for name in ("base", "reference"):
+            values = [v for chunk in chunks for v in chunk.values[f"{name}_nll"].tolist() if v == v]
+            assert values == [float(v) for d in documents[skip:] for v in d[2][name][d[1]]]
 
 
 def test_stores_of_another_length_are_refused(tmp_path, stores, capsys):

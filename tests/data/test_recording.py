@@ -13,7 +13,7 @@ from oracles import next_token_nll
 from recorded import LIMIT, ROWS, arguments, select
 
 import tokensel.store.writer as writer_module
-from tokensel import ranking, recording
+from tokensel import model_facts, ranking, recording
 from tokensel.cli import main
 from tokensel.data import encode_rows, load_rows
 from tokensel.documents import document_keys
@@ -130,7 +130,7 @@ def test_a_score_with_other_settings_is_refused(tmp_path, model_dir, data, capsy
     if what == "dataset":
         Path(data).write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
     if what == "weights":
-        monkeypatch.setattr(recording, "weights_fingerprint", lambda model: "another")
+        monkeypatch.setattr(model_facts, "weights_fingerprint", lambda model: "another")
     capsys.readouterr()
     assert main(arguments(model_dir, data, output, **changed)) == 2
     error = capsys.readouterr().err
@@ -171,11 +171,11 @@ def test_the_fingerprint_of_weights_notices_training(model_dir):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    before = recording.weights_fingerprint(model)
-    assert recording.weights_fingerprint(AutoModelForCausalLM.from_pretrained(model_dir)) == before
+    before = model_facts.weights_fingerprint(model)
+    assert model_facts.weights_fingerprint(AutoModelForCausalLM.from_pretrained(model_dir)) == before
     with torch.no_grad():
         model.lm_head.weight += 1e-3
-    assert recording.weights_fingerprint(model) != before
+    assert model_facts.weights_fingerprint(model) != before
 
 
 def test_documents_stand_in_the_order_of_the_data(tmp_path, model_dir, data):

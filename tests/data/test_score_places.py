@@ -71,6 +71,9 @@ def test_weights_in_few_bits_give_nearly_the_same_losses(tmp_path, model_dir, da
         ({"device": "cpu", "device_map": "auto"}, "device_map and device both say where the model is"),
         ({"load_in_8bit": "true", "load_in_4bit": "true"}, "load_in_8bit and load_in_4bit contradict each other"),
         ({"device": "gpu7"}, "device 'gpu7' cannot be used"),
+        ({"ray_actors": 0}, "ray_actors must be positive"),
+        ({"tokens_per_batch": 9}, "batch_size and tokens_per_batch both say how much"),
+        ({"tokens_per_batc": 9}, "did you mean tokens_per_batch?"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(tmp_path, model_dir, data, capsys, settings, message):

@@ -15,6 +15,7 @@ import score_ranks
 
 import tokensel
 import tokensel.store.writer as writer_module
+from tokensel import parallel
 from tokensel.cli import main
 from tokensel.store import HistoryStore
 
@@ -82,7 +83,7 @@ def test_a_rank_may_have_no_rows(found):
 @pytest.mark.parametrize(
     "way, message",
     [
-        ("bad_row", "rank 0 failed: ValueError: .*bad.jsonl:2: "),
+        ("bad_row", "tokensel: error: .*bad.jsonl:2: "),
         ("settings", "max_length must be the same on every rank; rank 0 has 64 but rank 1 has 63"),
         ("unshared", "rank 1 does not see what rank 0 writes; put the output on a disk that all ranks share"),
     ],
@@ -92,6 +93,29 @@ def test_every_rank_ends_with_the_cause(found, way, message):
 
     assert [r[way] for r in found[1]] == [2, 2]
     assert re.search(message, found[3]), found[3][-3000:]
+
+
+def test_the_command_that_the_docs_have(one, model_dir, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tokensel"]
+    command += recorded.arguments(model_dir, one[1], tmp_path / "h.parquet")
+    environment = os.environ | {"PYTHONPATH": str(Path(tokensel.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "of 2 ranks" in done.stdout, done.stderr[-3000:]
+    two, whole = (HistoryStore.open(path) for path in (tmp_path / "h.parquet", one[0] / "whole.parquet"))
+    assert two.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"), ({"WORLD_SIZE": "x"}, "x, which is no number")],
+)
+def test_half_of_a_launcher_s_variables_are_named(monkeypatch, environment, message):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{message}; start the ranks by torchrun, or unset WORLD_SIZE"):
+        parallel.launched_ranks()
 
 
 @pytest.mark.parametrize("rank, at", [(0, 2), (1, 1)])

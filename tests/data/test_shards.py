@@ -115,10 +115,16 @@ def test_shards_are_read_in_any_order(tmp_path, monkeypatch):
 
 
 def test_a_shard_is_written_when_it_waits_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "SHARD_SECONDS", 0.0)
+    now = [1000.0]
+    monkeypatch.setattr(shards_module.time, "monotonic", lambda: now[0])
     with opened(tmp_path / "out") as shards:
-        put(shards, A)
-        assert len(list(shards.directory.glob("part-*.parquet"))) == 1
+        for seconds, documents, files in ((0, [A], 0), (9, [B], 0), (11, [C], 1), (5000, [D], 1), (5040, [], 1)):
+            now[0] = 1000.0 + seconds
+            put(shards, *documents) if documents else None
+            assert len(list(shards.directory.glob("part-*.parquet"))) == files
+        now[0] = 1000.0 + 5051  # a hundredth of the time, by now
+        put(shards, (9, [1.0]))
+        assert len(list(shards.directory.glob("part-*.parquet"))) == 2
 
 
 def test_what_version_0_1_left_is_refused_with_the_way_out(tmp_path):

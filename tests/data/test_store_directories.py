@@ -163,6 +163,23 @@ def test_a_large_store_reads_what_is_asked_for_and_holds_little(folder, monkeypa
     assert torch.equal(again.lookup(**first), store.lookup(**first))
 
 
+def test_more_parts_than_a_process_may_have_open(folder, monkeypatch):
+    monkeypatch.setattr(writer_module, "PART_TOKENS", 1)
+    monkeypatch.setattr(writer_module, "ROW_GROUP_TOKENS", 1)
+    written(folder)
+    opened, at_once = [], []
+
+    def counted(*args, **options):
+        file = open(*args, **options)
+        opened.append(file)
+        at_once.append(sum(not each.closed for each in opened))
+        return file
+
+    monkeypatch.setattr(reader_module, "open", counted, raising=False)
+    store = HistoryStore.open(folder)
+    assert len(store) == 40 and len(opened) > 100 and max(at_once) <= 2
+
+
 def test_what_is_damaged_later_is_named(folder, monkeypatch):
     monkeypatch.setattr(reader_module, "HELD_TOKENS", 0)
     store, part = HistoryStore.open(written(folder)), folder / "part-00000.parquet"

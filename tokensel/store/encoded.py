@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ import torch
 
 from tokensel.documents import IGNORE_INDEX, document_keys, documents_of
 
-AT_ONCE = 1024  # documents that are hashed together
+AT_ONCE = 1 << 18  # tokens that are hashed together
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class EncodedDocuments:
         path: of the file.
         keys: (n,) int64, the hash of each document's token ids.
         lengths: (n,) int64.
+        responses: (n,) int64, how many response tokens each has.
         row_of: (n,) int64, the number of the row that it comes from.
         rows: how many there were.
-        largest_id: of the tokens.
-        digest: sha256 (hex) of all token ids and of which tokens are responses, in order.
+        largest_id: of the tokens and labels.
+        digest: sha256 (hex) of all token ids and labels, in order.
     """
 
     path: Path
     keys: numpy.ndarray
     lengths: numpy.ndarray
+    responses: numpy.ndarray
     row_of: numpy.ndarray
     rows: int
     largest_id: int
@@ -71,39 +74,48 @@ def write_documents(
     Args:
         same_responses: refuse such whose labels differ.
     Raises:
-        ValueError: no row, one that is none, with its number; or what `same_responses` refuses.
+        ValueError: no row, one that is none or has a negative token, with its number; or what `same_responses` refuses.
     """
-    digest, keys, lengths, row_of = hashlib.sha256(), [], [], []
-    largest, number = 0, -1
+    digest, keys, lengths, responses, row_of = hashlib.sha256(), [], [], [], array("q")
+    largest, number, tokens = 0, -1, 0
     waiting: list[dict[str, list[int]]] = []
 
     with open(path, "wb") as file:
 
         def take() -> None:
-            nonlocal largest
+            nonlocal largest, tokens
             sizes = torch.tensor([len(document["input_ids"]) for document in waiting])
             ids, labels = (
                 torch.tensor([token for document in waiting for token in document[name]])
                 for name in ("input_ids", "labels")
             )
             segments = torch.repeat_interleave(torch.arange(len(waiting)), sizes)
+            is_response = labels != IGNORE_INDEX
+            if (wrong := (ids < 0) | (is_response & (labels < 0))).any():
+                place = int(wrong.nonzero()[0])
+                row = row_of[len(row_of) - len(waiting) + int(segments[place])]
+                raise ValueError(
+                    f"row {row}: token {int(ids[place])} with label {int(labels[place])}; token ids are not negative"
+                )
             hashes = document_keys(ids[None], segments[None])[0][sizes.cumsum(0) - sizes]
-            responses = (labels != IGNORE_INDEX).numpy().tobytes()
-            digest.update(hashes.numpy().tobytes() + sizes.numpy().tobytes() + responses)
-            largest = max(largest, int(ids.max()))
+            digest.update(hashes.numpy().tobytes() + sizes.numpy().tobytes() + labels.numpy().tobytes())
+            largest = max(largest, int(ids.max()), int(labels.max()))
             keys.append(hashes.numpy())
             lengths.append(sizes.numpy())
+            responses.append(torch.zeros_like(sizes).index_add_(0, segments, is_response.long()).numpy())
             file.write(torch.stack([ids, labels], -1).to(torch.int32).numpy().tobytes())
             waiting.clear()
+            tokens = 0
 
         for number, row in enumerate(rows):
             try:
                 documents = documents_of(row, max_length)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
-            row_of += [number] * len(documents)
+            row_of.extend([number] * len(documents))
             waiting += documents
-            if len(waiting) >= AT_ONCE:
+            tokens += sum(len(document["input_ids"]) for document in documents)
+            if tokens >= AT_ONCE:
                 take()
         if waiting:
             take()
@@ -113,6 +125,7 @@ def write_documents(
         Path(path).resolve(),
         numpy.concatenate(keys),
         numpy.concatenate(lengths),
+        numpy.concatenate(responses),
         numpy.array(row_of),
         number + 1,
         largest,

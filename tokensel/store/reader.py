@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,7 +49,7 @@ class HistoryMissError(LookupError):
 
 
 class StoreReader:
-    """A history store read row group by row group; a context manager. Arguments and errors of `HistoryStore.open`.
+    """A history store read row group by row group. Arguments and errors of `HistoryStore.open`.
 
     Attributes:
         metadata: as of HistoryStore.
@@ -57,26 +57,15 @@ class StoreReader:
 
     def __init__(self, path: str | os.PathLike, *, content: str = "nll", tokenizer=None):
         self.path, self.content = Path(path), content
-        self._stack = ExitStack()
-        try:
-            if self.path.is_dir():
-                self.metadata, files = self._read_manifest()
-            elif self.path.is_file():
-                self.metadata, files = {}, [self.path]
-            else:
-                raise self._missing()
-            self._parts = [self._open(file) for file in files]
-            self.metadata = self.metadata or self._header(*self._parts[0])
-            self._check_metadata(tokenizer)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> StoreReader:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._stack.close()
+        self.metadata: dict[str, Any] = {}
+        if self.path.is_dir():
+            self.metadata, files = self._read_manifest()
+        elif self.path.is_file():
+            files = [self.path]
+        else:
+            raise self._missing()
+        self._parts = {file: self._checked(file) for file in files}  # documents of each row group
+        self._check_metadata(tokenizer)
 
     def _missing(self) -> FileNotFoundError:
         made = CONTENTS[self.content].rpartition(": ")[2]
@@ -115,23 +104,32 @@ class StoreReader:
             raise ValueError(f"{self.path / MANIFEST} does not add up: its parts hold {totals} documents and tokens")
         return metadata, [self.path / name for name, _ in parts]
 
-    def _open(self, path: Path) -> tuple[Path, Any]:
-        file = self._stack.enter_context(open(path, "rb"))
-        with self._naming_damage(path):
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        self._header(path, parquet)
-        groups = (parquet.metadata.row_group(i) for i in range(parquet.num_row_groups))
-        expanded = 4 * sum(group.column(group.num_columns - 1).num_values for group in groups)
-        if expanded > LARGEST_RATIO * path.stat().st_size:
-            raise ValueError(f"{path} would need {expanded:,} bytes of memory, which no store of its size does")
-        schema = parquet.schema_arrow
-        lists = len(schema) == 3 and pa.types.is_list(schema.types[2]) and schema.types[2].value_type == pa.float32()
-        if not lists or schema.names[:2] != ["key", "length"] or schema.types[:2] != [pa.int64(), pa.int32()]:
-            raise ValueError(
-                f"{path} has the columns {', '.join(map(str, schema))}, and so is no history store; make one with "
-                "`tokensel score`"
-            )
-        return path, parquet
+    def _checked(self, path: Path) -> list[int]:
+        """How many documents each row group of a part has."""
+        with self._opened(path) as parquet:
+            self.metadata = self.metadata or self._header(path, parquet)
+            self._header(path, parquet)
+            groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+            expanded = 4 * sum(group.column(group.num_columns - 1).num_values for group in groups)
+            if expanded > LARGEST_RATIO * path.stat().st_size:
+                raise ValueError(f"{path} would need {expanded:,} bytes of memory, which no store of its size does")
+            schema = parquet.schema_arrow
+            lists = len(schema) == 3 and pa.types.is_list(schema.types[2])
+            lists = lists and schema.types[2].value_type == pa.float32()
+            if not lists or schema.names[:2] != ["key", "length"] or schema.types[:2] != [pa.int64(), pa.int32()]:
+                raise ValueError(
+                    f"{path} has the columns {', '.join(map(str, schema))}, and so is no history store; make one with "
+                    "`tokensel score`"
+                )
+            return [group.num_rows for group in groups]
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        """A part, open as long as it is read: there may be more of them than a process may have open."""
+        with open(path, "rb") as file:
+            with self._naming_damage(path):
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            yield parquet
 
     def _header(self, path: Path, parquet: Any) -> dict[str, Any]:
         text = (parquet.metadata.metadata or {}).get(METADATA_KEY)
@@ -178,20 +176,21 @@ class StoreReader:
 
     def digest(self) -> str:
         """sha256 (hex) of the files' footers, which hold the settings, and place, size and extremes of each part."""
-        footers = [footer_of(path) for path, _ in self._parts]
+        footers = [footer_of(path) for path in self._parts]
         return footers[0] if len(footers) == 1 else hashlib.sha256("".join(footers).encode()).hexdigest()
 
     def places(self) -> list[tuple[Path, int]]:
         """(file, number in it) of each row group."""
-        return [(path, i) for path, parquet in self._parts for i in range(parquet.num_row_groups)]
+        return [(path, i) for path, groups in self._parts.items() for i in range(len(groups))]
 
     def index(self) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
         """(keys, lengths) of each row group, without its values."""
-        for path, parquet in self._parts:
-            for i in range(parquet.num_row_groups):
-                with self._naming_damage(path):
-                    keys, lengths = read_documents(parquet.read_row_group(i, columns=["key", "length"]))
-                yield keys, lengths
+        for path, groups in self._parts.items():
+            with self._opened(path) as parquet:
+                for i in range(len(groups)):
+                    with self._naming_damage(path):
+                        keys, lengths = read_documents(parquet.read_row_group(i, columns=["key", "length"]))
+                    yield keys, lengths
 
     def row_groups(self, skip: int = 0) -> Iterator[tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]]:
         """(keys (n,) int64, lengths (n,) int32, values (Σ lengths,) float32) of each row group.
@@ -199,16 +198,16 @@ class StoreReader:
         Args:
             skip: documents to leave out; whole row groups of them are not read.
         """
-        for path, parquet in self._parts:
-            for i in range(parquet.num_row_groups):
-                rows = parquet.metadata.row_group(i).num_rows
-                if skip >= rows:
-                    skip -= rows
-                    continue
-                with self._naming_damage(path):
-                    keys, lengths, values = read_documents(parquet.read_row_group(i))
-                yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
-                skip = 0
+        for path, groups in self._parts.items():
+            with self._opened(path) as parquet:
+                for i, documents in enumerate(groups):
+                    if skip >= documents:
+                        skip -= documents
+                        continue
+                    with self._naming_damage(path):
+                        keys, lengths, values = read_documents(parquet.read_row_group(i))
+                    yield keys[skip:], lengths[skip:], values[lengths[:skip].sum() :]
+                    skip = 0
 
 
 class HistoryStore:
@@ -232,11 +231,13 @@ class HistoryStore:
         keys, lengths, starts, group = [], [], [], []
         for number, (group_keys, group_lengths) in enumerate(index):
             keys.append(torch.from_numpy(group_keys.copy()))
-            lengths.append(torch.from_numpy(group_lengths.astype(numpy.int64)))
-            starts.append(lengths[-1].cumsum(0) - lengths[-1])
-            group.append(torch.full_like(lengths[-1], number, dtype=torch.int32))
+            lengths.append(torch.from_numpy(group_lengths.copy()))
+            starts.append((lengths[-1].cumsum(0) - lengths[-1]).int())
+            group.append(torch.full_like(lengths[-1], number))
         self._keys, order = torch.cat(keys).sort()  # (n,) int64
-        self._lengths, self._starts, self._group = (torch.cat(part)[order] for part in (lengths, starts, group))
+        self._lengths, self._starts, self._group = (
+            torch.cat(part)[order] for part in (lengths, starts, group)
+        )  # int32
         self._groups = groups  # (file, number in it)
         self._held: dict[int, Tensor] = {}  # values (tokens,) float32, NaN where no response; the last used comes last
 
@@ -254,16 +255,16 @@ class HistoryStore:
             ValueError: not a history store, damaged, of a newer format, holding something else, made with another
                 tokenizer, or a directory that lacks a part or has a foreign one.
         """
-        with StoreReader(path, content=content, tokenizer=tokenizer) as reader:
-            index, metadata = list(reader.index()), reader.metadata
-            documents = sum(len(keys) for keys, _ in index)
-            tokens = sum(int(lengths.sum(dtype=numpy.int64)) for _, lengths in index)
-            if not documents or documents != metadata["documents"] or tokens != metadata["tokens"]:
-                raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
-            store = cls(Path(path), metadata, reader.places(), index)
-            if tokens <= HELD_TOKENS:
-                groups = (values for _, _, values in reader.row_groups())
-                store._held = {number: torch.from_numpy(values.copy()) for number, values in enumerate(groups)}
+        reader = StoreReader(path, content=content, tokenizer=tokenizer)
+        index, metadata = list(reader.index()), reader.metadata
+        documents = sum(len(keys) for keys, _ in index)
+        tokens = sum(int(lengths.sum(dtype=numpy.int64)) for _, lengths in index)
+        if not documents or documents != metadata["documents"] or tokens != metadata["tokens"]:
+            raise ValueError(f"{path} does not hold what its header says; make it anew with `tokensel score`")
+        store = cls(Path(path), metadata, reader.places(), index)
+        if tokens <= HELD_TOKENS:
+            groups = (values for _, _, values in reader.row_groups())
+            store._held = {number: torch.from_numpy(values.copy()) for number, values in enumerate(groups)}
         store.chat_template = getattr(tokenizer, "chat_template", None)
         return store
 
@@ -271,13 +272,12 @@ class HistoryStore:
         """A hash (hex) of documents and losses: equal for equal stores, wherever their files are and whatever their
         order. Reads them."""
         total = 0
-        with StoreReader(self.path, content=self.metadata["content"]) as reader:
-            for keys, lengths, values in reader.row_groups():
-                sizes = torch.from_numpy(lengths.astype(numpy.int64))
-                document = torch.repeat_interleave(torch.arange(len(keys)), sizes)
-                position = torch.arange(len(values)) - (sizes.cumsum(0) - sizes)[document]
-                tokens = keys_at(torch.from_numpy(keys.copy())[document], position)
-                total += int(keys_at(tokens, torch.from_numpy(values.view(numpy.int32).astype(numpy.int64))).sum())
+        for keys, lengths, values in StoreReader(self.path, content=self.metadata["content"]).row_groups():
+            sizes = torch.from_numpy(lengths.astype(numpy.int64))
+            document = torch.repeat_interleave(torch.arange(len(keys)), sizes)
+            position = torch.arange(len(values)) - (sizes.cumsum(0) - sizes)[document]
+            tokens = keys_at(torch.from_numpy(keys.copy())[document], position)
+            total += int(keys_at(tokens, torch.from_numpy(values.view(numpy.int32).astype(numpy.int64))).sum())
         return f"{total % (1 << 64):016x}"
 
     def _values(self, place: Tensor, position: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
     OUTPUT.partial/state.json           what else the run wants to remember
 
 A shard takes its name when it is whole and on the disk, so there are no torn ones. A killed process loses what waits
-for its shard: at most SHARD_TOKENS tokens, and little more than SHARD_SECONDS of work. What a bad disk has damaged is
-done again, with all that comes behind it.
+for its shard: at most SHARD_TOKENS tokens, and little more than SHARD_SECONDS or a hundredth of the time so far. What a
+bad disk has damaged is done again, with all that comes behind it.
 
 The ranks of a job write into one directory, which all of them must see; of the numbers of shards each has every
 ranks-th, so that any number of ranks goes on where another has stopped. Rank 0 alone reads, cleans up and publishes.
@@ -53,6 +53,11 @@ def _documents_of(
     return zip(keys.tolist(), numpy.split(values, lengths.cumsum()[:-1]), strict=True)
 
 
+def shards_of(output: str | os.PathLike[str]) -> Path:
+    """The directory of an output's shards."""
+    return Path(output).with_name(f"{Path(output).name}.partial")
+
+
 class Shards:
     """Documents and their values beside an output, in shards; a context manager. All ranks of a job enter it together.
 
@@ -72,14 +77,16 @@ class Shards:
     """
 
     def __init__(self, output: str | os.PathLike[str]) -> None:
-        self.directory = Path(f"{output}.partial")
+        self.directory = shards_of(output)
         self.state: dict[str, Any] = {}
         self.keys, self.lengths = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.int32)
         self._rank, self._ranks = rank_of_ranks()
         self._next = self._rank  # number of the next shard
         self._shards: list[Path] = []
         self._waiting: list[tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = []
+        self._waiting_tokens = 0
         self._since = 0.0  # when the first of them came
+        self._started = time.monotonic()
         self._lock: BinaryIO | None = None
 
     @property
@@ -200,7 +207,8 @@ class Shards:
                 self.flush()
         finally:
             self._unlock()
-            if error is not None and self._rank == 0 and self.directory.is_dir() and not self._to_go_on_from():
+            # other ranks may be at work in it still
+            if error is not None and self._ranks == 1 and self.directory.is_dir() and not self._to_go_on_from():
                 self.remove()
 
     def _to_go_on_from(self) -> bool:
@@ -246,8 +254,10 @@ class Shards:
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append((keys.copy(), lengths.copy(), values.copy()))  # views would keep what they were cut from
-        tokens = sum(len(part) for _, _, part in self._waiting)
-        if tokens >= SHARD_TOKENS or time.monotonic() - self._since >= SHARD_SECONDS:
+        self._waiting_tokens += len(values)
+        now = time.monotonic()
+        seconds = max(SHARD_SECONDS, (now - self._started) / 100)  # or days would make a million files
+        if self._waiting_tokens >= SHARD_TOKENS or now - self._since >= seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -261,7 +271,7 @@ class Shards:
             pq.write_table(table, temporary, compression="none", use_dictionary=False, write_page_checksum=True)
         self._shards.append(shard)
         self._next += self._ranks
-        self._waiting = []
+        self._waiting, self._waiting_tokens = [], 0
 
     def gather(self) -> None:
         """Waits until all ranks have written their shards; those of all are then read on rank 0."""

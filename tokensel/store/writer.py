@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tokensel.files import FULL_DISK, making_folder, naming_a_full_disk, replacing
+from tokensel.files import FULL_DISK, making_folder, naming_a_full_disk, remove_left_over, replacing
 from tokensel.ops.checks import check_shape, check_tensor
 from tokensel.store.format import (
     FORMAT_VERSION,
@@ -30,7 +30,7 @@ from tokensel.store.format import (
     tokenizer_fingerprint,
 )
 
-ROW_GROUP_TOKENS = 1 << 20  # 4 MiB of NLL held in memory between two writes
+ROW_GROUP_TOKENS = 1 << 17  # 0.5 MiB: what a lookup in a store reads that is larger than what is held of it
 PART_TOKENS = 1 << 26  # of a part of a directory: 256 MiB
 
 
@@ -141,6 +141,7 @@ class HistoryWriter:
         self._stack = ExitStack()
         try:
             with self._naming_a_full_disk():
+                remove_left_over(self.path)
                 if self.path.suffix == ".parquet":
                     self._part = _Part(self._stack.enter_context(replacing(self.path)), self._schema)
                 else:
