@@ -24,6 +24,7 @@ def machine(device: torch.device) -> dict:
     """The machine, and the state of everything that is measured on it."""
     values = {
         "device": device.type,
+        "capability": torch.backends.cpu.get_cpu_capability(),  # what PyTorch uses of the processor
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

@@ -14,8 +14,11 @@ OURS = {"cpu": "tokensel chunked", "cuda": "tokensel fused"}  # whose figures ar
 
 
 def key_of(machine: dict) -> str:
-    """A name for files and tables: "cpu", or the GPU's own, such as "nvidia_h200"; each is a table of its own."""
-    return re.sub(r"\W+", "_", machine["gpu"].lower()) if machine["device"] == "cuda" else machine["device"]
+    """A name for files and tables, each with a table of its own: "cpu_avx2" or, of older results, "cpu"; of a GPU its
+    own, such as "nvidia_h200"."""
+    if machine["device"] == "cuda":
+        return re.sub(r"\W+", "_", machine["gpu"].lower())
+    return "_".join([machine["device"], *machine.get("capability", "").lower().split()])
 
 
 @dataclass

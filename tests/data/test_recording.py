@@ -83,6 +83,7 @@ def scored_rows(monkeypatch):
     return lengths
 
 
+@pytest.mark.slow  # `test_faults.py` kills quicker
 def test_a_killed_score_goes_on_and_writes_the_same_bytes(tmp_path, model_dir, data, capsys, scored_rows):
     whole, output = tmp_path / "whole.parquet", tmp_path / "h.parquet"
     assert main(arguments(model_dir, data, whole)) == 0
