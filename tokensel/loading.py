@@ -92,19 +92,18 @@ def load_model(settings: DataArguments, **options: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
-def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
-    """The model to score with, where it shall run -> (model, its device).
+def scoring_device(settings: ScoreArguments) -> str:
+    """The device of this process, of settings that do not contradict each other.
 
     Raises:
-        ValueError: settings that contradict each other, a device that cannot be used, or more ranks than GPUs.
+        ValueError: they do, or a device that cannot be used, or more ranks than GPUs.
     """
-    bits = settings.load_in_8bit or settings.load_in_4bit
     for one, other in itertools.combinations(("fully_shard", "device_map", "device"), 2):
         if getattr(settings, one) and getattr(settings, other):
             raise ValueError(f"{one} and {other} both say where the model is; give one")
     if settings.load_in_8bit and settings.load_in_4bit:
         raise ValueError("load_in_8bit and load_in_4bit contradict each other; give one")
-    if settings.fully_shard and bits:
+    if settings.fully_shard and (settings.load_in_8bit or settings.load_in_4bit):
         raise ValueError("fully_shard spreads weights of 16 or 32 bits; give device_map='auto' with load_in_8bit")
     ranks = rank_of_ranks()[1]
     if settings.fully_shard and ranks == 1:
@@ -113,7 +112,12 @@ def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
         )
     if settings.device_map and ranks > 1:
         raise ValueError("device_map spreads the model over the devices of one process; with ranks, give fully_shard")
-    device = _device(settings.device, ranks)
+    return _device(settings.device, ranks)
+
+
+def load_scoring_model(settings: ScoreArguments, device: str) -> PreTrainedModel:
+    """The model to score with, where it shall run."""
+    bits = settings.load_in_8bit or settings.load_in_4bit
     options: dict[str, Any] = {}
     if bits:
         from transformers import BitsAndBytesConfig
@@ -121,22 +125,24 @@ def load_scoring_model(settings: ScoreArguments) -> tuple[PreTrainedModel, str]:
         names = ("load_in_8bit", "load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(**{name: getattr(settings, name) for name in names})
     if settings.device_map or bits:
-        model = load_model(settings, device_map=settings.device_map or device, **options)
-        return model, device
+        return load_model(settings, device_map=settings.device_map or device, **options)
     model = load_model(settings)
-    if not settings.fully_shard:
-        return model.to(device), device  # type: ignore[arg-type]
+    return _spread(model, device) if settings.fully_shard else model.to(device)  # type: ignore[arg-type]
+
+
+def _spread(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model, patched, its weights spread over the ranks layer by layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     apply_to(model, layer=None)  # before the head is sharded
     layers = {*model._no_split_modules} if model._no_split_modules else set()
-    mesh = init_device_mesh(device.partition(":")[0], (ranks,))
+    mesh = init_device_mesh(device.partition(":")[0], (rank_of_ranks()[1],))
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, device
+    return model
 
 
 def _device(name: str | None, ranks: int) -> str:
@@ -217,6 +223,18 @@ def held_out(settings: RunArguments) -> tuple[Names, str] | None:
     return name, split
 
 
+def encoding(settings: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings as arguments of `encode_rows`."""
+    template = chat_template_of(settings, tokenizer)
+    return {
+        "max_length": settings.max_length,
+        "rejected_weight": settings.rejected_weight,
+        "role_names": parse_mapping("role_names", settings.role_names, "bot=assistant"),
+        "turns": settings.turns,
+        "chat_template": template if isinstance(template, str) else None,
+    }
+
+
 def encode_dataset(
     settings: DataArguments,
     name: Names,
@@ -230,18 +248,9 @@ def encode_dataset(
     Raises:
         ValueError: a row that cannot be encoded; says where it stands.
     """
-    template = chat_template_of(settings, tokenizer)
+    options = encoding(settings, tokenizer) | options
     try:
-        rows, counts = encode_rows(
-            load_rows(name, split, streaming=streaming, columns=COLUMNS),
-            tokenizer,
-            settings.max_length,
-            rejected_weight=settings.rejected_weight,
-            role_names=parse_mapping("role_names", settings.role_names, "bot=assistant"),
-            turns=settings.turns,
-            chat_template=template if isinstance(template, str) else None,
-            **options,
-        )
+        rows, counts = encode_rows(load_rows(name, split, streaming=streaming, columns=COLUMNS), tokenizer, **options)
     except RowError as error:
         raise ValueError(f"{place_of_row(name, error.row, split)}: {error.reason}") from error
     if streaming:  # nothing has been read yet
@@ -275,7 +284,7 @@ class EncodedRows:
         try:
             yield from rows.select_columns(["input_ids", "labels"])
         except RowError as error:
-            raise ValueError(f"{place_of_row(name, error.row, split)}: {error.reason}") from error
+            raise ValueError(f"{place_of_row(name, error.row, split)}: {self._reason(error)}") from error
         if not self.counts.rows:
             raise ValueError(f"{told(name)} has no rows; expected one JSON object a line")
         if not self.counts.documents:
@@ -285,3 +294,18 @@ class EncodedRows:
             )
         if streaming:
             print(f"{told(name)}: {self.counts}", flush=True)
+
+    def _reason(self, error: RowError) -> str:
+        """What is wrong with a row, told with the fields that nobody reads: a stream has left them out."""
+        name, split, both = self.settings.dataset_name, self.settings.dataset_split, self.settings.both_answers
+        if not self._are_files:
+            return error.reason
+        row = next(itertools.islice(load_rows(name, split, streaming=True), error.row, None))
+        options = encoding(self.settings, self.tokenizer)
+        try:
+            encode_rows([row], self.tokenizer, weights=False, both_answers=both, **options)
+        except RowError as told_whole:
+            return told_whole.reason
+        except ValueError:  # which speaks of all rows
+            pass
+        return error.reason

@@ -14,12 +14,14 @@ from tokensel.loading import (
     load_scoring_model,
     load_tokenizer,
     naming_what_fits,
+    scoring_device,
 )
 from tokensel.metrics import peak_memory_mib
+from tokensel.model_facts import ModelFacts, facts_of
 from tokensel.ops.checks import check_positive
 from tokensel.parallel import is_first_rank, joined_ranks, launched_ranks, on_first_rank, rank_of_ranks
 from tokensel.ranking import RecordedDataset, check_offline, select_tokens
-from tokensel.recording import TOKENS_PER_BATCH, record, record_losses, refuse_existing
+from tokensel.recording import TOKENS_PER_BATCH, record, refuse_existing, scoring
 from tokensel.settings import ScoreArguments, SelectArguments
 from tokensel.store import HistoryWriter
 from tokensel.store.shards import Shards, publish
@@ -45,6 +47,7 @@ def score(settings: ScoreArguments) -> dict[str, float]:
             "tokenizer": tokenizer,
             "tokens_per_batch": settings.tokens_per_batch,
             "batch_size": settings.batch_size,
+            "first_token": first_token_of(tokenizer) if settings.without_prompt else None,
             "dataset": told(settings.dataset_name),
             "max_length": settings.max_length,
             "chat": lambda: chat_of(settings, rows.counts, tokenizer),
@@ -58,36 +61,24 @@ def score(settings: ScoreArguments) -> dict[str, float]:
 
 
 def _record_here(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, common: dict[str, Any]) -> dict:
-    model, device = load_scoring_model(settings)
-    negative = None
-    if settings.contrast_model_name_or_path:
-        negative = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
-    first_token = first_token_of(tokenizer) if settings.without_prompt else None
-    summary = record_losses(
-        model,
-        rows,
-        settings.output,
-        impl=settings.impl,
-        first_token=first_token,
-        negative=negative,
-        model_name=settings.model_name_or_path,
-        **common,
-    )
-    return summary | {"peak_memory_mib": peak_memory_mib(device)}
+    device, models = scoring_device(settings), {}
+
+    def load() -> dict[str, ModelFacts]:
+        models[""] = load_scoring_model(settings, device)
+        if settings.contrast_model_name_or_path:
+            models["contrast_"] = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+        names = {"": settings.model_name_or_path}
+        return {kind: facts_of(model, names.get(kind)) for kind, model in models.items()}
+
+    score = scoring(models, settings.impl, common["first_token"])
+    return record(load, rows, settings.output, score, **common) | {"peak_memory_mib": peak_memory_mib(device)}
 
 
 def _record_on_ray(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, common: dict[str, Any]) -> dict:
     from tokensel import on_ray
 
     on_ray.start(settings)
-    summary = record(
-        on_ray.facts(settings),
-        rows,
-        settings.output,
-        on_ray.scoring(settings),
-        first_token=first_token_of(tokenizer) if settings.without_prompt else None,
-        **common,
-    )
+    summary = record(lambda: on_ray.facts(settings), rows, settings.output, on_ray.scoring(settings), **common)
     return summary | {"peak_memory_mib": peak_memory_mib("cpu")}
 
 

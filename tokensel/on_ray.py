@@ -15,7 +15,7 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from tokensel.loading import first_token_of, load_contrast_model, load_scoring_model, load_tokenizer
+from tokensel.loading import first_token_of, load_contrast_model, load_scoring_model, load_tokenizer, scoring_device
 from tokensel.model import apply_to
 from tokensel.model_facts import ModelFacts, facts_of
 from tokensel.parallel import rank_of_ranks
@@ -33,8 +33,8 @@ class Scorer:
     def __init__(self, settings: ScoreArguments, documents: EncodedDocuments | None) -> None:
         tokenizer = load_tokenizer(settings)
         self.settings, self.documents = settings, documents
-        model, device = load_scoring_model(settings)
-        self.models = {"": model}
+        device = scoring_device(settings)
+        self.models = {"": load_scoring_model(settings, device)}
         if settings.contrast_model_name_or_path:
             self.models["contrast_"] = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
         if documents is not None:

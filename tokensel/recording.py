@@ -273,19 +273,11 @@ def record_losses(
     if first_token is not None and negative is not None:
         raise ValueError("first_token and negative make stores of different kinds; give one")
     models = {"": model} if negative is None else {"": model, "contrast_": negative}
-
-    def score(shards: Shards, documents: EncodedDocuments, batches: list[numpy.ndarray]) -> int:
-        with contextlib.ExitStack() as stack:
-            patched, *other = (stack.enter_context(_scoring(each)) for each in models.values())
-            losses = response_losses(patched, impl, first_token, *other)
-            in_step = any(is_dtensor(parameter) for parameter in model.parameters())
-            return score_documents(shards, documents, losses, batches, in_step)
-
     return record(
-        {kind: facts_of(each, model_name if not kind else None) for kind, each in models.items()},
+        lambda: {kind: facts_of(each, model_name if not kind else None) for kind, each in models.items()},
         rows,
         path,
-        score,
+        scoring(models, impl, first_token),
         tokenizer=tokenizer,
         tokens_per_batch=tokens_per_batch,
         batch_size=batch_size,
@@ -296,8 +288,27 @@ def record_losses(
     )
 
 
+def scoring(
+    models: Mapping[str, nn.Module], impl: str, first_token: int | None
+) -> Callable[[Shards, EncodedDocuments, list[numpy.ndarray]], int]:
+    """The function that puts the losses of batches into shards in this process, as `record` calls it.
+
+    Args:
+        models: the one that scores is "", that of wrong answers "contrast_"; looked at when the function is called.
+    """
+
+    def score(shards: Shards, documents: EncodedDocuments, batches: list[numpy.ndarray]) -> int:
+        with contextlib.ExitStack() as stack:
+            patched, *other = (stack.enter_context(_scoring(each)) for each in models.values())
+            losses = response_losses(patched, impl, first_token, *other)
+            in_step = any(is_dtensor(parameter) for parameter in models[""].parameters())
+            return score_documents(shards, documents, losses, batches, in_step)
+
+    return score
+
+
 def record(
-    models: dict[str, ModelFacts],
+    load: Callable[[], dict[str, ModelFacts]],
     rows: Any,
     path: str | os.PathLike[str],
     score: Callable[[Shards, EncodedDocuments, list[numpy.ndarray]], int],
@@ -313,7 +324,8 @@ def record(
     """`record_losses`, whoever scores.
 
     Args:
-        models: the one that scores is "", that of wrong answers "contrast_".
+        load: called once the rows have been read, so that no bad row waits for a model: what has to be known of the one
+            that scores, "", and of that of wrong answers, "contrast_".
         score: puts the losses of all batches into the shards, but for documents that they have -> tokens that it
             scored.
     """
@@ -321,26 +333,32 @@ def record(
         raise TypeError(f"rows must be an iterable of mappings, one a row; got {type(rows).__name__}")
     check_positive("tokens_per_batch", tokens_per_batch)
     check_positive("batch_size", batch_size)
-    belongs_to: dict[str, Any] = {"command": "score"}
-    for kind, model in models.items():
-        belongs_to |= {f"{kind}model_name_or_path": model.name, f"{kind}weights": model.weights}
-    belongs_to |= {
-        "dtype": models[""].dtype,
-        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "max_length": max_length,
-        "without_prompt": first_token,
-    }
     check_ranks_agree(
-        {"output": str(path), "tokens_per_batch": tokens_per_batch, "batch_size": batch_size} | belongs_to
+        {
+            "output": str(path),
+            "max_length": max_length,
+            "tokens_per_batch": tokens_per_batch,
+            "batch_size": batch_size,
+            "first_token": first_token,
+        }
     )
-    content = "alone_nll" if first_token is not None else "nll" if len(models) == 1 else "contrast_nll"
     on_first_rank(lambda: refuse_existing(path))
     with Shards(path) as shards:
         file = shards.directory / "documents"
         documents = on_first_rank(lambda: write_documents(file, _each(rows), max_length, first_token is not None))
-        largest = max(documents.largest_id, first_token or 0)
-        for model in models.values():
+        models, largest = load(), max(documents.largest_id, first_token or 0)
+        belongs_to: dict[str, Any] = {"command": "score"}
+        for kind, model in models.items():
             check_fit(dataset or "rows", int(documents.lengths.max()), largest, model, tokenizer)
+            belongs_to |= {f"{kind}model_name_or_path": model.name, f"{kind}weights": model.weights}
+        belongs_to |= {
+            "dtype": models[""].dtype,
+            "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            "max_length": max_length,
+            "without_prompt": first_token,
+        }
+        check_ranks_agree(belongs_to)
+        content = "alone_nll" if first_token is not None else "nll" if len(models) == 1 else "contrast_nll"
         shards.begin(belongs_to | {"dataset": documents.digest})
         started, numbers = time.perf_counter(), documents.numbers()
         lengths = documents.lengths if first_token is None else documents.responses + 1

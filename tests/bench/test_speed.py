@@ -339,6 +339,7 @@ def test_the_commit_is_unknown_without_git(monkeypatch):
     assert machine(CPU)["commit"] == "unknown"
 
 
+@pytest.mark.slow
 def test_an_unknown_case_names_the_known_ones():
     done = pytest_benchmarks("--case", "pair_stats/nonsense")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR and "'pair_stats/nonsense'" in done.stderr

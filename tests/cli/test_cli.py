@@ -124,6 +124,7 @@ def test_the_same_command_gives_the_same_weights(tmp_path, model_dir, data):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, and this is about a CPU")
+@pytest.mark.slow
 def test_every_implementation_trains_the_same_model(tmp_path, model_dir):
     """`impl` in the YAML: losses and weights after two steps on a recorded history."""
     pytest.importorskip("triton")

@@ -187,6 +187,7 @@ def test_the_quickstart_leaves_a_model_and_a_history_that_load(quickstart):
     assert 40 < len(HistoryStore.open(out / "history.parquet", tokenizer=tokenizer)) <= 48
 
 
+@pytest.mark.slow
 def test_the_demo_compares_methods_on_docstrings_with_a_model_out_of_a_folder(tmp_path, monkeypatch, capsys):
     """With a tiny model in SmolLM2's place, which tests/hf/test_pretrained.py loads."""
     import peft

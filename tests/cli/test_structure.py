@@ -123,6 +123,7 @@ def test_an_old_name_is_where_it_says_what_became_of_it_and_nowhere_else(word):
     assert [p.name for p in files if pattern.search(p.read_text(encoding="utf-8"))] == []
 
 
+@pytest.mark.slow
 def test_old_modules_are_imported_with_a_warning_and_give_the_same_objects():
     code = """
 import importlib, sys, warnings

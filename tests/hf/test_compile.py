@@ -103,6 +103,7 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(torch.ops.tokensel.prompt_mass, mass)
 
 
+@pytest.mark.slow
 def test_a_patched_model_compiles_with_gradient_checkpointing():
     model, batch = causal_lm(dtype=torch.float32, attention="sdpa", num_hidden_layers=1), padded(samples())
     model.train().gradient_checkpointing_enable({"use_reentrant": False})

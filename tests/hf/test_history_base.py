@@ -286,5 +286,5 @@ def test_a_token_that_a_negative_model_has_no_row_for_is_named(tmp_path, short_h
     _, negative, rows = short_head
     model = make_model(TOKENIZER, hidden_size=32, layers=1, heads=4, kv_heads=2, seed=1)
     data = [{"input_ids": [4, rows], "labels": [-100, rows]}]
-    with pytest.raises(ValueError, match=f"token {rows} of the rows has no embedding: the negative model has {rows}"):
+    with pytest.raises(ValueError, match=f"token {rows} has no embedding: .* has {rows}"):
         record_losses(model, data, tmp_path / "store.parquet", negative=negative)

@@ -116,6 +116,7 @@ def test_scoring_and_evaluation_are_no_part_of_the_progress():
     assert (selection.progress.steps, selection.progress.samples, selection.progress.rows) == (1, 16, 0)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_anew_in_every_step():
     model = patched(causal_lm(dtype=torch.float32, num_hidden_layers=1))
     batch, selection = padded(samples()), Selection(methods.get("random"))

@@ -225,6 +225,7 @@ for bits in (32, 64):
 """
 
 
+@pytest.mark.slow
 def test_offsets_in_32_bits_are_found(tmp_path):
     """What the reports count is a product of a row and a stride that would wrap around past 2^31 elements."""
     file = tmp_path / "narrow_and_wide.py"  # Triton reads a kernel's source from a file
@@ -252,6 +253,7 @@ def test_an_unknown_shape_is_named(capsys, monkeypatch):
     assert "shape must be one of Llama-3.2-3B, Llama-3.1-8B, " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_triton_cannot_compile_is_said():
     """And not skipped: a release that does not know a chip, or a pass that fails."""
     script = """
