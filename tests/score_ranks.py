@@ -58,6 +58,15 @@ if __name__ == "__main__":
         if rank == int(sys.argv[4]):
             broken(int(sys.argv[5]))
         sys.exit(main(arguments(model, data, directory / "killed.parquet")))
-    found = {name: main(argv) for name, argv in ways(directory, model, data, rank)}
+    shares, losses_of = {}, recording.losses_of  # documents that this rank scores, by way
+
+    def counted(documents, batch, losses):
+        shares.setdefault(name, []).extend(documents.keys[batch].tolist())
+        return losses_of(documents, batch, losses)
+
+    recording.losses_of, found = counted, {}
+    for name, argv in ways(directory, model, data, rank):
+        found[name] = main(argv)
+    found["shares"] = shares
     (directory / f"found-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from tokensel.data import SelectionCollator
 from tokensel.data.rows import told
 from tokensel.loading import chat_template_of, encode_dataset, held_out, load_model, load_tokenizer
 from tokensel.metrics import peak_memory_mib
-from tokensel.model_facts import check_fit, facts_of
+from tokensel.model_facts import check_fit, limits_of
 from tokensel.settings import RunArguments
 from tokensel.trainer import SelectiveTrainer
 
@@ -49,9 +49,9 @@ def train(settings: RunArguments, arguments: SelectiveTrainingArguments) -> dict
     stream = settings.dataset_streaming
     encoded = [encode_dataset(settings, name, split, tokenizer, stream, **weights) for name, split in read]
     model = load_model(settings)
-    facts = facts_of(model)
+    limits = limits_of(model)
     for (name, _), (_, counts) in zip(read, encoded, strict=True):
-        check_fit(told(name), counts.longest, counts.largest_id, facts, tokenizer)
+        check_fit(told(name), counts.longest, counts.largest_id, limits, tokenizer)
     if settings.use_peft:
         from peft import LoraConfig, get_peft_model
 

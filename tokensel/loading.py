@@ -130,6 +130,16 @@ def load_scoring_model(settings: ScoreArguments, device: str) -> PreTrainedModel
     return _spread(model, device) if settings.fully_shard else model.to(device)  # type: ignore[arg-type]
 
 
+def load_scoring_models(
+    settings: ScoreArguments, tokenizer: PreTrainedTokenizerBase, device: str
+) -> dict[str, PreTrainedModel]:
+    """The models that score, where they shall run: "", and of wrong answers "contrast_"."""
+    models = {"": load_scoring_model(settings, device)}
+    if settings.contrast_model_name_or_path:
+        models["contrast_"] = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+    return models
+
+
 def _spread(model: PreTrainedModel, device: str) -> PreTrainedModel:
     """The model, patched, its weights spread over the ranks layer by layer."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -32,30 +32,39 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Limits(NamedTuple):
+    """What rows have to fit."""
+
+    name: str  # of the model
+    positions: int | None
+    embeddings: int
+
+
 class ModelFacts(NamedTuple):
     """What has to be known of a model before it scores."""
 
-    name: str
+    limits: Limits
     dtype: str  # also of autocast, where it is on
     weights: str  # `weights_fingerprint`
-    positions: int | None
-    embeddings: int
+
+
+def limits_of(model: nn.Module, name: str | None = None) -> Limits:
+    inner: Any = unwrap(model)
+    return Limits(
+        name or str(inner.name_or_path) or type(inner).__name__,
+        getattr(inner.config.get_text_config(), "max_position_embeddings", None),
+        int(inner.get_input_embeddings().num_embeddings),
+    )
 
 
 def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
     inner: Any = unwrap(model)
     device = inner.device.type
     cast = f", autocast to {torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
-    return ModelFacts(
-        name or str(inner.name_or_path) or type(inner).__name__,
-        f"{inner.dtype}{cast}",
-        weights_fingerprint(model),
-        getattr(inner.config.get_text_config(), "max_position_embeddings", None),
-        int(inner.get_input_embeddings().num_embeddings),
-    )
+    return ModelFacts(limits_of(model, name), f"{inner.dtype}{cast}", weights_fingerprint(model))
 
 
-def check_fit(name: str, longest: int, largest_id: int, model: ModelFacts, tokenizer: Any = None) -> None:
+def check_fit(name: str, longest: int, largest_id: int, model: Limits, tokenizer: Any = None) -> None:
     """Refuses what fails in the forward with an index error that names nothing, or, with rotary positions, not at all.
 
     Raises:

@@ -10,8 +10,7 @@ from tokensel.loading import (
     EncodedRows,
     chat_of,
     first_token_of,
-    load_contrast_model,
-    load_scoring_model,
+    load_scoring_models,
     load_tokenizer,
     naming_what_fits,
     scoring_device,
@@ -64,9 +63,7 @@ def _record_here(settings: ScoreArguments, rows: EncodedRows, tokenizer: Any, co
     device, models = scoring_device(settings), {}
 
     def load() -> dict[str, ModelFacts]:
-        models[""] = load_scoring_model(settings, device)
-        if settings.contrast_model_name_or_path:
-            models["contrast_"] = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+        models.update(load_scoring_models(settings, tokenizer, device))
         names = {"": settings.model_name_or_path}
         return {kind: facts_of(model, names.get(kind)) for kind, model in models.items()}
 

@@ -15,7 +15,7 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from tokensel.loading import first_token_of, load_contrast_model, load_scoring_model, load_tokenizer, scoring_device
+from tokensel.loading import first_token_of, load_scoring_models, load_tokenizer, scoring_device
 from tokensel.model import apply_to
 from tokensel.model_facts import ModelFacts, facts_of
 from tokensel.parallel import rank_of_ranks
@@ -33,10 +33,7 @@ class Scorer:
     def __init__(self, settings: ScoreArguments, documents: EncodedDocuments | None) -> None:
         tokenizer = load_tokenizer(settings)
         self.settings, self.documents = settings, documents
-        device = scoring_device(settings)
-        self.models = {"": load_scoring_model(settings, device)}
-        if settings.contrast_model_name_or_path:
-            self.models["contrast_"] = load_contrast_model(settings, tokenizer).to(device)  # type: ignore[arg-type]
+        self.models = load_scoring_models(settings, tokenizer, scoring_device(settings))
         if documents is not None:
             patched, *negative = (apply_to(model.eval(), layer=None) for model in self.models.values())
             first_token = first_token_of(tokenizer) if settings.without_prompt else None
@@ -55,7 +52,7 @@ def facts(settings: ScoreArguments) -> dict[str, ModelFacts]:
 
     names = {"": settings.model_name_or_path, "contrast_": settings.contrast_model_name_or_path or ""}
     found: dict[str, ModelFacts] = ray.get(ray.remote(**_resources())(_facts_there).remote(_placed(settings)))
-    return {kind: each._replace(name=names[kind]) for kind, each in found.items()}
+    return {kind: each._replace(limits=each.limits._replace(name=names[kind])) for kind, each in found.items()}
 
 
 def _facts_there(settings: ScoreArguments) -> dict[str, ModelFacts]:
@@ -80,10 +77,8 @@ def scoring(settings: ScoreArguments) -> Callable[[Shards, EncodedDocuments, lis
         left = not_done(shards, documents, batches)
         if not left:
             return 0
-        total, actors = (
-            int(sum(documents.lengths[batch].sum() for batch in left)),
-            min(settings.ray_actors or 1, len(left)),
-        )
+        total = int(sum(documents.lengths[batch].sum() for batch in left))
+        actors = min(settings.ray_actors or 1, len(left))
         blocks = min(len(left), TASKS_PER_ACTOR * actors)
         scored = ray.data.from_items([{"batch": batch} for batch in left], override_num_blocks=blocks).map_batches(
             Scorer,

@@ -349,8 +349,8 @@ def record(
         models, largest = load(), max(documents.largest_id, first_token or 0)
         belongs_to: dict[str, Any] = {"command": "score"}
         for kind, model in models.items():
-            check_fit(dataset or "rows", int(documents.lengths.max()), largest, model, tokenizer)
-            belongs_to |= {f"{kind}model_name_or_path": model.name, f"{kind}weights": model.weights}
+            check_fit(dataset or "rows", int(documents.lengths.max()), largest, model.limits, tokenizer)
+            belongs_to |= {f"{kind}model_name_or_path": model.limits.name, f"{kind}weights": model.weights}
         belongs_to |= {
             "dtype": models[""].dtype,
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -368,7 +368,7 @@ def record(
         writer = HistoryWriter(
             path,
             tokenizer=tokenizer,
-            model=models[""].name,
+            model=models[""].limits.name,
             max_length=max_length,
             dataset=dataset,
             content=content,

@@ -37,7 +37,7 @@ def one(tmp_path_factory, model_dir):
     """(directory, rows, bytes of the store that one process makes of them)."""
     directory = tmp_path_factory.mktemp("ranks")
     data = directory / "rows.jsonl"
-    rows = [*recorded.ROWS, *recorded.ROWS[:5]]
+    rows = [*recorded.ROWS[:26], *recorded.ROWS[:5]]  # seven batches of four, so that the last has no other beside it
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (directory / "one.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
     (directory / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + '{"prompt": 3}\n', encoding="utf-8")
@@ -64,8 +64,15 @@ def test_two_ranks_write_the_bytes_of_one(one, found, way):
     assert not (directory / f"{way}.parquet.partial").exists()
 
 
+@pytest.mark.parametrize("way", ["two", "folder", "sharded"])
+def test_each_document_is_scored_by_one_rank(found, way):
+    first, second = (set(r["shares"][way]) for r in found[1])
+    assert not first & second and len(first | second) == 26 and (len(first), len(second)) in ((14, 12), (16, 10))
+    assert all(len(r["shares"][way]) == len(set(r["shares"][way])) for r in found[1])
+
+
 def test_one_rank_speaks_and_counts_the_tokens_of_all(found):
-    told = [line for line in found[2].splitlines() if "two.parquet: 35 rows" in line]
+    told = [line for line in found[2].splitlines() if "two.parquet: 31 rows" in line]
     assert len(told) == 1 and "tokens/s of 2 ranks" in told[0]
 
 

@@ -107,8 +107,8 @@ class StoreReader:
     def _checked(self, path: Path) -> list[int]:
         """How many documents each row group of a part has."""
         with self._opened(path) as parquet:
-            self.metadata = self.metadata or self._header(path, parquet)
-            self._header(path, parquet)
+            header = self._header(path, parquet)
+            self.metadata = self.metadata or header
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             expanded = 4 * sum(group.column(group.num_columns - 1).num_values for group in groups)
             if expanded > LARGEST_RATIO * path.stat().st_size:
