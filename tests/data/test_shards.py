@@ -196,6 +196,14 @@ def test_a_run_that_failed_before_its_first_record_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_rank_that_fails_leaves_the_directory_to_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "rank_of_ranks", lambda: (0, 2))
+    with pytest.raises(RuntimeError):
+        with opened(tmp_path / "out"):
+            raise RuntimeError
+    assert (tmp_path / "out.partial" / "settings.json").is_file()
+
+
 @pytest.mark.parametrize("room", [0, 10, 30, 60])
 def test_a_full_disk_keeps_the_shards_and_says_so(tmp_path, monkeypatch, room):
     def full(table, path, **options):
