@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -93,6 +94,35 @@ def write(path: Path, results: dict, indent: int | None = None) -> None:
     """Replaces the file as a whole: whoever interrupts this keeps the one before."""
     with replacing(path) as whole:
         whole.write_text(json.dumps(results, indent=indent) + "\n", encoding="utf-8")
+
+
+def filled(
+    parser: argparse.ArgumentParser,
+    path: Path,
+    empty: dict,
+    settings: dict,
+    has_form: Callable[[dict], bool],
+    measure: Callable[[dict, Callable[[], None]], None],
+    fresh: bool,
+) -> dict:
+    """The results of a file, once `measure(results, save)` has filled in what they lack; an error ends the program.
+
+    Args:
+        empty: the groups of measurements, with nothing in them.
+        settings: what results that are gone on with must be of: machine and commit among them.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = settings if fresh else resume(path, settings, has_form)
+        if path.exists() and not empty.keys() <= results.keys():
+            print(f"{path} is given up, or of another machine or commit: everything is measured, and replaces it")
+        results = empty | results
+        measure(results, lambda: write(path, results))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
+    return results
 
 
 def digest(content: object) -> str:

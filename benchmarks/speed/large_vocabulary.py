@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine, short_commit
-from benchmarks.resume import RESULTS, attempt, in_new_process, measured, resume, write
+from benchmarks.resume import RESULTS, attempt, filled, in_new_process, measured
 from benchmarks.speed.measure import peak_extra_mib
 from tokensel.metrics import peak_memory_mib
 
@@ -178,18 +178,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("demo/models"), help="folder of pretrained models")
     parser.add_argument("--fresh", action="store_true", help="measure again what large_vocabulary.json already has")
     options = parser.parse_args(argv)
-    path, here = options.output / "large_vocabulary.json", {"machine": machine(CPU)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = here if options.fresh else resume(path, here, _has_form)
-        if path.exists() and "peak_mib" not in results:
-            print(f"{path} is given up, or of another machine or commit: everything is measured, and replaces it")
-        results.setdefault("peak_mib", {})
-        measure(results, options.cache, lambda: write(path, results))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
+    results = filled(
+        parser,
+        options.output / "large_vocabulary.json",
+        {"peak_mib": {}},
+        {"machine": machine(CPU)},
+        _has_form,
+        lambda results, save: measure(results, options.cache, save),
+        options.fresh,
+    )
     print(table(results))
 
 

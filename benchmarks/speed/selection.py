@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine, short_commit
-from benchmarks.resume import RESULTS, attempt, in_new_process, measured, resume, write
+from benchmarks.resume import RESULTS, attempt, filled, in_new_process, measured
 
 TOKENS = (1_000_000, 10_000_000, 100_000_000)
 FORMS = {"a file": ".parquet", "a directory": ""}  # what the stores' names end in
@@ -98,16 +98,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where stores are made")
     parser.add_argument("--fresh", action="store_true", help="measure again what selection.json already has")
     options = parser.parse_args(argv)
-    path, here = options.output / "selection.json", {"machine": machine(torch.device("cpu"))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = here if options.fresh else resume(path, here, lambda found: isinstance(found.get("runs"), dict))
-        results.setdefault("runs", {})
-        measure(results, options.folder, lambda: write(path, results))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
+    results = filled(
+        parser,
+        options.output / "selection.json",
+        {"runs": {}},
+        {"machine": machine(torch.device("cpu"))},
+        lambda found: isinstance(found.get("runs"), dict),
+        lambda results, save: measure(results, options.folder, save),
+        options.fresh,
+    )
     print(table(results))
 
 

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine
-from benchmarks.resume import RESULTS, attempt, in_new_process, measured, resume, write
+from benchmarks.resume import RESULTS, attempt, filled, in_new_process, measured
 from benchmarks.speed.long_rows import published_loss, unless_out_of_memory
 from benchmarks.speed.measure import peak_extra_mib
 from benchmarks.speed.results import Results, machine_line
@@ -294,18 +294,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("demo/models"), help="folder of pretrained models")
     parser.add_argument("--fresh", action="store_true", help="measure again what smollm2.json already has")
     options = parser.parse_args(argv)
-    path, here = options.output / "smollm2.json", {"machine": machine(CPU), "sampled": SAMPLED}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = here if options.fresh else resume(path, here, _has_form)
-        if path.exists() and "steps" not in results:
-            print(f"{path} is given up, or of another machine or commit: everything is measured, and replaces it")
-        results = {"scoring": {}, "steps": {}} | results
-        measure(results, options.cache, lambda: write(path, results))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted; the same command goes on with what is in {path}\n")
+    results = filled(
+        parser,
+        options.output / "smollm2.json",
+        {"scoring": {}, "steps": {}},
+        {"machine": machine(CPU), "sampled": SAMPLED},
+        _has_form,
+        lambda results, save: measure(results, options.cache, save),
+        options.fresh,
+    )
     print(tables(results))
 
 
